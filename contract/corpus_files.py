@@ -140,12 +140,12 @@ def shown(path: Path) -> str:
     return _quoted(str(path))
 
 
-def file_sketch(path: Path) -> str:
+def file_sketch(path: Path, roots: Sequence[Path] = ()) -> str:
     """Return a digest of some blocks of a file, at a bounded cost. Raises OSError.
 
     Files with different sketches differ. Files of the same size with the same one may differ too.
     """
-    return FileFingerprint.of(path, BLOCKS_PER_FILE).sha256[:16]
+    return FileFingerprint.of(path, roots, BLOCKS_PER_FILE).sha256[:16]
 
 
 def files_fingerprint(names: Sequence[str], sizes: Sequence[int], sketches: Sequence[str]) -> dict[str, Any]:
@@ -174,10 +174,13 @@ def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
     return [*texts[:MAX_NAMED_CHANGES], f"and {more:,} more changes"] if more > 0 else texts
 
 
-def fingerprint_inputs(data: DataSpec, tokenizer: Path | None) -> dict[str, FileFingerprint]:
+def fingerprint_inputs(
+    data: DataSpec, tokenizer: Path | None, roots: Sequence[Path] = ()
+) -> dict[str, FileFingerprint]:
     """Return the fingerprints of what a run reads, by the name of its field, without what cannot be read.
 
-    Each source has one fingerprint for all its files. ``tokenizer``: its file, or None if it is built in.
+    Each source has one fingerprint for all its files. ``tokenizer``: its file, or None if it is built in. ``roots``:
+    the directories below which the files must be, if given.
     """
     paths: dict[str, str | list[str] | None] = {"data_path": data.data_path, "eval_data_path": data.eval_data_path}
     paths |= {f"sources/{source.name}": source.path for source in data.sources or ()}
@@ -186,14 +189,14 @@ def fingerprint_inputs(data: DataSpec, tokenizer: Path | None) -> dict[str, File
     for name, path in paths.items():
         if path is not None:
             with suppress(OSError, ValueError):
-                found[name] = _fingerprint(path)
+                found[name] = _fingerprint(path, roots)
     return found
 
 
-def _fingerprint(path: str | list[str]) -> FileFingerprint:
+def _fingerprint(path: str | list[str], roots: Sequence[Path]) -> FileFingerprint:
     if is_single_file(path):
-        return FileFingerprint.of(Path(str(path)))
+        return FileFingerprint.of(Path(str(path)), roots)
     files = expand(path)
     sizes = [file.path.stat().st_size for file in files]
-    joined = files_fingerprint([file.name for file in files], sizes, [file_sketch(file.path) for file in files])
+    joined = files_fingerprint([file.name for file in files], sizes, [file_sketch(file.path, roots) for file in files])
     return FileFingerprint(joined["bytes"], joined["sha256"])

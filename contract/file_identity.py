@@ -2,12 +2,13 @@
 
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
+
+from trainyard.contract.allowed_paths import open_regular_inside
 
 PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
@@ -59,20 +60,16 @@ class FileFingerprint:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path, blocks: int = BLOCKS) -> Self:
-        """Read the fingerprint of a regular file, from up to ``blocks`` blocks. Raises OSError."""
-        # O_NONBLOCK: without it, opening a FIFO without a writer would never return.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{path} is not a regular file")
-            digest = hashlib.sha256()
-            for start in _block_starts(status.st_size, blocks):
-                digest.update(os.pread(descriptor, BLOCK_BYTES, start))
-        finally:
-            os.close(descriptor)
-        return cls(status.st_size, digest.hexdigest())
+    def of(cls, path: Path, roots: Sequence[Path] = (), blocks: int = BLOCKS) -> Self:
+        """Read the fingerprint of a regular file, from up to ``blocks`` blocks. Raises OSError.
+
+        If ``roots`` are given, the file must be below one of them.
+        """
+        with open_regular_inside(path, roots) as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
+            for start in _block_starts(size, blocks):
+                digest.update(os.pread(file.fileno(), BLOCK_BYTES, start))
+        return cls(size, digest.hexdigest())
 
 
 def _block_starts(size: int, blocks: int) -> Iterator[int]:

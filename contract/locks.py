@@ -17,7 +17,7 @@ class FileLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         # The file is never deleted: a lock on a file that another process has replaced would protect nothing.
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
     def take(self, *, shared: bool = False, seconds: float = 0.0) -> Self:
         """Acquire the lock, or change it between shared and exclusive, within ``seconds``.

@@ -9,12 +9,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.allowed_paths import directory_inside, new_directory
 from trainyard.contract.failpoints import failpoint
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
@@ -338,25 +339,35 @@ def manifest_json(files: Mapping[str, FileDigest]) -> bytes:
 def parse_manifest(data: bytes) -> dict[str, FileDigest]:
     """Return the files that a manifest lists; the inverse of `manifest_json`.
 
-    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if ``data`` is no manifest.
+    The names are not checked. Raises ValueError, KeyError, TypeError or AttributeError if ``data`` is no manifest.
     """
-    files = json.loads(data)["files"]
-    return {name: FileDigest(int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+    try:
+        files = json.loads(data)["files"]
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    manifest = {name: FileDigest(file["bytes"], file["sha256"]) for name, file in files.items()}
+    for name, digest in manifest.items():
+        if type(digest.bytes) is not int or digest.bytes < 0 or not isinstance(digest.sha256, str):
+            raise ValueError(f"has no size or no sha256 of {name!r}")
+    return manifest
 
 
 @contextmanager
-def atomic_directory(final: Path, temporary: Path) -> Iterator[Path]:
-    """Create ``temporary`` to write in, and rename it to ``final`` when the block ends.
+def atomic_directory(final: Path, temporary: Path, roots: Sequence[Path] = ()) -> Iterator[Path]:
+    """Create ``temporary`` to write in, and rename it to ``final`` when the block ends. Both have the same parent.
 
-    After an error ``temporary`` is deleted. Files must be fsynced by the caller. Raises OSError.
+    Yields another path of it, so that nothing is written elsewhere if a directory is exchanged for a link meanwhile.
+    ``roots``: see `contract.allowed_paths.open_inside`. After an error ``temporary`` is deleted. Files must be fsynced
+    by the caller. Raises OSError.
     """
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        publish_directory(temporary, final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with directory_inside(final.parent, roots, create=True) as parent:
+        try:
+            with new_directory(parent / temporary.name) as directory:
+                yield directory
+            publish_directory(parent / temporary.name, parent / final.name)
+        except BaseException:
+            shutil.rmtree(parent / temporary.name, ignore_errors=True)
+            raise
 
 
 def publish_directory(temporary: Path, final: Path) -> None:

@@ -11,9 +11,9 @@ from trainyard.contract.spec import JobSpec
 
 HEAD = """# The job spec
 
-`POST /jobs` accepts this object. `trainyard submit` builds it from a file or from flags. Every field except
-`data.data_path` has a default. Unknown keys are rejected. All mistakes are reported at once, each with its
-location. The stored spec is complete: paths are absolute, and derived sizes are filled in.
+`POST /jobs` accepts this object. `trainyard submit` builds it from a file or from flags. Every field has a default,
+except that `data` needs `data_path` or `sources`. Unknown keys are rejected. All mistakes are reported at once, each
+with its location. The stored spec is complete: paths are absolute, and derived sizes are filled in.
 
 The field names are MiniMind's flags. On the command line, a flag is the field name without its group:
 `--batch_size 64 --use_moe 1`. Some fields have an alias, Hugging Face's name for the same setting, which is also
@@ -32,6 +32,10 @@ TITLES = {
     "checkpoint": ("`checkpoint`", "Checkpoints and saved weights."),
     "reporting": ("`reporting`", "Logging, evaluation and samples."),
     "resources": ("`resources`", "Devices, nodes and restarts."),
+    "sources": (
+        "`data.sources`",
+        "Several sources instead of `data_path`, see [the guide](../guides/corpora.md#several-sources).",
+    ),
     "timeouts": ("`resources.timeouts`", "Timeouts in seconds."),
     "slurm": ("`resources.slurm`", "Options for [Slurm](../guides/slurm.md). null: the setting of the service."),
 }
@@ -73,7 +77,7 @@ NOTES = {
 def render() -> str:
     """The whole page."""
     schema = JobSpec.model_json_schema()
-    nested = {"timeouts": "Timeouts", "slurm": "SlurmSpec"}
+    nested = {"sources": "SourceSpec", "timeouts": "Timeouts", "slurm": "SlurmSpec"}
     below = {name: schema["$defs"][kind]["properties"] for name, kind in nested.items()}
     groups = {"": schema["properties"], **_groups(schema), **below}
     return HEAD + "".join(_section(group, leaves) for group, leaves in groups.items())
@@ -108,7 +112,8 @@ def _row(leaf: str, described: dict[str, Any]) -> Iterator[str]:
 
 def _default(described: dict[str, Any]) -> str:
     if "default" not in described:
-        return "**required**" if "$ref" not in described and described.get("type") == "string" else ""
+        # Lists and objects have a default too: an empty one.
+        return "" if "$ref" in described or described.get("type") in ("array", "object") else "**required**"
     value = described["default"]
     text = {None: "null", True: "true", False: "false"}.get(value) if not isinstance(value, list | dict) else None
     return f"`{text}`" if text is not None and not _is_number(value) else f"`{value}`"
@@ -123,7 +128,7 @@ def _type(described: dict[str, Any]) -> str:
         return ", ".join(f'"{value}"' for value in described["enum"])
     if "const" in described:
         return str(described["const"])
-    branches = described.get("anyOf")
+    branches = described.get("anyOf") or described.get("oneOf")
     if branches:
         return " or ".join(_type(branch) for branch in branches)
     if "$ref" in described:

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from trainyard.contract.allowed_paths import OutsideRoots, open_regular_inside
 
 BYTE = "byte"
 """The built-in tokenizer: the three special tokens, then one token for each byte of UTF-8."""
@@ -23,6 +26,12 @@ PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 """Tried in this order if tokenizer_config.json names none."""
 
 
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 64 << 20, 3_000_000
+"""The largest file that is parsed: about twice the largest tokenizers in use. Each value takes up to 200 bytes of
+memory, so the second limit matters more."""
+
+_parsing = threading.Lock()
+"""One file is parsed at a time, so that many requests at once need the memory of one."""
 SpecialTokens = Literal["text", "tokens"]
 """``data.special_tokens``: what a special token that is written in a text becomes."""
 
@@ -34,7 +43,36 @@ class TokenizerInvalid(ValueError):
     """The tokenizer cannot be used. The message says why and what to do."""
 
 
-def vocabulary_size(tokenizer_path: str) -> int:
+def read_bounded(file: Path, roots: Sequence[Path] = ()) -> tuple[bytes, Any]:
+    """Return the bytes and the value of a JSON file of a tokenizer, below one of ``roots`` if any are given.
+
+    Raises TokenizerInvalid, before it is parsed, if that would take too long or too much memory. Raises OSError and
+    ValueError.
+    """
+    with open_regular_inside(file, roots) as opened:
+        raw = opened.read(MAX_TOKENIZER_BYTES + 1) or b""
+        while len(raw) <= MAX_TOKENIZER_BYTES and (more := opened.read(MAX_TOKENIZER_BYTES + 1 - len(raw))):
+            raw += more
+    values = len(raw) - len(raw.translate(None, b",[{"))
+    if len(raw) > MAX_TOKENIZER_BYTES or values > MAX_TOKENIZER_VALUES:
+        raise TokenizerTooLarge(file)
+    try:
+        with _parsing:
+            return raw, json.loads(raw)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+class TokenizerTooLarge(TokenizerInvalid):
+    """Reading the file would take too much time or memory. ``limits`` says what is read."""
+
+    limits = f"at most {MAX_TOKENIZER_BYTES >> 20} MiB and {MAX_TOKENIZER_VALUES:,} values are read"
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(f"{file} is too large: {self.limits}")
+
+
+def vocabulary_size(tokenizer_path: str, roots: Sequence[Path] = ()) -> int:
     """Return the vocabulary size that the tokenizer needs: its highest id + 1.
 
     Raises TokenizerInvalid if ``tokenizer_path`` is neither "byte" nor a directory with a valid tokenizer.json.
@@ -43,12 +81,14 @@ def vocabulary_size(tokenizer_path: str) -> int:
         return BYTE_VOCABULARY
     file = tokenizer_file(tokenizer_path)
     try:
-        described = json.loads(file.read_bytes())
+        _, described = read_bounded(file, roots)
         vocabulary = described["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [token["id"] for token in described.get("added_tokens") or ()]
         return int(max([*ids, *added])) + 1
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except TokenizerInvalid:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerInvalid(f"{file} is not a tokenizer.json: {type(error).__name__}") from error
 
 
@@ -91,18 +131,22 @@ class TokenizerInfo:
         return tuple(name for name in self.added if name.strip() and name not in self.special)
 
     @classmethod
-    def read(cls, file: Path) -> Self:
-        """Read a tokenizer.json. Raises TokenizerInvalid, also if it has neither a beginning nor an end token."""
+    def read(cls, file: Path, roots: Sequence[Path] = ()) -> Self:
+        """Read a tokenizer.json, below one of ``roots`` if any are given.
+
+        Raises TokenizerInvalid, also if it has neither a beginning nor an end token, and OutsideRoots.
+        """
         try:
-            raw = file.read_bytes()
-            described = json.loads(raw)
+            raw, described = read_bounded(file, roots)
             added = {str(token["content"]): int(token["id"]) for token in described.get("added_tokens") or ()}
             marked = {str(token["content"]) for token in described.get("added_tokens") or () if token.get("special")}
             names = _names(described, added)
             size = max(names.values()) + 1
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (TokenizerInvalid, OutsideRoots):
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
-        bos, eos, pad = _control_ids(file, names)
+        bos, eos, pad = _control_ids(file, names, roots)
         fingerprint = hashlib.sha256(raw + f"{bos} {eos} {pad}".encode()).hexdigest()
         # transformers treats the tokens that tokenizer_config.json names as special, whatever tokenizer.json says. Runs
         # of white space are words: some tokenizers mark them as special by mistake.
@@ -113,11 +157,11 @@ class TokenizerInfo:
         return cls(size, texts[bos], texts[eos], bos, eos, pad, fingerprint, added, special, described)
 
 
-def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
+def fingerprint_of(tokenizer_path: str, roots: Sequence[Path] = ()) -> tuple[int, str]:
     """Return (size, fingerprint) of a tokenizer or of the built-in one. Raises TokenizerInvalid."""
     if tokenizer_path == BYTE:
         return BYTE_VOCABULARY, BYTE_FINGERPRINT
-    info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+    info = TokenizerInfo.read(tokenizer_file(tokenizer_path), roots)
     return info.size, info.fingerprint
 
 
@@ -130,11 +174,11 @@ class TokenNames:
     eos: str
 
     @classmethod
-    def read(cls, tokenizer_path: str) -> Self:
-        """Read those of a tokenizer, or of the built-in one. Raises TokenizerInvalid."""
+    def read(cls, tokenizer_path: str, roots: Sequence[Path] = ()) -> Self:
+        """Read those of a tokenizer, or of the built-in one. Raises TokenizerInvalid and OutsideRoots."""
         if tokenizer_path == BYTE:
             return cls(SPECIAL_TOKENS, *SPECIAL_TOKENS[1:])
-        info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+        info = TokenizerInfo.read(tokenizer_file(tokenizer_path), roots)
         return cls(info.special, info.bos, info.eos)
 
 
@@ -165,13 +209,13 @@ def _names(described: dict[str, Any], added: dict[str, int]) -> dict[str, int]:
     return {**vocabulary, **added}
 
 
-def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
+def _control_ids(file: Path, names: dict[str, int], roots: Sequence[Path]) -> tuple[int, int, int]:
     """Return the ids of (beginning, end, padding), by tokenizer_config.json, else by well-known names.
 
     A tokenizer with only one of beginning and end uses it for both, as GPT-2 does. Padding may be the end token,
     because padded positions are never trained on.
     """
-    config = _tokenizer_config(file)
+    config = _tokenizer_config(file, roots)
     bos = _control_id("bos_token", config, names, BOS_NAMES)
     eos = _control_id("eos_token", config, names, EOS_NAMES)
     pad = _control_id("pad_token", config, names, PAD_NAMES)
@@ -185,13 +229,15 @@ def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
     return ends[0], eos, pad if pad is not None else eos
 
 
-def _tokenizer_config(file: Path) -> dict[str, Any]:
+def _tokenizer_config(file: Path, roots: Sequence[Path]) -> dict[str, Any]:
     config_file = file.with_name("tokenizer_config.json")
     try:
-        config = json.loads(config_file.read_bytes())
+        _, config = read_bounded(config_file, roots)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (TokenizerInvalid, OutsideRoots):
+        raise
+    except (OSError, ValueError) as error:
         raise TokenizerInvalid(f"{config_file} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise TokenizerInvalid(f"{config_file} must hold a JSON object")

@@ -2,7 +2,6 @@
 
 import ipaddress
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,7 +46,8 @@ def _default_hosts(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
-    return tuple(root.resolve() for root in (Path.cwd(), fields["home"], Path(tempfile.gettempdir())))
+    # Not the temporary directory: every user of the host may write there, and exchange what is read for a link.
+    return tuple(root.resolve() for root in (Path.cwd(), fields["home"]))
 
 
 def _validate_database_url(url: str) -> str:
@@ -228,6 +228,16 @@ class Settings(EnvironmentSettings):
         listed = parse_tokens(self.token_file) if self.token_file is not None else []
         url = make_url(self.database_url)
         return [str(secret) for secret in (self.token, *listed, url.password, url.query.get("password")) if secret]
+
+    @property
+    def readable_roots(self) -> tuple[Path, ...]:
+        """Directories below which jobs may read."""
+        return (*self.data_roots, self.home)
+
+    @property
+    def writable_roots(self) -> tuple[Path, ...]:
+        """Directories below which jobs may write."""
+        return (*self.save_roots, self.home)
 
     @property
     def runs(self) -> Path:

@@ -18,17 +18,47 @@ FieldPath = tuple[str, str | Path]
 """The name of a spec field, and a path that it refers to."""
 
 
+def data_roots(run: RunDir | None = None) -> tuple[Path, ...]:
+    """Return the directories below which a run may read, or () if it may read everywhere."""
+    roots = _roots(dict(os.environ), DATA_ROOTS)
+    return (*roots, _home(run)) if roots and run is not None else tuple(roots)
+
+
+def save_roots() -> tuple[Path, ...]:
+    """Return the directories below which a run may write, or () if it may write everywhere. The home is among them."""
+    return tuple(_roots(dict(os.environ), SAVE_ROOTS))
+
+
+def weight_roots(run: RunDir) -> tuple[Path, ...]:
+    """Return the directories below which ``from_weight`` may lie, or () if it may lie everywhere."""
+    data, save = data_roots(run), save_roots()
+    return (*data, *save) if data and save else ()
+
+
+def outside_error(field: str, reason: str, setting: str) -> TrainingError:
+    """Return the error for a path outside of its roots. ``reason``: see `contract.allowed_paths.OutsideRoots`."""
+    message = f"{field} {reason} the directories this service may use"
+    hint = f"Move it, or add its directory to {setting}. Nothing was read from it, and nothing written."
+    return TrainingError(Reason.SPEC_INVALID, message, hint)
+
+
+def _home(run: RunDir) -> Path:
+    return run.path.resolve().parent.parent
+
+
+def _roots(environment: dict[str, str], name: str) -> list[Path]:
+    return [Path(root).resolve() for root in parse_roots(environment.get(name, ""))]
+
+
 def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] | None = None) -> None:
     """Raise TrainingError for a path outside the roots in the environment. Without roots, all paths are allowed.
 
-    The home, two levels above a job's run directory, is always a root. Check again before opening anything after a long
-    wait: links can be changed at any time.
+    The home, two levels above a job's run directory, is always a root. This finds mistakes early and all of them; what
+    protects is that everything is opened by `contract.allowed_paths.open_inside`.
     """
     env = dict(os.environ) if environment is None else environment
-    home = run.path.resolve().parent.parent
-    data, save = (
-        [Path(root).resolve() for root in parse_roots(env.get(name, ""))] for name in (DATA_ROOTS, SAVE_ROOTS)
-    )
+    home = _home(run)
+    data, save = (_roots(env, name) for name in (DATA_ROOTS, SAVE_ROOTS))
     if data:
         _require_inside(_paths_read(spec), [*data, home], DATA_ROOTS)
     if data and save:
@@ -41,9 +71,7 @@ def _require_inside(paths: Iterator[FieldPath], roots: list[Path], setting: str)
     for field, path in paths:
         reason = outside_reason(path, roots)
         if reason is not None:
-            message = f"{field} {reason} the directories this service may use"
-            hint = f"Move it, or add its directory to {setting}. Nothing was read from it, and nothing written."
-            raise TrainingError(Reason.SPEC_INVALID, message, hint)
+            raise outside_error(field, reason, setting)
 
 
 def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:

@@ -17,6 +17,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
+from trainyard.worker.checkpoint.files import TensorShapes
 from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
@@ -28,7 +29,7 @@ from trainyard.worker.distributed import DistributedContext, require_device
 from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
-from trainyard.worker.paths import check_allowed_paths
+from trainyard.worker.paths import check_allowed_paths, weight_roots
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
@@ -94,15 +95,16 @@ def train(
 
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
-    resume_from = ranks.broadcast_from_rank0(
-        lambda: find_resume_point(spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world)
-    )
     model = initial_model(spec.model, spec.training.seed, ranks.device)
+    shapes = TensorShapes.of(model)
+    resume_from = ranks.broadcast_from_rank0(
+        lambda: find_resume_point(
+            spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world, shapes
+        )
+    )
     untrained = resume_from is None and spec.training.from_weight is None
     if resume_from is None and spec.training.from_weight is not None:
-        # Check again: tokenizing may have taken hours, and links can be changed at any time.
-        check_allowed_paths(spec, attempt.run)
-        load_weights(model, spec, artifacts)
+        load_weights(model, spec, artifacts, weight_roots(attempt.run))
     state = build_train_state(
         model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks
     )
@@ -446,11 +448,12 @@ class Trainer:
 
     def _roll_back(self, progress: TrainProgress, reason: str) -> TrainProgress:
         """Reload the newest valid checkpoint. The data from there to the bad step is skipped from now on."""
+        shapes = TensorShapes.of(self.state.model)
         with self.phases.during(Phase.LOADING):
             hit("train.roll_back")
             self.checkpointer.wait()
             artifacts = self.checkpointer.artifacts
-            path = self.ranks.broadcast_from_rank0(lambda: newest_own_checkpoint(artifacts, self.emit))
+            path = self.ranks.broadcast_from_rank0(lambda: newest_own_checkpoint(artifacts, self.emit, shapes))
             if path is None:
                 raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
             saved = self.state.load(path)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import MODEL_FILE, ArtifactDir, fsync_directory, read_json, write_json
 from trainyard.service.errors import CheckpointNotFound, ExportInProgress, StorageError
@@ -22,7 +23,10 @@ EXPORT_NAME = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
 
 
 class ExportRequest(NamedTuple):
-    """A checkpoint to export, and how. ``tokenizer``: a directory, or "byte". ``stem``: of MiniMind's file name."""
+    """A checkpoint to export, and how. ``tokenizer``: a directory, or "byte". ``stem``: of MiniMind's file name.
+
+    ``data_roots``, ``save_roots``: the directories below which the tokenizer and all other paths must lie, if any.
+    """
 
     artifacts: ArtifactDir
     checkpoint: Path
@@ -30,11 +34,13 @@ class ExportRequest(NamedTuple):
     format: str
     tokenizer: str
     stem: str
+    data_roots: tuple[Path, ...] = ()
+    save_roots: tuple[Path, ...] = ()
 
 
 def is_exported(request: ExportRequest) -> bool:
     """Return whether exactly these weights were exported before."""
-    manifest = read_manifest(request.checkpoint)
+    manifest = read_manifest(request.checkpoint, request.save_roots)
     if manifest is None or MODEL_FILE not in manifest:
         raise CheckpointNotFound()
     return _directory(request).is_dir() and _exported_sha256(request) == manifest[MODEL_FILE].sha256
@@ -47,44 +53,47 @@ def run_export(request: ExportRequest) -> None:
     """
     require_exporter()
     try:
-        request.artifacts.exports.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(request.artifacts.exports / ".lock").take()
-        except LockBusy:
-            raise ExportInProgress() from None
-        with lock:
-            if not is_exported(request):
-                _export(request, lock)
+        with directory_inside(request.artifacts.exports, request.save_roots, create=True) as folder:
+            try:
+                lock = FileLock(folder / ".lock").take()
+            except LockBusy:
+                raise ExportInProgress() from None
+            with lock:
+                if not is_exported(request):
+                    _export(request, folder, lock)
     except OSError as error:
         raise StorageError.from_os_error(error) from error
 
 
-def _export(request: ExportRequest, lock: FileLock) -> None:
+def _export(request: ExportRequest, folder: Path, lock: FileLock) -> None:
+    """Export to ``folder``, another path of the directory of exports, which no link can replace."""
     final = _directory(request)
     source, building = (final.with_name(f".{kind}-{final.name}") for kind in ("source", "building"))
     # The last is the exporter's own temporary directory.
     temporary = (source, building, building.with_name(f".{building.name}.exporting"))
     try:
         for directory in temporary:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(folder / directory.name, ignore_errors=True)
         # Retention may remove the checkpoint during the export; the links keep its files.
-        link_checkpoint(request.checkpoint, source)
+        link_checkpoint(request.checkpoint, source, request.save_roots)
         names = ["--tokenizer", request.tokenizer, "--stem", request.stem]
-        run_exporter([str(source), "--format", request.format, "--out", str(building), *names], lock)
-        _publish(request, source, building, final)
+        arguments = [str(source), "--format", request.format, "--out", str(building), *names]
+        run_exporter(arguments, lock, data_roots=request.data_roots, save_roots=request.save_roots)
+        _publish(request, folder, source.name, building.name)
     finally:
         for directory in temporary:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(folder / directory.name, ignore_errors=True)
 
 
-def _publish(request: ExportRequest, source: Path, building: Path, final: Path) -> None:
+def _publish(request: ExportRequest, folder: Path, source: str, building: str) -> None:
     # The hash is removed first and written last: an interrupted publication is not taken for an export.
-    _hash_file(request).unlink(missing_ok=True)
+    final, hash_file = folder / _directory(request).name, folder / _hash_file(request).name
+    hash_file.unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
-    building.rename(final)
-    fsync_directory(final.parent)
-    manifest = read_manifest(source) or {}
-    write_json(_hash_file(request), {"sha256": manifest[MODEL_FILE].sha256})
+    (folder / building).rename(final)
+    fsync_directory(folder)
+    manifest = read_manifest(folder / source) or {}
+    write_json(hash_file, {"sha256": manifest[MODEL_FILE].sha256})
 
 
 def _directory(request: ExportRequest) -> Path:

@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from trainyard.contract.locks import FileLock
 from trainyard.service.errors import ExportFailed, ExportTimedOut, ExportUnavailable
-from trainyard.service.launch.environment import IMPORT_ROOT, inherited
+from trainyard.service.launch.environment import IMPORT_ROOT, inherited, roots_environment
 
 WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.checkpoint.export")
 """-P: without it a folder `trainyard/` in the working directory would be imported instead."""
@@ -24,14 +26,23 @@ def require_exporter() -> None:
         raise ExportUnavailable()
 
 
-def run_exporter(arguments: list[str], lock: FileLock, seconds: float | None = None) -> None:
-    """Run the exporter for at most ``seconds``. Raises ExportFailed with the exporter's reason, or ExportTimedOut."""
+def run_exporter(
+    arguments: list[str],
+    lock: FileLock,
+    seconds: float | None = None,
+    data_roots: Sequence[Path] = (),
+    save_roots: Sequence[Path] = (),
+) -> None:
+    """Run the exporter for at most ``seconds``. Raises ExportFailed with the exporter's reason, or ExportTimedOut.
+
+    ``data_roots``, ``save_roots``: the directories below which it may read and write, if any.
+    """
     child = subprocess.Popen(
         [*WORKER_EXPORT, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=_environment(),
+        env=_environment(data_roots, save_roots),
         start_new_session=True,
         # The child inherits the lock: if the service is killed, it stays locked until the child has ended.
         pass_fds=[lock.descriptor],
@@ -48,9 +59,14 @@ def run_exporter(arguments: list[str], lock: FileLock, seconds: float | None = N
         raise ExportFailed(_reason(stderr.decode(errors="replace"), child.returncode))
 
 
-def _environment() -> dict[str, str]:
+def _environment(data_roots: Sequence[Path], save_roots: Sequence[Path]) -> dict[str, str]:
     # No CUDA device: an export runs on the CPU, and devices are leased to attempts.
-    return {**inherited(dict(os.environ)), "PYTHONPATH": IMPORT_ROOT, "CUDA_VISIBLE_DEVICES": ""}
+    return {
+        **inherited(dict(os.environ)),
+        **roots_environment(data_roots, save_roots),
+        "PYTHONPATH": IMPORT_ROOT,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
 
 
 def _reason(stderr: str, status: int) -> str:

@@ -72,7 +72,8 @@ def prepare_run_dir(settings: Settings, fork_id: str, spec: JobSpec, request: Fo
     """Create the fork's run directory for its first attempt. Raises StepUnavailable, and OSError on a full disk."""
     run = RunDir(settings.runs / fork_id)
     run.path.mkdir(parents=True)
-    link_checkpoint(parent.checkpoint, run.artifacts(spec.checkpoint.save_dir).origin)
+    origin = run.artifacts(spec.checkpoint.save_dir).origin
+    link_checkpoint(parent.checkpoint, origin, settings.writable_roots)
     write_json(run.fork, Fork(job_id=parent.job.id, step=parent.step, data=request.data).model_dump(mode="json"))
 
 

@@ -1,13 +1,16 @@
 """Delete a checkpoint on request: never the last valid one, and never one that an attempt may be reading."""
 
+import contextlib
 import logging
 import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.rundir import REMOVING_PREFIX, RunDir
 from trainyard.contract.status import LIVE, JobStatus
 from trainyard.service.auth.principal import Principal
@@ -15,12 +18,13 @@ from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.settings import Settings
 from trainyard.service.storage.checkpoint_files import checkpoint_directory, is_valid
 
 log = logging.getLogger("trainyard")
 
 
-def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principal, now: datetime) -> Path:
+def unpublish(session: Session, settings: Settings, job_id: str, step: int, by: Principal, now: datetime) -> Path:
     """Remove the full checkpoint of ``step`` from the list, and return its renamed directory for the caller to delete.
 
     Raises CheckpointNotFound, LastCheckpoint or CheckpointInUse.
@@ -29,14 +33,14 @@ def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principa
     rows = session.scalars(
         select(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
     ).all()
-    artifacts = RunDir(runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    artifacts = RunDir(settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
     paths = {
         row.step: path for row in rows if (path := checkpoint_directory(artifacts, row.step, row.path)) is not None
     }
     if step not in paths or not paths[step].is_dir():
         raise CheckpointNotFound()
-    others = [other for other, path in paths.items() if other != step and is_valid(path)]
-    if not others and is_valid(paths[step]):
+    others = [other for other, path in paths.items() if other != step and is_valid(path, settings.writable_roots)]
+    if not others and is_valid(paths[step], settings.writable_roots):
         raise LastCheckpoint()
     _require_unused(session, job, step, max(others, default=-1))
     same = (CheckpointRow.job_id == job.id, CheckpointRow.path == str(paths[step]))
@@ -45,7 +49,7 @@ def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principa
     repository.record_event(session, job, EventDraft("checkpoint_removed", message, by.name, data={"step": step}), now)
     session.flush()
     # Under the job's lock: otherwise two removals at once would each count on the other's checkpoint to stay.
-    return _rename_away(paths[step])
+    return _rename_away(paths[step], settings.writable_roots)
 
 
 def _require_unused(session: Session, job: JobRow, step: int, newest_other: int) -> None:
@@ -63,18 +67,20 @@ def _require_unused(session: Session, job: JobRow, step: int, newest_other: int)
         raise CheckpointInUse("The attempt may be reading it: wait until it has started.")
 
 
-def _rename_away(path: Path) -> Path:
+def _rename_away(path: Path, roots: Sequence[Path]) -> Path:
     removing = path.with_name(f"{REMOVING_PREFIX}{path.name}")
-    shutil.rmtree(removing, ignore_errors=True)
     try:
-        path.rename(removing)
+        with directory_inside(path.parent, roots) as folder:
+            shutil.rmtree(folder / removing.name, ignore_errors=True)
+            (folder / path.name).rename(folder / removing.name)
     except OSError as error:
         raise CheckpointInUse(f"It cannot be removed: {error.strerror}.") from error
     return removing
 
 
-def delete_files(removing: Path) -> None:
+def delete_files(removing: Path, roots: Sequence[Path] = ()) -> None:
     """Delete an unpublished checkpoint. The job's next attempt deletes what remains, by its REMOVING_PREFIX."""
-    shutil.rmtree(removing, ignore_errors=True)
+    with contextlib.suppress(OSError), directory_inside(removing.parent, roots) as folder:
+        shutil.rmtree(folder / removing.name, ignore_errors=True)
     if removing.exists():
         log.warning("could not delete a removed checkpoint: %s", removing)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sqlalchemy import select
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import RunDir
 from trainyard.service.db.engine import Database
@@ -60,10 +61,18 @@ class PendingDeletion:
     def delete_files(self) -> None:
         """Delete the files; delete the note once all are gone."""
         for path in self.paths():
-            if path.name == self.job_id and _may_delete(path, self._settings):
-                shutil.rmtree(path, onerror=_log_error)
+            if path.name == self.job_id and path.exists():
+                self._delete(path)
         if not any(path.exists() for path in self.paths()):
             self.cancel()
+
+    def _delete(self, path: Path) -> None:
+        # Below the roots as they are now: a directory may have become a symbolic link since the job was submitted.
+        try:
+            with directory_inside(path.parent, self._settings.writable_roots) as folder:
+                shutil.rmtree(folder / path.name, onerror=_log_error)
+        except OSError as error:
+            log.warning("could not remove files of a deleted job: %s: %s", path, type(error).__name__)
 
     def cancel(self) -> None:
         """Delete the note; files that still exist stay."""
@@ -117,12 +126,6 @@ def _finish(note: PendingDeletion, database: Database) -> None:
         return
     log.info("removing files that were left behind", extra={"job_id": note.job_id})
     note.delete_files()
-
-
-def _may_delete(path: Path, settings: Settings) -> bool:
-    # Checked again here: a directory may have become a symbolic link since the job was submitted.
-    real = path.resolve()
-    return real.name == path.name and any(real.is_relative_to(r) for r in (*settings.save_roots, settings.home))
 
 
 def _log_error(_function: object, path: str, error: object) -> None:

@@ -5,7 +5,7 @@ resume that cannot work is rejected at the request, with the names of what to re
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,9 @@ from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS, RunIdentity
 from trainyard.contract.rundir import STATE_FILE, RunDir
 from trainyard.contract.spec import DataSpec
-from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, fingerprint_of, tokenizer_file
+from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, fingerprint_of
 from trainyard.service.db.models import CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointMismatch
-from trainyard.service.jobs.submission import MAX_TOKENIZER_BYTES
 from trainyard.service.settings import Settings
 from trainyard.service.storage.checkpoint_files import checkpoint_directory, open_file
 
@@ -66,7 +65,7 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
     Checkpoints that cannot be read are left to the worker. Reads files: do not call it in a transaction.
     """
     for candidate in candidates:
-        saved = read_identity(candidate.path)
+        saved = read_identity(candidate.path, settings.writable_roots)
         if saved is None:
             continue
         differences = [
@@ -83,10 +82,10 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
         return
 
 
-def read_identity(directory: Path) -> RunIdentity | None:
+def read_identity(directory: Path, roots: Sequence[Path] = ()) -> RunIdentity | None:
     """Return the run identity stored in a checkpoint, or None if it cannot be read."""
     try:
-        with open_file(directory, STATE_FILE) as file:
+        with open_file(directory, STATE_FILE, roots) as file:
             identity = json.loads(file.read(MAX_STATE_BYTES))["identity"]
         valid = isinstance(identity["model"], dict) and isinstance(identity.get("corpus_file", {}), dict)
         return RunIdentity(**identity) if valid else None
@@ -101,9 +100,7 @@ def _tokenizer_differences(
     if path != BYTE and _is_outside(path, settings):
         return  # `validate_spec` rejects it
     try:
-        if path != BYTE and tokenizer_file(path).stat().st_size > MAX_TOKENIZER_BYTES:
-            return
-        size, fingerprint = fingerprint_of(path)
+        size, fingerprint = fingerprint_of(path, settings.readable_roots)
     except (TokenizerInvalid, OSError):
         yield f"tokenizer_path: it could be read {when}, and cannot be now"
         return
@@ -125,7 +122,7 @@ def _corpus_differences(
         return
     before = f"data_path: {was['bytes']:,} bytes when step {candidate.step:,} was saved"
     try:
-        now = FileFingerprint.of(Path(path))
+        now = FileFingerprint.of(Path(path), settings.readable_roots)
     except OSError:
         yield f"{before}, and it cannot be read now"
         return
@@ -173,4 +170,4 @@ def _row_differences(saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:
 
 
 def _is_outside(path: str, settings: Settings) -> bool:
-    return outside_reason(path, (*settings.data_roots, settings.home)) is not None
+    return outside_reason(path, settings.readable_roots) is not None

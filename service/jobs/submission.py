@@ -13,7 +13,7 @@ from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, fingerpr
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
+from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, TokenizerTooLarge, tokenizer_file, vocabulary_size
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
 from trainyard.service.devices.memory import memory_limit
@@ -21,14 +21,13 @@ from trainyard.service.errors import SpecInvalid, with_problems
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
 
-MAX_TOKENIZER_BYTES = 256 << 20
 MAX_VOCABULARY = 2**24
 
 DIRECTORY_FIELDS = ("tokenizer_path", "from_weight")
 """Fields that may name a directory whose files are read."""
 
 UNLESS_SET = {
-    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, its home and the temporary directory",
+    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, and its home",
     "TRAINYARD_SAVE_ROOTS": "unless it is set: the service's home alone",
 }
 
@@ -78,14 +77,14 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
     }
 
 
-def read_inputs(spec: JobSpec) -> dict[str, dict[str, Any]]:
+def read_inputs(spec: JobSpec, roots: Sequence[Path] = ()) -> dict[str, dict[str, Any]]:
     """Return fingerprints of the files that the run will read, so that a change before it starts is noticed."""
     data = spec.data
     try:
         tokenizer = tokenizer_file(data.tokenizer_path) if data.tokenizer_path != BYTE else None
     except (TokenizerInvalid, OSError):
         tokenizer = None  # it has just disappeared: the attempt says so
-    found = fingerprint_inputs(data, tokenizer)
+    found = fingerprint_inputs(data, tokenizer, roots)
     return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
 
@@ -236,9 +235,9 @@ class _SpecValidator:
 
     def _read_vocabulary(self, path: str) -> str | None:
         try:
-            if path != BYTE and tokenizer_file(path).stat().st_size > MAX_TOKENIZER_BYTES:
-                return "has a tokenizer.json that is too large"
-            size = vocabulary_size(path)
+            size = vocabulary_size(path, self.host.settings.readable_roots)
+        except TokenizerTooLarge as error:
+            return f"has a tokenizer.json that is too large: {error.limits}"
         except (TokenizerInvalid, OSError, ArithmeticError):
             return (
                 'must be a directory with a readable tokenizer.json, or "byte"; `trainyard tokenizer train` makes one'
@@ -346,7 +345,7 @@ class _SpecValidator:
 
     def _resolve_data_path(self, leaf: str, given: str) -> str | None:
         settings = self.host.settings
-        return self._resolve(leaf, given, (*settings.data_roots, settings.home), "TRAINYARD_DATA_ROOTS")
+        return self._resolve(leaf, given, settings.readable_roots, "TRAINYARD_DATA_ROOTS")
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths`` and return None, or return why the path is not allowed."""

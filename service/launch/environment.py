@@ -52,7 +52,7 @@ class WorkerEnvironment:
     ) -> None:
         self._home = home
         # The home is always included: an empty list means no limits to the worker.
-        self._roots = {"TRAINYARD_DATA_ROOTS": (*data_roots, home), "TRAINYARD_SAVE_ROOTS": (*save_roots, home)}
+        self._roots = roots_environment((*data_roots, home), (*save_roots, home))
         self._corpus_cache = corpus_cache
 
     @property
@@ -70,12 +70,18 @@ class WorkerEnvironment:
             MARKER: str(launch.name),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
             # The worker checks each path again: a link may have changed since the spec was accepted.
-            **{name: format_roots(roots) for name, roots in self._roots.items()},
+            **self._roots,
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
             SERVICE_FILE_VARIABLE: str(self.service_file),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,
             "TRAINYARD_ATTEMPT_TOKEN": launch.token,
         }
+
+
+def roots_environment(data_roots: Sequence[Path], save_roots: Sequence[Path]) -> dict[str, str]:
+    """Return the variables that tell a worker below which directories it may read and write."""
+    roots = {"TRAINYARD_DATA_ROOTS": data_roots, "TRAINYARD_SAVE_ROOTS": save_roots}
+    return {name: format_roots(paths) for name, paths in roots.items() if paths}
 
 
 def inherited(environment: dict[str, str]) -> dict[str, str]:

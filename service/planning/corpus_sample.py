@@ -2,12 +2,13 @@
 
 import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from trainyard.contract.allowed_paths import open_regular_inside
 from trainyard.contract.file_identity import (
     BLANK,
     BOM,
@@ -68,13 +69,13 @@ class SampledLines:
             self.texts.append(text)
 
 
-def sample_files(paths: Sequence[Path], text_field: str) -> SampledLines | None:
+def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] = ()) -> SampledLines | None:
     """Sample some of the files, in equal distances, and count for all of them by their sizes.
 
     Return None if `sample_lines` returns None for one of them.
     """
     if len(paths) == 1:
-        return sample_lines(paths[0], text_field)
+        return sample_lines(paths[0], text_field, roots)
     try:
         sizes = [path.stat().st_size for path in paths]
     except OSError:
@@ -83,7 +84,7 @@ def sample_files(paths: Sequence[Path], text_field: str) -> SampledLines | None:
     chosen = [paths[int(number * step)] for number in range(min(len(paths), MAX_SAMPLED_FILES))]
     total = SampledLines(sum(sizes))
     for path in chosen:
-        sample = sample_lines(path, text_field, SAMPLE_BYTES // len(chosen))
+        sample = sample_lines(path, text_field, roots, SAMPLE_BYTES // len(chosen))
         if sample is None:
             return None
         total.sampled_bytes += sample.sampled_bytes
@@ -93,34 +94,33 @@ def sample_files(paths: Sequence[Path], text_field: str) -> SampledLines | None:
     return total
 
 
-def sample_lines(path: Path, text_field: str, limit: int = SAMPLE_BYTES) -> SampledLines | None:
+def sample_lines(
+    path: Path, text_field: str, roots: Sequence[Path] = (), limit: int | None = None
+) -> SampledLines | None:
     """Read a file of up to ``limit`` bytes completely, of a longer one blocks in equal distances.
 
-    Return None if it cannot be read, or is not plain JSONL: a part of a compressed file says nothing about the rest.
+    ``roots``: the directories below which it must lie, if any. Return None if it cannot be read, or is not plain JSONL:
+    a part of a compressed file says nothing about the rest.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
+        with BufferedReader(open_regular_inside(path, roots)) as file:
             head = file.read(HEAD_BYTES)
             if compression_of(head) is not Compression.NONE or is_plain_text(path.name, head):
                 return None
             file.seek(0)
-            sample = SampledLines(os.fstat(descriptor).st_size)
-            for raw in _lines(file, sample.size, limit):
+            sample = SampledLines(os.fstat(file.fileno()).st_size)
+            for raw in _lines(file, sample.size, limit or SAMPLE_BYTES):
                 sample.add(raw, text_field)
             return sample
     except (OSError, ValueError):
         return None
 
 
-def other_format(path: Path) -> str | None:
+def other_format(path: Path, roots: Sequence[Path] = ()) -> str | None:
     """Return the format of a readable corpus that is not JSONL, else None."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            head = file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+        with BufferedReader(open_regular_inside(path, roots)) as file:
+            head = file.read(HEAD_BYTES)
     except (OSError, ValueError):
         return None
     if (compression := compression_of(head)) is not Compression.NONE:

@@ -20,6 +20,7 @@ from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
 from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
+from trainyard.service.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -44,33 +45,34 @@ class CorpusSample:
     tokens: TokenNames | None = None
 
 
-def sample_corpus(spec: JobSpec) -> CorpusSample:
+def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
     try:
         files = [[file.path for file in expand(source.path)] for source in spec.data.training_sources]
     except CorpusFilesInvalid:
-        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path, roots))
     samples = [
-        _sample_source(spec, source, paths) for source, paths in zip(spec.data.training_sources, files, strict=True)
+        _sample_source(spec, source, paths, roots)
+        for source, paths in zip(spec.data.training_sources, files, strict=True)
     ]
     sizes = [sample.size for sample in samples]
     names = next((sample.names for sample in samples if sample.names), ())
-    packed = next((found for paths in files for path in paths[:1] if (found := other_format(path))), None)
+    packed = next((found for paths in files for path in paths[:1] if (found := other_format(path, roots))), None)
     size = join_sizes(spec, sizes)
     planned = plan_sources(spec, [len(paths) for paths in files], sizes, size)
-    return CorpusSample(size, names, packed, tuple(planned), _token_names(spec.data.tokenizer_path))
+    return CorpusSample(size, names, packed, tuple(planned), _token_names(spec.data.tokenizer_path, roots))
 
 
-def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path]) -> CorpusSample:
-    sampled = sample_files(paths, source.text_field or spec.data.text_field)
+def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path], roots: Sequence[Path]) -> CorpusSample:
+    sampled = sample_files(paths, source.text_field or spec.data.text_field, roots)
     if sampled is None:
         return CorpusSample(None)
-    tokens_of = _token_names(spec.data.tokenizer_path)
+    tokens_of = _token_names(spec.data.tokenizer_path, roots)
     special = special_pattern(tokens_of.special) if tokens_of is not None else None
     marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
     as_tokens = spec.data.special_tokens == "tokens" and special is not None
     texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
-    tokens = token_counter(spec.data.tokenizer_path, texts)
+    tokens = token_counter(spec.data.tokenizer_path, texts, roots)
     lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
     size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
     if size is not None:
@@ -82,9 +84,9 @@ def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path]) -> 
     return CorpusSample(size, sampled.names)
 
 
-def _token_names(tokenizer_path: str) -> TokenNames | None:
+def _token_names(tokenizer_path: str, roots: Sequence[Path]) -> TokenNames | None:
     try:
-        return TokenNames.read(tokenizer_path)
+        return TokenNames.read(tokenizer_path, roots)
     except (TokenizerInvalid, OSError):
         return None
 
@@ -96,7 +98,7 @@ def preview(
     devices: Sequence[Device],
     throughput: Throughput | MatrixEstimate | None,
     queue: QueuePosition,
-    home: Path,
+    settings: Settings,
 ) -> PlanPreview:
     """Return the plan as the API shows it.
 
@@ -104,7 +106,7 @@ def preview(
     """
     facts = initial_plan(spec, kind)
     host = replace(
-        _host_capacity(spec, facts, kind, devices, home), names=sample.names, other_format=sample.other_format
+        _host_capacity(spec, facts, kind, devices, settings), names=sample.names, other_format=sample.other_format
     )
     size = sample.size
     return PlanPreview.model_validate(
@@ -160,7 +162,7 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
 
 
 def _host_capacity(
-    spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
+    spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], settings: Settings
 ) -> HostCapacity:
     on_cluster = spec.resources.launcher == SLURM
     return HostCapacity(
@@ -168,7 +170,7 @@ def _host_capacity(
         memory_needed=sum(facts["memory_bytes"].values()),
         memory_limit=None if on_cluster else memory_limit(kind, devices),
         checkpoint_bytes=facts["checkpoint_bytes"],
-        disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
+        disk_free=disk_free(Path(spec.checkpoint.save_dir or settings.home)),
         snapshot=facts["snapshot_bytes"],
     )
 

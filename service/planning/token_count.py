@@ -1,9 +1,9 @@
 """Token count of a text without a tokenizer library: exact for bytes, approximate for a byte-pair vocabulary."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file
+from trainyard.contract.tokenizer_info import BYTE, read_bounded, tokenizer_file
 
 SPECIAL = 2  # beginning and end of a document
 
@@ -13,7 +13,7 @@ MAX_TOKEN = 24
 TokenCounter = Callable[[str], float]
 
 
-def token_counter(tokenizer_path: str, texts: list[str]) -> TokenCounter:
+def token_counter(tokenizer_path: str, texts: list[str], roots: Sequence[Path] = ()) -> TokenCounter:
     """Return a function from a text to its number of tokens, including its beginning and end.
 
     With a vocabulary, a sample of ``texts`` is cut greedily into the longest tokens from left to right, and its tokens
@@ -21,12 +21,12 @@ def token_counter(tokenizer_path: str, texts: list[str]) -> TokenCounter:
     """
     if tokenizer_path == BYTE:
         return lambda text: SPECIAL + len(text.encode())
-    per_byte = _tokens_per_byte(tokenizer_path, texts)
+    per_byte = _tokens_per_byte(tokenizer_path, texts, roots)
     return lambda text: SPECIAL + max(1.0, per_byte * len(text.encode()))
 
 
-def _tokens_per_byte(tokenizer_path: str, texts: list[str]) -> float:
-    vocabulary = _vocabulary(tokenizer_path)
+def _tokens_per_byte(tokenizer_path: str, texts: list[str], roots: Sequence[Path]) -> float:
+    vocabulary = _vocabulary(tokenizer_path, roots)
     sample = _sample(texts)
     if not vocabulary or not sample:
         return 1.0
@@ -35,13 +35,14 @@ def _tokens_per_byte(tokenizer_path: str, texts: list[str]) -> float:
     return longest_matches(characters, vocabulary) / len(sample.encode())
 
 
-def _vocabulary(tokenizer_path: str) -> frozenset[str]:
+def _vocabulary(tokenizer_path: str, roots: Sequence[Path]) -> frozenset[str]:
     try:
-        vocabulary = json.loads(tokenizer_file(tokenizer_path).read_bytes())["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, TokenizerInvalid):
+        _, described = read_bounded(tokenizer_file(tokenizer_path), roots)
+        vocabulary = described["model"]["vocab"]
+        names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
+        return frozenset(name for name in names if len(name) <= MAX_TOKEN)
+    except (OSError, ValueError, LookupError, TypeError):
         return frozenset()
-    names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
-    return frozenset(name for name in names if len(name) <= MAX_TOKEN)
 
 
 def _sample(texts: list[str]) -> str:

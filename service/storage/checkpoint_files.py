@@ -1,14 +1,18 @@
-"""Safe access to the files of a checkpoint: only files that its manifest lists, and never through a symbolic link."""
+"""Safe access to the files of a checkpoint: only files that its manifest lists, and never through a symbolic link.
+
+``roots``: the directories below which the checkpoint must lie, see `contract.allowed_paths.open_inside`.
+"""
 
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import MANIFEST_FILE, ArtifactDir, FileDigest, parse_manifest
 from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
@@ -40,10 +44,10 @@ def checkpoint_directory(artifacts: ArtifactDir, step: int, path: str) -> Path |
 
 
 @failpoint("share.manifest")
-def read_manifest(directory: Path) -> dict[str, FileDigest] | None:
+def read_manifest(directory: Path, roots: Sequence[Path] = ()) -> dict[str, FileDigest] | None:
     """Return the files that the manifest lists, or None if it is missing or invalid."""
     try:
-        with _open_directory(directory) as descriptor:
+        with _open_directory(directory, roots) as descriptor:
             return _read_manifest_in(descriptor)
     except OSError:
         return None
@@ -60,19 +64,20 @@ def _read_manifest_in(descriptor: int) -> dict[str, FileDigest] | None:
 
 
 @failpoint("share.validate")
-def is_valid(directory: Path) -> bool:
+def is_valid(directory: Path, roots: Sequence[Path] = ()) -> bool:
     """Return whether every file of the manifest exists with its size. The contents are not read."""
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, roots)
     if not manifest:
         return False
     try:
-        return all((directory / name).lstat().st_size == digest.bytes for name, digest in manifest.items())
+        with directory_inside(directory, roots) as pinned:
+            return all((pinned / name).lstat().st_size == digest.bytes for name, digest in manifest.items())
     except OSError:
         return False
 
 
 @failpoint("download.open_listed")
-def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
+def open_listed(directory: Path, name: str, roots: Sequence[Path] = ()) -> tuple[BinaryIO, str | None]:
     """Open a file that the manifest lists, or the manifest itself. Raises FileNotInCheckpoint.
 
     Return the file and its sha256 of the manifest, which is None for the manifest.
@@ -80,7 +85,7 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     # Manifest and file are read through one directory descriptor: if a run is rewound, another checkpoint may get the
     # same path. The open file can be read to its end even if retention removes it.
     try:
-        with _open_directory(directory) as descriptor:
+        with _open_directory(directory, roots) as descriptor:
             manifest = _read_manifest_in(descriptor)
             if manifest is None or (name != MANIFEST_FILE and name not in manifest):
                 raise FileNotInCheckpoint()
@@ -90,16 +95,20 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
 
 
 @failpoint("share.open_file")
-def open_file(directory: Path, name: str) -> BinaryIO:
-    """Open a regular file directly in ``directory``; neither may be a symbolic link. Raises OSError."""
-    with _open_directory(directory) as descriptor:
+def open_file(directory: Path, name: str, roots: Sequence[Path] = ()) -> BinaryIO:
+    """Open a regular file directly in ``directory``, below one of ``roots`` if any are given.
+
+    Neither may be a symbolic link. Raises OSError.
+    """
+    with _open_directory(directory, roots) as descriptor:
         return _open_in(descriptor, name)
 
 
 @contextmanager
-def _open_directory(directory: Path) -> Iterator[int]:
+def _open_directory(directory: Path, roots: Sequence[Path]) -> Iterator[int]:
     # The descriptor stays the same directory, even if another one gets its name.
-    descriptor = os.open(directory, OPEN_FLAGS | os.O_DIRECTORY)
+    with directory_inside(directory.parent, roots) as parent:
+        descriptor = os.open(parent / directory.name, OPEN_FLAGS | os.O_DIRECTORY)
     try:
         yield descriptor
     finally:

@@ -6,8 +6,10 @@ linking fails and the caller gives up.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
+from trainyard.contract.allowed_paths import directory_inside, new_directory
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
 from trainyard.service.errors import StepUnavailable
@@ -17,37 +19,43 @@ DAMAGED = "The checkpoint of this step is damaged or was just removed."
 
 
 @failpoint("share.checkpoint")
-def link_checkpoint(source: Path, target: Path) -> None:
+def link_checkpoint(source: Path, target: Path, roots: Sequence[Path] = ()) -> None:
     """Create the directory ``target`` with links to the files of ``source``, or copies on another file system.
 
-    Raises StepUnavailable; the caller then removes the partial directory.
+    ``roots``: the directories below which both must lie. Raises StepUnavailable; the caller then removes the partial
+    directory.
     """
-    manifest = read_manifest(source)
+    manifest = read_manifest(source, roots)
     if not manifest:
         raise StepUnavailable(DAMAGED)
-    target.mkdir(parents=True)
     try:
-        for name in (*manifest, MANIFEST_FILE):
-            _link_file(source, target, name)
-            hit("share.file_linked")
+        with directory_inside(target.parent, roots, create=True) as folder, new_directory(folder / target.name) as made:
+            for name in (*manifest, MANIFEST_FILE):
+                _link_file(source, made, name, roots)
+                hit("share.file_linked")
+            fsync_directory(made)
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error
-    if not is_valid(target) or read_manifest(target) != manifest:
+    if not is_valid(target, roots) or read_manifest(target, roots) != manifest:
         raise StepUnavailable(DAMAGED)
-    fsync_directory(target)
 
 
 @failpoint("share.file")
-def _link_file(source: Path, target: Path, name: str) -> None:
-    with open_file(source, name) as file:
+def _link_file(source: Path, target: Path, name: str, roots: Sequence[Path]) -> None:
+    with open_file(source, name, roots) as file:
+        folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.link(source / name, target / name, follow_symlinks=False)
+            # The file that was opened is linked, whatever has its name now. With a descriptor of the target's directory
+            # Python follows the link that /proc has for an open file.
+            os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=folder)
+            return
         except FileNotFoundError:
-            raise
+            raise  # it was removed meanwhile
         except OSError:
-            with (target / name).open("xb") as copy:
-                shutil.copyfileobj(file, copy, 1 << 20)
-                copy.flush()
-                os.fsync(copy.fileno())
-        if not os.path.samestat(os.fstat(file.fileno()), (target / name).lstat()) and (target / name).is_symlink():
-            raise FileNotFoundError(name)
+            pass  # no links there, or not allowed
+        finally:
+            os.close(folder)
+        with (target / name).open("xb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.flush()
+            os.fsync(copy.fileno())

@@ -78,7 +78,7 @@ def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
 
 def test_nothing_to_read_is_an_error_that_says_what_is_needed(tmp_path: Path) -> None:
     make(tmp_path, "readme.md")
-    with pytest.raises(CorpusFilesInvalid, match=r"no corpus file below it.*\.parquet"):
+    with pytest.raises(CorpusFilesInvalid, match=r"directory without a corpus file.*\.parquet"):
         expand(str(tmp_path))
     with pytest.raises(CorpusFilesInvalid, match="matches no file"):
         expand(f"{tmp_path}/*.jsonl")

@@ -91,7 +91,7 @@ def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
 def test_an_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     final, temporary = tmp_path / "all" / "step-1", tmp_path / "all" / ".saving-1"
     with atomic_directory(final, temporary) as directory:
-        assert directory == temporary
+        assert directory.samefile(temporary)
         (directory / "file").write_text("whole")
         assert not final.exists()
     assert (final / "file").read_text() == "whole"

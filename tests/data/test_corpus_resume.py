@@ -1,5 +1,6 @@
 """A tokenization that is killed or stopped is resumed, and ends with the same bytes."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.data.texts import docstrings
+from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.worker.data import corpus as corpus_module
 from trainyard.worker.data import file as file_module
 from trainyard.worker.data import parquet, readers, shards
@@ -224,7 +227,7 @@ def test_the_journal_has_the_keys_of_earlier_releases(tmp_path: Path, small_batc
     build(write_form("jsonl", tmp_path), tmp_path / "cache", stop_after=9)
     (left,) = (tmp_path / "cache").glob(".*.building")
     journal = json.loads((left / shards.JOURNAL).read_bytes())
-    assert set(journal) == {"tokens", "tally"}
+    assert set(journal) == {"tokens", "tally", "read"}  # the last one since release 0.2
     counts = {"special_tokens", "special_texts", "added_tokens"}  # since release 0.2
     assert set(journal["tally"]) - counts == {"lines", "blank_lines", "bad_lines", "documents", "named"}
 
@@ -250,3 +253,73 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, small_batches: None, monkeyp
     with pytest.raises(OSError, match="No space left"):
         build(write_form("jsonl", tmp_path), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "gz", "txt", "parquet"])
+@pytest.mark.parametrize("moment", ["before it is read", "while it is read"])
+def test_an_interrupted_build_of_another_corpus_is_not_continued(
+    form: str, moment: str, tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody submits A, writes B into the file while it is built, cancels, writes A back and submits it again."""
+    monkeypatch.setattr(file_module, "BUFFER_BYTES", 4096)
+    file = write_form(form, tmp_path)
+    build(file, tmp_path / "whole")
+    first = file.read_bytes()
+    others = [text.swapcase() for text in docstrings()]
+    monkeypatch.setattr("tests.data.test_corpus_resume.docstrings", lambda: others)
+    second = write_form(form, tmp_path).read_bytes()
+    cache, stops = tmp_path / "cache", 0
+
+    def after_the_hash(*arguments: Any) -> bool:
+        if moment == "before it is read" and stops == 0:
+            file.write_bytes(second)
+        return readers.detect_plain_text(*arguments)
+
+    monkeypatch.setattr(corpus_module, "detect_plain_text", after_the_hash)
+
+    def progress(done: int, total: int) -> None:
+        nonlocal stops
+        stops += done > 0
+        if stops == 2 and moment == "while it is read":
+            file.write_bytes(second)
+        if stops == 6:
+            raise Stopped
+
+    file.write_bytes(first)
+    with contextlib.suppress(Stopped, DataInvalid):
+        open_corpus(file, ByteTokenizer(), cache=cache, max_bad_lines=1.0, progress=progress)
+    file.write_bytes(first)
+    build(file, cache)
+    assert contents(cache) == contents(tmp_path / "whole")
+
+
+def test_a_build_that_0_1_left_is_begun_again(tmp_path: Path, small_batches: None) -> None:
+    file = write_form("jsonl", tmp_path)
+    batches = len(build(file, tmp_path / "whole"))
+    build(file, tmp_path / "cache", stop_after=9)
+    (left,) = (tmp_path / "cache").glob(".*.building")
+    journal = json.loads((left / shards.JOURNAL).read_bytes())
+    del journal["read"]
+    (left / shards.JOURNAL).write_text(json.dumps(journal))
+    assert len(build(file, tmp_path / "cache")) == batches
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_a_file_exchanged_while_it_is_read_changes_nothing(tmp_path: Path, small_batches: None) -> None:
+    """The first thing that is called after the file was opened exchanges it for a link to a secret."""
+    root, secret = tmp_path / "root", tmp_path / "secret.jsonl"
+    root.mkdir()
+    file = write_form("jsonl", root)
+    build(file, tmp_path / "whole")
+    secret.write_bytes(file.read_bytes().swapcase())
+
+    def exchange(done: int, total: int) -> None:
+        if not file.is_symlink():
+            file.unlink()
+            file.symlink_to(secret)
+
+    open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache", max_bad_lines=1.0, progress=exchange, roots=[root])
+    assert file.is_symlink()
+    assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+    with pytest.raises(OutsideRoots):
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache", max_bad_lines=1.0, roots=[root])

@@ -15,6 +15,7 @@ import pytest
 
 from tests.data.texts import docstrings
 from trainyard.contract.file_identity import Compression, compression_of
+from trainyard.worker.data import file as file_module
 from trainyard.worker.data import jsonl
 from trainyard.worker.data.corpus import main, open_corpus
 from trainyard.worker.data.file import import_optional
@@ -88,8 +89,9 @@ def test_damage_is_named(kind: str, damage: str, tmp_path: Path) -> None:
 
 @packed
 def test_a_bomb_is_one_long_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the limit of `worker.data.file` on unpacked bytes, memory stays constant."""
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
-    bomb = PACK[kind](b'{"text": "before"}\n' + b"a" * (100 << 20) + b'\n{"text": "after"}\n')
+    bomb = PACK[kind](b'{"text": "before"}\n' + b"a" * (60 << 20) + b'\n{"text": "after"}\n')
     assert len(bomb) < 1 << 20
     file = tmp_path / "bomb.jsonl"
     file.write_bytes(bomb)
@@ -247,6 +249,7 @@ def test_parquet_of_other_types(tmp_path: Path) -> None:
 def test_parquet_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gibibyte of text in a few hundred bytes of dictionary."""
     arrow = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(file_module, "UNPACKED_FLOOR", 1 << 30)
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 18)
     texts = ["a" * ((1 << 18) - 1), "b" * (1 << 18)]
     coded = arrow.DictionaryArray.from_arrays(arrow.array([0, 1] * 2000, arrow.int32()), texts)
@@ -276,3 +279,46 @@ def test_shards_of_parquet(tmp_path: Path) -> None:
     assert corpus.meta.documents == len(docstrings())
     assert corpus.meta.content == hashlib.sha256(file.read_bytes()).hexdigest()
     assert detect_plain_text(file) is False
+
+
+def _packed_bomb(form: str, file: Path) -> None:
+    """A file of a few hundred bytes or kilobytes that unpacks to far more."""
+    line = json.dumps({"text": "a" * 1000}).encode() + b"\n"
+    if form == "gzip":
+        file.write_bytes(gzip.compress(line * 20_000))
+    elif form == "zstd":
+        library = pytest.importorskip("zstandard")
+        file.write_bytes(library.ZstdCompressor(level=3).compress(line * 20_000))
+    elif form == "gzip of blank lines":
+        file.write_bytes(gzip.compress(b"\n" * 20_000_000))
+    else:
+        arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        values = [None] * 200_000 if form == "parquet of nulls" else ["a" * 1000] * 20_000
+        writer.write_table(arrow.table({"text": arrow.array(values, arrow.string())}), file)
+
+
+@pytest.mark.parametrize("form", ["gzip", "gzip of blank lines", "zstd", "parquet", "parquet of nulls"])
+def test_what_grows_without_bounds_is_refused(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bomb"
+    _packed_bomb(form, file)
+    monkeypatch.setattr(file_module, "UNPACKED_FLOOR", 1 << 20)
+    monkeypatch.setattr(file_module, "UNPACKED_PER_BYTE", 16)
+    stored: list[int] = []
+    with (
+        pytest.raises(DataInvalid, match=r"unpacks to more than 16 times its size: .* unpack it first"),
+        open_reader(file) as reader,
+    ):
+        stored.extend(len(document.text) for document in reader.documents("text"))
+    assert sum(stored) <= (1 << 20) + 16 * file.stat().st_size
+    monkeypatch.undo()
+    with open_reader(file) as reader:
+        assert sum(1 for _ in reader.documents("text")) in (0, 20_000), "within the real bounds it is read"
+
+
+def test_text_that_shrinks_well_is_within_the_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A floor of nothing: real text shrinks to a tenth at most."""
+    monkeypatch.setattr(file_module, "UNPACKED_FLOOR", 0)
+    file = tmp_path / "c.jsonl.gz"
+    file.write_bytes(gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in docstrings()).encode(), 9))
+    with open_reader(file) as reader:
+        assert [document.text for document in reader.documents("text")] == list(docstrings())

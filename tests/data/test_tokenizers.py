@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
 from trainyard.worker.checkpoint.export import byte_level_tokenizer
+from trainyard.worker.data import corpus as corpus_module
 from trainyard.worker.data import tokenizers as module
 from trainyard.worker.data.tokenizers import (
     MAX_WORD,
@@ -359,3 +361,29 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
         main(arguments)
     assert ended.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def backtracking(folder: Path, pattern: str) -> Path:
+    """A tokenizer whose pre-tokenizer splits by ``pattern``."""
+    tokenizer = bpe("<s>")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return folder
+
+
+def test_an_expression_that_backtracks_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(str(backtracking(tmp_path, r"(x+x+)+y")))
+    assert len(tokenizer.encode_batch(["xy"])) == 1
+    with pytest.raises(TokenizerInvalid, match=r"the regular expression '\(x\+x\+\)\+y' of .*json backtracks: .*retry"):
+        tokenizer.encode_batch(["x" * 3000])
+
+
+def test_a_batch_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(str(backtracking(tmp_path, r"(x+x+)+y")))
+    ended = threading.Event()
+    monkeypatch.setattr(corpus_module, "ENCODE_SECONDS", 0.0)
+    monkeypatch.setattr(type(tokenizer), "encode_batch", lambda *_: ended.wait(60) and [])
+    file = write_jsonl(tmp_path / "c.jsonl", ["a", "b"])
+    with pytest.raises(TokenizerInvalid, match=r"'\(x\+x\+\)\+y' of the tokenizer backtracks: lines 1 to 2 took more"):
+        corpus_module.open_corpus(file, tokenizer, cache=tmp_path / "cache")
+    ended.set()

@@ -179,7 +179,7 @@ def test_a_disk_that_takes_nothing_is_said(rig: ServiceHarness) -> None:
     (rig.home / "runs" / job_id / "exports").write_text("in the way")
     status, problem = export(rig, job_id, 10)
     assert (status, problem["code"]) == (507, "disk_trouble")
-    assert "File exists" in problem["detail"]
+    assert "Not a directory" in problem["detail"]
 
 
 def test_what_is_not_there_or_not_understood(rig: ServiceHarness) -> None:

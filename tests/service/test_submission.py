@@ -158,11 +158,16 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     os.mkfifo(fifo)
     empty.touch()
     link.symlink_to("/etc/passwd")
+    (rig.home / "folder").mkdir()
     roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
     outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
         str(fifo): "must be a regular file",
-        str(rig.home): "must be a regular file",
+        str(
+            rig.home / "folder"
+        ): "is a directory without a corpus file: it needs files that end in .jsonl, .ndjson, .txt "
+        "or .parquet, or one of the first three with .gz or .zst",
+        f"{rig.home}/folder/*.x": "matches no file",
         str(empty): "is empty",
         str(link): outside,
         "/etc/passwd": outside,

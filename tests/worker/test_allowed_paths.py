@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.allowed_paths import OutsideRoots, outside_reason
+from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.service.devices.inventory import cpu_slots
@@ -22,8 +23,10 @@ from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef, Launch
 from trainyard.service.launch.environment import WorkerEnvironment
 from trainyard.service.settings import Settings
+from trainyard.worker.checkpoint import files
+from trainyard.worker.checkpoint.weights import load_weights, write_weights
 from trainyard.worker.errors import TrainingError
-from trainyard.worker.paths import check_allowed_paths
+from trainyard.worker.paths import check_allowed_paths, weight_roots
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}, "added_tokens": []}
 
@@ -193,6 +196,66 @@ def test_what_listens_hears_a_run_without_limits(ground: Ground) -> None:
     said = heard.read_text()
     assert "corpus.jsonl" in said
     assert "os.mkdir" in said
+
+
+def checkpoint_state(step: int) -> files.RunState:
+    identity = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
+    return files.RunState(step=step, tokens=0, rows_per_step=4, world_size=1, identity=identity)
+
+
+@pytest.mark.parametrize("part", ["save_dir", "the job's folder", "checkpoints"])
+def test_saves_do_not_follow_a_link_that_appears_during_the_run(
+    ground: Ground, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a save, and in the middle of one."""
+    monkeypatch.setenv("TRAINYARD_SAVE_ROOTS", ground.environment["TRAINYARD_SAVE_ROOTS"])
+    spec = ground.submitted(checkpoint={"save_dir": str(ground.save / "in")})
+    artifacts = ground.run.artifacts(spec.checkpoint.save_dir)
+    weights = {"weight": torch.ones(2, 2)}
+    files.write_checkpoint(artifacts, checkpoint_state(1), weights, {})
+    before = ground.found_outside()
+    exchanged = {
+        "save_dir": ground.save / "in",
+        "the job's folder": artifacts.path,
+        "checkpoints": artifacts.checkpoints,
+    }
+    place, write_blocks, done = exchanged[part], files.write_blocks, list[str]()
+
+    def exchange_then_write(path: Path, blocks: Any) -> Any:
+        if not done:
+            place.rename(ground.home / "taken-away")
+            place.symlink_to(ground.outside)
+            done.append(path.name)
+        return write_blocks(path, blocks)
+
+    monkeypatch.setattr(files, "write_blocks", exchange_then_write)
+    files.write_checkpoint(artifacts, checkpoint_state(2), weights, {})
+    assert done
+    assert len(list((ground.home / "taken-away").rglob("step-00000002"))) == 1, "it is where the folder is now"
+    assert ground.found_outside() == before
+    for refused in (
+        lambda: files.write_checkpoint(artifacts, checkpoint_state(3), weights, {}),
+        lambda: write_weights(artifacts.out / "pretrain_512.pth", weights),
+        lambda: files.verify(artifacts.checkpoint(1)) and files.read_manifest(artifacts.checkpoint(1)),
+        lambda: files.quarantine(artifacts.checkpoint(1)),
+    ):
+        if part == "checkpoints" and refused.__code__.co_names[0] == "write_weights":
+            continue  # the folder of the weights is still the job's
+        with pytest.raises(OutsideRoots, match="may use"):
+            refused()
+    assert ground.found_outside() == before
+
+
+def test_weights_that_are_exchanged_after_the_check_are_not_read(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ground.submitted(training={"from_weight": str(ground.data / "in" / "start.pth")})
+    check_allowed_paths(spec, ground.run, ground.environment)
+    swap(ground.data / "in" / "start.pth", ground.outside / "start.pth")
+    for name, value in ground.environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainingError, match=r"training\.from_weight lies outside the directories"):
+        load_weights(torch.nn.Linear(1, 1), spec, ground.run.artifacts(None), weight_roots(ground.run))
 
 
 def test_adding_the_directory_is_enough(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_state_survives_json_exactly(tmp_path: Path) -> None:
         state(5),
         interval=[[0.1 + 0.2, 1e-300, 3.0, 0.0]],
         trouble={"in_a_row": 1},
-        scaler={"scale": 2.0**16},
+        scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16).state_dict(),
         loss=1 / 3,
     )
     assert RunState.from_json(json.loads(json.dumps(asdict(full)))) == full

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from trainyard.contract.allowed_paths import open_regular_inside
 from trainyard.contract.file_identity import BOM
 from trainyard.contract.rundir import (
     MANIFEST_FILE,
@@ -33,10 +34,11 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
-from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state, sha256_of
+from trainyard.worker.checkpoint.files import RunState, open_saved, read_manifest, read_state, sha256_of
 from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
 from trainyard.worker.checkpoint.weights import write_moe_config, write_weights
 from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
+from trainyard.worker.paths import data_roots, save_roots
 
 NEEDED_FILES = (MODEL_FILE, STATE_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -61,7 +63,8 @@ class ExportSource:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the weights, float32, tied ones under their first name."""
-        return load_file(self.path / MODEL_FILE)
+        with open_saved(self.path / MODEL_FILE) as file:
+            return load_file(f"/proc/self/fd/{file.fileno()}")
 
 
 def find_export_source(path: Path) -> ExportSource:
@@ -115,7 +118,7 @@ def tokenizer_of(source: ExportSource, given: str | None) -> tuple[str, Tokenize
     path = given or (source.spec.data.tokenizer_path if source.spec is not None else None)
     if path is None:
         raise ExportError(f"{source.path} is in no run directory: name its tokenizer with --tokenizer DIR, or byte")
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, roots=data_roots())
     if tokenizer.fingerprint != source.state.identity.tokenizer:
         raise ExportError(
             f"the tokenizer {path} is not the one the checkpoint was trained with: give it as --tokenizer"
@@ -146,9 +149,9 @@ def export_huggingface(source: ExportSource, out: Path, tokenizer_path: str, tok
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty directory: choose another --out")
-    building = out.with_name(f".{out.name}.exporting")
-    shutil.rmtree(building, ignore_errors=True)
-    with atomic_directory(out, building):
+    temporary = out.with_name(f".{out.name}.exporting")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_directory(out, temporary, save_roots()) as building:
         write_json(building / CONFIG, config)
         write_json(building / "generation_config.json", {**ids, "do_sample": False})
         # transformers rejects a file without this metadata.
@@ -165,7 +168,8 @@ def _write_tokenizer(out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> No
         for source in (file, *(file.with_name(name) for name in TOKENIZER_FILES)):
             if source.is_file():
                 # The tokenizers library rejects a byte order mark.
-                (out / source.name).write_bytes(source.read_bytes().removeprefix(BOM))
+                with open_regular_inside(source, data_roots()) as opened:
+                    (out / source.name).write_bytes(opened.read().removeprefix(BOM))
     written = HFTokenizer.from_file(str(out / "tokenizer.json"))
     config = read_json(out / "tokenizer_config.json") or {"clean_up_tokenization_spaces": False}
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}

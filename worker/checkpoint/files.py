@@ -14,17 +14,24 @@ https://github.com/huggingface/safetensors#format. Files are read back with the 
 """
 
 import hashlib
+import io
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from safetensors import safe_open
+from annotated_types import Ge, Le
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from trainyard.contract.allowed_paths import directory_inside, open_inside, open_regular_in
 from trainyard.contract.events import CheckpointSaved
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.run_identity import RunIdentity
@@ -42,8 +49,23 @@ from trainyard.contract.rundir import (
     manifest_json,
     parse_manifest,
 )
+from trainyard.worker.paths import save_roots
 
 OptimizerKind = Literal["adamw", "muon"]
+OPTIMIZER_KEYS = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum"})
+"""What the optimizers keep of a parameter. ``step`` is a number, the others have the parameter's shape."""
+
+MAX_JSON_BYTES = 16 << 20
+"""The largest state.json or manifest.json that is read."""
+
+MAX_HEADER_BYTES = 128 << 20
+"""The safetensors library reads no header that is larger."""
+
+Count = Annotated[int, Ge(0), Le(2**53)]
+SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+COUNTERS = {"in_a_row", "skipped", "rollbacks"}
+MIN_WINDOW_NUMBERS = 4
+"""See `worker.training.nonfinite.NonFiniteCounters` and `worker.training.metrics.MetricsWindow`."""
 
 
 @dataclass(frozen=True)
@@ -56,16 +78,19 @@ class RunState:
     evaluation was still to be done; None also in checkpoints of 0.1.
     """
 
-    step: int
-    tokens: int
-    rows_per_step: int
-    world_size: int
+    # Without an annotation, because it is no field. Pydantic reads it in `from_json`.
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}  # noqa: RUF012
+
+    step: Count
+    tokens: Count
+    rows_per_step: Annotated[int, Ge(1), Le(2**31)]
+    world_size: Annotated[int, Ge(1), Le(2**31)]
     identity: RunIdentity
-    data_offset: int = 0
-    base_step: int = 0
+    data_offset: Annotated[int, Ge(-(2**53)), Le(2**53)] = 0
+    base_step: Count = 0
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
-    trouble: dict[str, int] = field(default_factory=dict)
+    trouble: dict[str, Count] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
     unevaluated: dict[str, Any] | None = None
@@ -73,9 +98,65 @@ class RunState:
     version: int = 1
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Return the state that `asdict` gave. Raises KeyError or TypeError."""
-        return cls(**{**value, "identity": RunIdentity(**value["identity"])})
+    def from_json(cls, value: Any) -> "RunState":
+        """Return the state that `asdict` gave. Raises ValueError that names the first wrong field."""
+        try:
+            state = _state_adapter().validate_json(json.dumps(value))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise ValueError(f"{'.'.join(map(str, first['loc']))[:100]}: {first['msg']}") from None
+        if problem := _state_problem(state):
+            raise ValueError(problem)
+        return state
+
+
+def _state_problem(state: RunState) -> str | None:
+    if state.base_step > state.step or state.step + state.data_offset < 0:
+        return "base_step and data_offset do not belong to step"
+    if not set(state.trouble) <= COUNTERS:
+        return f"trouble: must hold {', '.join(sorted(COUNTERS))}"
+    widths = {len(row) for row in state.interval}
+    if len(widths) > 1 or any(width < MIN_WINDOW_NUMBERS for width in widths):
+        return f"interval: must hold rows of one length, at least {MIN_WINDOW_NUMBERS}"
+    if state.scaler and (set(state.scaler) != SCALER_KEYS or not all(map(_is_positive, state.scaler.values()))):
+        return f"scaler: must hold positive numbers: {', '.join(sorted(SCALER_KEYS))}"
+    if "loss" in state.probe and not _is_finite(state.probe["loss"]):
+        return "probe.loss: must be a finite number"
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_finite(value) and value >= 0
+
+
+@cache
+def _state_adapter() -> TypeAdapter[RunState]:
+    return TypeAdapter(RunState)
+
+
+@dataclass(frozen=True)
+class TensorShapes:
+    """The shapes of a model's tensors, by which a checkpoint is checked before it is loaded. All are float32.
+
+    ``weights``: each tensor once, see `unique_tensors`. ``parameters``: the names that the optimizer may have.
+    """
+
+    weights: Mapping[str, tuple[int, ...]]
+    parameters: frozenset[str]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> Self:
+        weights = {name: tuple(tensor.shape) for name, tensor in unique_tensors(model.state_dict()).items()}
+        return cls(weights, frozenset(name for name, _ in model.named_parameters()))
+
+    @property
+    def max_bytes(self) -> int:
+        """An upper limit for the size of a file with all weights, or with the optimizer's tensors."""
+        return MAX_HEADER_BYTES + 2 * 4 * sum(math.prod(shape) + 1 for shape in self.weights.values())
 
 
 @dataclass(frozen=True)
@@ -97,7 +178,7 @@ def write_checkpoint(
 ) -> CheckpointInfo:
     """Write a checkpoint and publish it. Raises OSError; nothing is left on disk then."""
     final = artifacts.checkpoint(state.step)
-    with atomic_directory(final, saving_directory(final)) as unfinished:
+    with atomic_directory(final, saving_directory(final), save_roots()) as unfinished:
         written = {
             MODEL_FILE: write_tensors(unfinished / MODEL_FILE, model),
             OPTIMIZER_FILE: write_tensors(unfinished / OPTIMIZER_FILE, optimizer),
@@ -124,20 +205,52 @@ def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> FileDige
     return write_blocks(directory / MANIFEST_FILE, iter([manifest_json(files)]))
 
 
+@failpoint("resume.open")
+def open_saved(path: Path) -> io.FileIO:
+    """Open a regular file of a checkpoint, not through a link, and below the save roots if there are any.
+
+    Never blocks. Raises OSError.
+    """
+    directory = open_inside(path.parent, save_roots(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return open_regular_in(directory, path.name)
+    finally:
+        os.close(directory)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """Yield another path of the open file ``path``, for a library that opens files by name."""
+    with open_saved(path) as file:
+        yield Path(f"/proc/self/fd/{file.fileno()}")
+
+
+@failpoint("resume.json")
+def _read_json(path: Path) -> bytes:
+    with open_saved(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            raise ValueError(f"has more than {MAX_JSON_BYTES >> 20} MiB")
+        return file.readall()
+
+
 @failpoint("resume.manifest")
 def read_manifest(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[str, FileDigest]:
     """Return size and sha256 of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged manifest."""
-    manifest = parse_manifest((path / MANIFEST_FILE).read_bytes())
+    manifest = parse_manifest(_read_json(path / MANIFEST_FILE))
     if not set(needed) <= set(manifest):
         raise ValueError("names too few files")
+    # A name with a folder in it could lead out of the directory.
+    if any(name in ("", ".", "..") or "/" in name or "\0" in name for name in manifest):
+        raise ValueError("names a file outside of the checkpoint")
     return manifest
 
 
 @failpoint("resume.verify")
-def verify(path: Path, *, thorough: bool = True) -> str | None:
+def verify(path: Path, *, thorough: bool = True, shapes: TensorShapes | None = None) -> str | None:
     """Return what is wrong with a checkpoint, e.g. ``model.safetensors sha256``, or None if it is valid.
 
-    ``thorough`` reads every byte; otherwise only the manifest and the file sizes are checked.
+    ``thorough`` reads every byte; otherwise only the manifest and the file sizes are checked. ``shapes``: check the
+    state, and whether all tensors are those of the model, too.
     """
     try:
         manifest = read_manifest(path)
@@ -145,13 +258,78 @@ def verify(path: Path, *, thorough: bool = True) -> str | None:
         return f"{MANIFEST_FILE} {_read_problem(error)}"
     for name, expected in manifest.items():
         try:
-            if (path / name).stat().st_size != expected.bytes:
-                return f"{name} size"
-            if thorough and sha256_of(path / name) != expected.sha256:
-                return f"{name} sha256"
+            with open_saved(path / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                # A file without an end would be read for ever.
+                if size != expected.bytes or (shapes is not None and size > shapes.max_bytes):
+                    return f"{name} size"
+                if thorough and hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                    return f"{name} sha256"
         except OSError as error:
             return f"{name} {_read_problem(error)}"
+    return None if shapes is None else content_problem(path, shapes)
+
+
+def content_problem(path: Path, shapes: TensorShapes, needed: Iterable[str] = CHECKPOINT_FILES) -> str | None:
+    """Return what in a checkpoint could not be loaded, e.g. ``optimizer.safetensors: step.x is [2]``, or None.
+
+    ``needed``: the files to check. Only the headers of tensor files are read, and the optimizer's step numbers.
+    """
+    for name in needed:
+        problem = None
+        try:
+            if name == STATE_FILE:
+                read_state(path)
+            elif name == MODEL_FILE:
+                problem = _weights_problem(path / name, shapes)
+            elif name == OPTIMIZER_FILE:
+                problem = _optimizer_problem(path / name, shapes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            problem = " ".join(str(error).split())[:200]
+        if problem is not None:
+            return f"{name}: {problem}"
     return None
+
+
+def _weights_problem(path: Path, shapes: TensorShapes) -> str | None:
+    found = _described(path)
+    if missing := sorted(set(shapes.weights) - set(found)):
+        return f"has no {missing[0]}"
+    return next((problem for name in found if (problem := _mismatch(name, found, shapes.weights.get(name)))), None)
+
+
+def _optimizer_problem(path: Path, shapes: TensorShapes) -> str | None:
+    found, keys = _described(path), dict[str, set[str]]()
+    for full_name in found:
+        key, _, name = full_name.partition(".")
+        keys.setdefault(name, set()).add(key)
+        shape = None if name not in shapes.parameters else () if key == "step" else shapes.weights.get(name)
+        if problem := _mismatch(full_name, found, shape):
+            return problem
+    incomplete = next((name for name, own in keys.items() if own not in OPTIMIZER_KEYS), None)
+    if incomplete is not None:
+        return f"has {' and '.join(sorted(keys[incomplete]))} of {incomplete}"
+    with _readable(path) as readable, safe_open(readable, framework="pt") as file:
+        for name in found:
+            if name.startswith("step.") and not 0 <= float(file.get_tensor(name)) <= 2**53:
+                return f"{name} is {float(file.get_tensor(name))}"
+    return None
+
+
+def _described(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return type and shape of each tensor."""
+    with _readable(path) as readable, safe_open(readable, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+
+
+def _mismatch(name: str, found: Mapping[str, tuple[str, tuple[int, ...]]], shape: tuple[int, ...] | None) -> str | None:
+    dtype, own = found[name]
+    if shape is None:
+        return f"{name} is not part of the model"
+    if own != shape:
+        return f"{name} is {list(own)} and must be {list(shape)}"
+    return None if dtype == "F32" else f"{name} is {dtype} and must be F32"
 
 
 def _read_problem(error: Exception) -> str:
@@ -160,17 +338,22 @@ def _read_problem(error: Exception) -> str:
 
 @failpoint("resume.state")
 def read_state(path: Path) -> RunState:
-    """Return the state of a verified checkpoint. Raises ValueError if a newer version wrote it."""
-    value = json.loads((path / STATE_FILE).read_bytes())
+    """Return the state of a verified checkpoint. Raises ValueError if it is invalid, or a newer version wrote it."""
+    try:
+        value = json.loads(_read_json(path / STATE_FILE))
+    except RecursionError:
+        raise ValueError("is nested too deep") from None
+    if not isinstance(value, dict):
+        raise ValueError("is no object")
     if value.get("version") != 1:
-        raise ValueError(f"{path / STATE_FILE} has version {value.get('version')}; this program reads 1")
+        raise ValueError(f"{path / STATE_FILE} has version {str(value.get('version'))[:50]}; this program reads 1")
     return RunState.from_json(value)
 
 
 def checkpoint_info(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> CheckpointInfo:
     """Describe the published checkpoint ``path``. Raises as `read_manifest` does."""
     manifest = read_manifest(path, needed)
-    size = (path / MANIFEST_FILE).stat().st_size
+    size = (path / MANIFEST_FILE).lstat().st_size
     return CheckpointInfo(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL_FILE].sha256)
 
 
@@ -186,13 +369,15 @@ class Damage:
         return f"checkpoint {self.step} invalid: {self.problem}"
 
 
-def newest_valid(artifacts: ArtifactDir, damaged: list[Damage]) -> Path | None:
-    """Return the newest checkpoint whose every byte is valid, or None.
+def newest_valid(artifacts: ArtifactDir, damaged: list[Damage], shapes: TensorShapes | None = None) -> Path | None:
+    """Return the newest checkpoint whose every byte is valid, or None. ``shapes``: see `verify`.
 
     Damaged ones are quarantined, so that nothing lists them, and appended to ``damaged``.
     """
     for step, path in artifacts.published():
-        problem = verify(path)
+        problem = verify(path, shapes=shapes)
+        if problem is None and shapes is not None and read_state(path).step != step:
+            problem = f"{STATE_FILE}: is of another step"
         if problem is None:
             return path
         damaged.append(Damage(step, path, problem))
@@ -202,11 +387,12 @@ def newest_valid(artifacts: ArtifactDir, damaged: list[Damage]) -> Path | None:
 
 def quarantine(path: Path, prefix: str = INVALID_PREFIX) -> Path:
     """Rename a checkpoint to ``<prefix>step-...``, numbered if that exists already. Return the new path."""
-    for number in range(1000):
-        target = path.with_name(f"{prefix}{path.name}" + (f"-{number}" if number else ""))
-        if not target.exists():
-            path.rename(target)
-            return target
+    with directory_inside(path.parent, save_roots()) as folder:
+        for number in range(1000):
+            name = f"{prefix}{path.name}" + (f"-{number}" if number else "")
+            if not os.path.lexists(folder / name):
+                (folder / path.name).rename(folder / name)
+                return path.with_name(name)
     raise FileExistsError(f"{path.parent} holds a thousand copies of {prefix}{path.name}")
 
 
@@ -214,17 +400,19 @@ def quarantine(path: Path, prefix: str = INVALID_PREFIX) -> Path:
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Load a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)
-    tensors = load_file(path / MODEL_FILE)
+    with _readable(path / MODEL_FILE) as readable:
+        tensors = load_file(readable)
     for names in shared_names(model.state_dict()):
         tensors.update(dict.fromkeys(names, tensors[names[0]]))
     model.load_state_dict(tensors, strict=True)
-    _load_optimizer(load_file(path / OPTIMIZER_FILE), model, optimizer)
+    with _readable(path / OPTIMIZER_FILE) as readable:
+        _load_optimizer(load_file(readable), model, optimizer)
     return state
 
 
 def optimizer_kind(path: Path) -> OptimizerKind | None:
     """Return which optimizer wrote the checkpoint ``path``, or None if it holds no optimizer state."""
-    with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
+    with _readable(path / OPTIMIZER_FILE) as readable, safe_open(readable, framework="pt") as file:
         names = list(file.keys())
     if not names:
         return None
@@ -322,6 +510,6 @@ def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
 
 @failpoint("resume.digest")
 def sha256_of(path: Path) -> str:
-    """Return the sha256 of a file as hex, read in blocks. Raises OSError."""
-    with path.open("rb") as file:
+    """Return the sha256 of a file of a checkpoint as hex, read in blocks. Raises OSError."""
+    with open_saved(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

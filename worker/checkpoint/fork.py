@@ -23,9 +23,10 @@ from trainyard.contract.rundir import (
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.files import RunState, sha256_of, write_tensors
+from trainyard.worker.checkpoint.files import RunState, TensorShapes, sha256_of, write_tensors
 from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.paths import save_roots
 
 
 def read_fork(run: RunDir) -> Fork | None:
@@ -39,11 +40,17 @@ def read_fork(run: RunDir) -> Fork | None:
 
 
 def import_parent(
-    fork: Fork, artifacts: ArtifactDir, identity: RunIdentity, spec: JobSpec, world: int, emit: Callable[[Event], None]
+    fork: Fork,
+    artifacts: ArtifactDir,
+    identity: RunIdentity,
+    spec: JobSpec,
+    world: int,
+    emit: Callable[[Event], None],
+    shapes: TensorShapes | None = None,
 ) -> None:
     """Make the parent's checkpoint the first one of this job. Raises TrainingError if it is damaged or does not fit."""
     origin = artifacts.origin
-    manifest = _verified_manifest(origin, fork)
+    manifest = _verified_manifest(origin, fork, shapes)
     # The metric line of that step belongs to the parent.
     parent_state = replace(files.read_state(origin), unevaluated=None)
     state = _restart_data(parent_state, identity, spec, world) if fork.data == "restart" else parent_state
@@ -67,7 +74,7 @@ def import_parent(
     remove(origin)
 
 
-def _verified_manifest(origin: Path, fork: Fork) -> Mapping[str, FileDigest]:
+def _verified_manifest(origin: Path, fork: Fork, shapes: TensorShapes | None) -> Mapping[str, FileDigest]:
     """Return the manifest after every byte is verified. Raises TrainingError."""
     needed = MILESTONE_FILES if fork.data == "restart" else CHECKPOINT_FILES
     try:
@@ -77,6 +84,9 @@ def _verified_manifest(origin: Path, fork: Fork) -> Mapping[str, FileDigest]:
         raise fork_error(fork, f"{type(error).__name__}: {error}") from error
     if damaged:
         raise fork_error(fork, f"{damaged[0]} sha256")
+    problem = files.content_problem(origin, shapes, [*needed]) if shapes is not None else None
+    if problem is not None:
+        raise fork_error(fork, problem)
     return manifest
 
 
@@ -107,7 +117,7 @@ def _publish(
     artifacts: ArtifactDir, origin: Path, manifest: Mapping[str, FileDigest], state: RunState, new_optimizer: bool
 ) -> None:
     final = artifacts.checkpoint(state.step)
-    with atomic_directory(final, files.saving_directory(final)) as unfinished:
+    with atomic_directory(final, files.saving_directory(final), save_roots()) as unfinished:
         link_or_copy(origin / MODEL_FILE, unfinished / MODEL_FILE)
         if new_optimizer:
             optimizer = write_tensors(unfinished / OPTIMIZER_FILE, {})

@@ -5,16 +5,20 @@ matrix per expert, as transformers publishes them; files with all experts of a l
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainyard.contract.allowed_paths import open_regular_inside
 from trainyard.model.config import ModelConfig
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+MAX_JSON_BYTES = 16 << 20
 
 SHAPE_FIELDS = (
     "vocab_size",
@@ -114,11 +118,11 @@ def is_hf_directory(path: Path) -> bool:
     return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
 
 
-def weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path, roots: Sequence[Path] = ()) -> list[Path]:
     """Return the files with the tensors of a directory. Raises OSError or ValueError if its index is invalid."""
     if not (directory / INDEX).is_file():
         return [directory / WEIGHTS]
-    index = json.loads((directory / INDEX).read_bytes())
+    index = _read_json(directory / INDEX, roots)
     names = set(index["weight_map"].values()) if isinstance(index, dict) and "weight_map" in index else set()
     # A name with a folder in it could lead out of the directory.
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
@@ -126,15 +130,22 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in sorted(names)]
 
 
-def read_config(directory: Path) -> dict[str, Any] | None:
+def read_config(directory: Path, roots: Sequence[Path] = ()) -> dict[str, Any] | None:
     """Return config.json, or None if there is none. Raises OSError or ValueError."""
     try:
-        config = json.loads((directory / CONFIG).read_bytes())
+        config = _read_json(directory / CONFIG, roots)
     except FileNotFoundError:
         return None
     if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds no JSON object")
     return config
+
+
+def _read_json(path: Path, roots: Sequence[Path]) -> Any:
+    with open_regular_inside(path, roots) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON_BYTES:
+            raise ValueError(f"{path.name} has more than {MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(file.readall())
 
 
 def split_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.events import CheckpointRemoved, Event
 from trainyard.contract.failpoints import hit
 from trainyard.contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, ArtifactDir, RunDir, atomic_directory
@@ -12,7 +13,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint.files import CheckpointInfo, checkpoint_info, saving_directory
 from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
 from trainyard.worker.errors import save_error
-from trainyard.worker.paths import check_allowed_paths
+from trainyard.worker.paths import check_allowed_paths, save_roots
 
 
 def move_artifacts(spec: JobSpec, run: RunDir, artifacts: ArtifactDir, emit: Callable[[Event], None]) -> None:
@@ -35,7 +36,6 @@ def move_artifacts(spec: JobSpec, run: RunDir, artifacts: ArtifactDir, emit: Cal
 
 
 def _move(old: ArtifactDir, new: ArtifactDir, emit: Callable[[Event], None]) -> None:
-    new.checkpoints.mkdir(parents=True, exist_ok=True)
     for step, path in old.published():
         _move_checkpoint(step, path, new.checkpoint(step), emit)
     for step, path in old.milestones():
@@ -47,11 +47,10 @@ def _move(old: ArtifactDir, new: ArtifactDir, emit: Callable[[Event], None]) -> 
         if folder == old.origin:
             _move_entry(folder, target)
             continue
-        target.mkdir(exist_ok=True)
         for entry in sorted(folder.iterdir()):
             if not entry.name.startswith((SAVING_PREFIX, REMOVING_PREFIX)):
                 _move_entry(entry, target / entry.name)
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
     # The run directory itself has other files and stays.
     with contextlib.suppress(OSError):
         old.path.rmdir()
@@ -78,24 +77,29 @@ def _move_entry(path: Path, target: Path) -> None:
     if path.is_symlink():
         return
     _copy(path, target)
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    _delete(path)
+
+
+def _delete(path: Path) -> None:
+    with contextlib.suppress(OSError), directory_inside(path.parent, save_roots()) as folder:
+        if (folder / path.name).is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        else:
+            (folder / path.name).unlink(missing_ok=True)
 
 
 def _copy(path: Path, target: Path) -> None:
     """Link or copy a file, or the regular files of a directory, unless ``target`` exists. Raises OSError."""
     if target.exists():
         return
-    unfinished = saving_directory(target)
+    temporary = saving_directory(target)
+    _delete(temporary)
     if not path.is_dir():
-        unfinished.unlink(missing_ok=True)
-        link_or_copy(path, unfinished)
-        unfinished.rename(target)
+        with directory_inside(target.parent, save_roots(), create=True) as folder:
+            link_or_copy(path, folder / temporary.name)
+            (folder / temporary.name).rename(folder / target.name)
         return
-    shutil.rmtree(unfinished, ignore_errors=True)
-    with atomic_directory(target, unfinished):
+    with atomic_directory(target, temporary, save_roots()) as unfinished:
         for file in path.iterdir():
             if file.is_file() and not file.is_symlink():
                 link_or_copy(file, unfinished / file.name)

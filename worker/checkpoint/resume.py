@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from trainyard.contract.allowed_paths import directory_inside, new_directory
 from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.run_identity import RunIdentity
@@ -22,11 +23,12 @@ from trainyard.contract.rundir import (
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.files import CheckpointInfo, Damage
+from trainyard.worker.checkpoint.files import CheckpointInfo, Damage, TensorShapes
 from trainyard.worker.checkpoint.fork import fork_error, import_parent, read_fork
 from trainyard.worker.checkpoint.retention import delete_leftovers, link_or_copy
 from trainyard.worker.checkpoint.saver import report_damage
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.paths import save_roots
 
 
 @dataclass(frozen=True)
@@ -46,22 +48,23 @@ def find_resume_point(
     emit: Callable[[Event], None],
     from_step: int | None = None,
     world: int = 1,
+    shapes: TensorShapes | None = None,
 ) -> ResumePoint | None:
     """Return the checkpoint to resume from, every byte verified, or None to start at step 0. For rank 0 only.
 
     ``run_length(rows_per_step)``: the steps of the whole run. ``from_step``: the step to go back to, if any. A fork
-    without a checkpoint of its own starts with its parent's, on ``world`` ranks. Raises TrainingError if the job's own
-    checkpoints cannot be used: to start at step 0 silently would throw work away.
+    without a checkpoint of its own starts with its parent's, on ``world`` ranks. ``shapes``: of the model. Raises
+    TrainingError if the job's own checkpoints cannot be used: to start at step 0 silently would throw work away.
     """
     hit("resume.find")
     delete_leftovers(artifacts)
     fork = read_fork(run)
     if fork is not None and artifacts.origin.is_dir():
-        import_parent(fork, artifacts, identity, spec, world, emit)
+        import_parent(fork, artifacts, identity, spec, world, emit, shapes)
     if from_step is not None:
-        own = rewind_to(artifacts, from_step, identity, emit)
+        own = rewind_to(artifacts, from_step, identity, emit, shapes)
         return ResumePoint(own, own)
-    newest = newest_own_checkpoint(artifacts, emit)
+    newest = newest_own_checkpoint(artifacts, emit, shapes)
     if newest is not None:
         require_compatible(newest, identity)
         return ResumePoint(newest, newest)
@@ -69,7 +72,7 @@ def find_resume_point(
         raise fork_error(fork, "nothing is left of it, nor of any later one")
     if not spec.checkpoint.from_resume:
         return None
-    return _resume_earlier_job(spec, run, artifacts, identity, run_length, emit)
+    return _resume_earlier_job(spec, run, artifacts, identity, run_length, emit, shapes)
 
 
 def saved_corpora(spec: JobSpec, run: RunDir, artifacts: ArtifactDir) -> Iterator[str]:
@@ -88,13 +91,19 @@ def _earlier_jobs(spec: JobSpec, run: RunDir) -> Path:
     return Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
 
 
-def rewind_to(artifacts: ArtifactDir, step: int, identity: RunIdentity, emit: Callable[[Event], None]) -> Path:
+def rewind_to(
+    artifacts: ArtifactDir,
+    step: int,
+    identity: RunIdentity,
+    emit: Callable[[Event], None],
+    shapes: TensorShapes | None = None,
+) -> Path:
     """Set all checkpoints after ``step`` aside, so that the one of ``step`` is the newest, and return it.
 
     Raises TrainingError if it cannot be resumed from; then nothing is changed.
     """
     path = artifacts.checkpoint(step)
-    problem = files.verify(path) if path.is_dir() else "there is none"
+    problem = files.verify(path, shapes=shapes) if path.is_dir() else "there is none"
     if problem is not None:
         steps = ", ".join(str(number) for number, _ in artifacts.published()[:10]) or "none"
         message = f"the checkpoint of step {step}, which was requested, cannot be used: {problem}"
@@ -111,13 +120,15 @@ def rewind_to(artifacts: ArtifactDir, step: int, identity: RunIdentity, emit: Ca
     return path
 
 
-def newest_own_checkpoint(artifacts: ArtifactDir, emit: Callable[[Event], None]) -> Path | None:
-    """Return the newest valid checkpoint of this job, or None if it has none at all.
+def newest_own_checkpoint(
+    artifacts: ArtifactDir, emit: Callable[[Event], None], shapes: TensorShapes | None = None
+) -> Path | None:
+    """Return the newest valid checkpoint of this job, or None if it has none at all. ``shapes``: of the model.
 
     Raises TrainingError if all are damaged. Damaged ones are quarantined and reported.
     """
     damaged: list[Damage] = []
-    newest = files.newest_valid(artifacts, damaged)
+    newest = files.newest_valid(artifacts, damaged, shapes)
     report_damage(emit, damaged)
     if newest is None and damaged:
         message = f"no checkpoint of this run is valid: {'; '.join(map(str, damaged))}"
@@ -147,12 +158,13 @@ def _resume_earlier_job(
     identity: RunIdentity,
     run_length: Callable[[int], int],
     emit: Callable[[Event], None],
+    shapes: TensorShapes | None,
 ) -> ResumePoint | None:
     folder = _earlier_jobs(spec, run)
     rejected: list[str] = []
     for path in _newest_first(folder, artifacts):
         problem = _incompatibility(path, identity, run_length)
-        adopted = _adopt(path, artifacts, identity, run_length) if problem is None else problem
+        adopted = _adopt(path, artifacts, identity, run_length, shapes) if problem is None else problem
         if isinstance(adopted, CheckpointInfo):
             emit(adopted.saved_event())
             return ResumePoint(path, adopted.path)
@@ -182,28 +194,36 @@ def _written_at(path: Path) -> float | None:
 
 @failpoint("resume.take_over")
 def _adopt(
-    path: Path, artifacts: ArtifactDir, identity: RunIdentity, run_length: Callable[[int], int]
+    path: Path,
+    artifacts: ArtifactDir,
+    identity: RunIdentity,
+    run_length: Callable[[int], int],
+    shapes: TensorShapes | None,
 ) -> CheckpointInfo | str:
     """Make another job's checkpoint the first one of this job. Return it, or why that is not possible.
 
     An attempt that dies before its first save resumes from this copy again, whatever is newer by then.
     """
-    copy = artifacts.checkpoints / f"{SAVING_PREFIX}{path.name}-of-{path.parent.parent.name}"
+    name = f"{SAVING_PREFIX}{path.name}-of-{path.parent.parent.name}"
     try:
-        shutil.rmtree(copy, ignore_errors=True)
-        copy.mkdir(parents=True)
-        # The other job may be running and remove its checkpoint at any moment. So link the files first, and verify the
-        # links, which no process removes.
-        for name in (*CHECKPOINT_FILES, MANIFEST_FILE):
-            link_or_copy(path / name, copy / name)
-        problem = _incompatibility(copy, identity, run_length) or files.verify(copy)
-        if problem is None:
-            step = files.read_state(copy).step
-            publish_directory(copy, artifacts.checkpoint(step))
-            return files.checkpoint_info(step, artifacts.checkpoint(step))
+        with directory_inside(artifacts.checkpoints, save_roots(), create=True) as folder:
+            shutil.rmtree(folder / name, ignore_errors=True)
+            try:
+                with new_directory(folder / name) as copy:
+                    # The other job may be running and remove its checkpoint at any moment. So link the files first, and
+                    # verify the links, which no process removes.
+                    for file in (*CHECKPOINT_FILES, MANIFEST_FILE):
+                        link_or_copy(path / file, copy / file)
+                copy = artifacts.checkpoints / name
+                problem = _incompatibility(copy, identity, run_length) or files.verify(copy, shapes=shapes)
+                if problem is None:
+                    step = files.read_state(copy).step
+                    publish_directory(folder / name, folder / artifacts.checkpoint(step).name)
+                    return files.checkpoint_info(step, artifacts.checkpoint(step))
+            finally:
+                shutil.rmtree(folder / name, ignore_errors=True)
     except OSError as error:
         problem = f"cannot be linked or read: {error.strerror}"
-    shutil.rmtree(copy, ignore_errors=True)
     return problem
 
 

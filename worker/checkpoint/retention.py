@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import (
     MODEL_FILE,
@@ -22,11 +23,13 @@ from trainyard.contract.rundir import (
 from trainyard.worker.checkpoint.files import (
     CheckpointInfo,
     checkpoint_info,
+    open_saved,
     read_manifest,
     saving_directory,
     verify,
     write_manifest,
 )
+from trainyard.worker.paths import save_roots
 
 SUPERSEDED_DIR = re.compile(re.escape(SUPERSEDED_PREFIX) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
 """A checkpoint that was set aside because the run went back to an earlier step."""
@@ -79,33 +82,41 @@ def _delete_superseded(artifacts: ArtifactDir, valid_steps: list[int]) -> None:
     """Delete superseded checkpoints once the run has reached their step again and has MIN_KEPT valid ones."""
     if len(valid_steps) < MIN_KEPT:
         return
-    for path in _entries(artifacts.checkpoints):
-        match = SUPERSEDED_DIR.fullmatch(path.name)
-        if match is not None and int(match.group(1)) <= max(valid_steps):
-            shutil.rmtree(path, ignore_errors=True)
+    with directory_inside(artifacts.checkpoints, save_roots()) as checkpoints:
+        for path in _entries(checkpoints):
+            match = SUPERSEDED_DIR.fullmatch(path.name)
+            if match is not None and int(match.group(1)) <= max(valid_steps):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> bool:
     """Unpublish a checkpoint by one rename, then delete its files. Return False if it could not be unpublished."""
-    unpublished = path.with_name(f"{REMOVING_PREFIX}{path.name}")
-    shutil.rmtree(unpublished, ignore_errors=True)
     try:
-        path.rename(unpublished)
+        with directory_inside(path.parent, save_roots()) as folder:
+            unpublished = folder / f"{REMOVING_PREFIX}{path.name}"
+            shutil.rmtree(unpublished, ignore_errors=True)
+            (folder / path.name).rename(unpublished)
+            shutil.rmtree(unpublished, ignore_errors=True)
     except OSError:
         return False
-    shutil.rmtree(unpublished, ignore_errors=True)
     return True
 
 
 def delete_leftovers(artifacts: ArtifactDir) -> int:
     """Delete what killed attempts were writing or removing, and return how many. No save of this job may be running."""
-    directories = [p for p in _entries(artifacts.checkpoints) if p.name.startswith((SAVING_PREFIX, REMOVING_PREFIX))]
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
-    files = [p for p in _entries(artifacts.out) if p.name.startswith(".") and p.is_file()]
-    for file in files:
-        file.unlink(missing_ok=True)
-    return len(directories) + len(files)
+    deleted = 0
+    for parent in (artifacts.checkpoints, artifacts.out):
+        if not parent.is_dir():
+            continue
+        with directory_inside(parent, save_roots()) as folder:
+            for path in _entries(folder):
+                if parent == artifacts.checkpoints and path.name.startswith((SAVING_PREFIX, REMOVING_PREFIX)):
+                    shutil.rmtree(path, ignore_errors=True)
+                    deleted += 1
+                elif parent == artifacts.out and path.name.startswith(".") and path.is_file():
+                    path.unlink(missing_ok=True)
+                    deleted += 1
+    return deleted
 
 
 def _entries(directory: Path) -> list[Path]:
@@ -120,8 +131,9 @@ def keep_weights(artifacts: ArtifactDir, step: int, full: Path) -> CheckpointInf
     manifest = {name: file for name, file in read_manifest(full).items() if name in MILESTONE_FILES}
     final = artifacts.milestone(step)
     if _milestone_manifest(final) != manifest:
-        shutil.rmtree(final, ignore_errors=True)
-        with atomic_directory(final, saving_directory(final)) as unfinished:
+        with directory_inside(final.parent, save_roots()) as folder:
+            shutil.rmtree(folder / final.name, ignore_errors=True)
+        with atomic_directory(final, saving_directory(final), save_roots()) as unfinished:
             for name in manifest:
                 link_or_copy(full / name, unfinished / name)
             write_manifest(unfinished, manifest)
@@ -139,11 +151,20 @@ def _milestone_manifest(milestone: Path) -> dict[str, FileDigest] | None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Link ``source`` as ``target``, or copy it if the file system has no links. Raises OSError.
 
-    `service.storage.share` has a stricter one: the service must not follow a symbolic link that a run may have left.
+    ``source`` is a file of a checkpoint, and it is linked as it was opened, whatever has its name now. ``target``:
+    below a directory that `contract.allowed_paths.directory_inside` or `new_directory` gave.
     """
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with target.open("rb") as file:
-            os.fsync(file.fileno())
+    with open_saved(source) as file:
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            # With a descriptor of the target's directory, Python follows the link that /proc has for an open file.
+            os.link(f"/proc/self/fd/{file.fileno()}", target.name, dst_dir_fd=folder)
+            return
+        except OSError:
+            pass  # no links there, or not allowed
+        finally:
+            os.close(folder)
+        with target.open("xb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.flush()
+            os.fsync(copy.fileno())

@@ -1,8 +1,9 @@
 """Weights-only files: written under MiniMind's names for inference, and loaded as initial weights (``from_weight``)."""
 
 import io
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainyard.contract.rundir import ArtifactDir, read_json, write_atomically, write_json
+from trainyard.contract.allowed_paths import OutsideRoots, directory_inside, open_regular_inside
+from trainyard.contract.rundir import ArtifactDir, write_atomically, write_json
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
@@ -25,7 +27,7 @@ from trainyard.worker.checkpoint.huggingface import (
     weight_files,
 )
 from trainyard.worker.errors import TrainingError
-from trainyard.worker.paths import weight_paths
+from trainyard.worker.paths import DATA_ROOTS, outside_error, save_roots, weight_paths
 
 MAX_LISTED = 12
 
@@ -47,18 +49,19 @@ def publish_weights(artifacts: ArtifactDir, spec: JobSpec, state: Mapping[str, t
 
 def write_moe_config(folder: Path, model: ModelConfig) -> None:
     """Write what no tensor of a .pth shows: how many experts a token takes, and how they are weighted."""
-    write_json(folder / CONFIG, {"use_moe": True, **{name: getattr(model, name) for name in MOE_FIELDS}})
+    with directory_inside(folder, save_roots(), create=True) as pinned:
+        write_json(pinned / CONFIG, {"use_moe": True, **{name: getattr(model, name) for name in MOE_FIELDS}})
 
 
 def _link_newest(link: Path, target: Path) -> None:
     # A file that MiniMind wrote is kept. A file system without links is no reason to end a run.
-    if link.exists() and not link.is_symlink():
-        return
-    new = link.with_name(f".{link.name}.{target.parent.parent.name}")
-    with suppress(OSError):
+    with suppress(OSError), directory_inside(link.parent, save_roots()) as folder:
+        if os.path.lexists(folder / link.name) and not (folder / link.name).is_symlink():
+            return
+        new = folder / f".{link.name}.{target.parent.parent.name}"
         new.unlink(missing_ok=True)
         new.symlink_to(target.relative_to(link.parent))
-        new.replace(link)
+        new.replace(folder / link.name)
 
 
 def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -69,8 +72,8 @@ def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
         half.update(dict.fromkeys(names, _to_half(state[names[0]])))
     buffer = io.BytesIO()
     torch.save({name: half[name] for name in state}, buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, buffer.getvalue())
+    with directory_inside(path.parent, save_roots(), create=True) as folder:
+        write_atomically(folder / path.name, buffer.getvalue())
 
 
 def _to_half(tensor: torch.Tensor) -> torch.Tensor:
@@ -79,11 +82,18 @@ def _to_half(tensor: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(tensor.detach().cpu().numpy().astype(np.float16))
 
 
-def load_weights(model: torch.nn.Module, spec: JobSpec, artifacts: ArtifactDir) -> Path:
-    """Load ``training.from_weight`` into ``model``, strictly. Raises TrainingError that lists the mismatches."""
+def load_weights(model: torch.nn.Module, spec: JobSpec, artifacts: ArtifactDir, roots: Sequence[Path] = ()) -> Path:
+    """Load ``training.from_weight`` into ``model``, strictly. Raises TrainingError that lists the mismatches.
+
+    ``roots``: the directories below which the weights must lie, if any.
+    """
     path = find_weights(spec, artifacts)
-    tensors = _read_tensors(path)
-    problems = [*_config_problems(path, spec), *mismatches(model.state_dict(), tensors)]
+    try:
+        tensors = _read_tensors(path, roots)
+        config = _config_problems(path, spec, roots)
+    except OutsideRoots as error:
+        raise outside_error("training.from_weight", error.reason, DATA_ROOTS) from error
+    problems = [*config, *mismatches(model.state_dict(), tensors)]
     if problems:
         listed = "; ".join(problems[:MAX_LISTED]) + (
             f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
@@ -125,21 +135,23 @@ def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor
     return problems + [f"{name} is not part of the model" for name in given if name not in own]
 
 
-def _config_problems(path: Path, spec: JobSpec) -> list[str]:
+def _config_problems(path: Path, spec: JobSpec, roots: Sequence[Path]) -> list[str]:
     # A directory's config.json has settings that no tensor shape shows, such as rope_theta.
     try:
         if not path.is_dir():
-            return _moe_problems(path, spec.model)
-        config = read_config(path)
+            return _moe_problems(path, spec.model, roots)
+        config = read_config(path, roots)
         return [] if config is None else list(config_problems(config, spec.model))
+    except OutsideRoots:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable_error(path, f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
-def _moe_problems(path: Path, model: ModelConfig) -> list[str]:
+def _moe_problems(path: Path, model: ModelConfig, roots: Sequence[Path]) -> list[str]:
     """Return how the config.json beside a .pth with experts differs. Without one, MiniMind's settings are unknown."""
     file = path.resolve().with_name(CONFIG)
-    config = read_json(file) if model.use_moe and path.suffix != ".safetensors" else None
+    config = read_config(file.parent, roots) if model.use_moe and path.suffix != ".safetensors" else None
     if not isinstance(config, dict):
         return []
     return [
@@ -149,14 +161,16 @@ def _moe_problems(path: Path, model: ModelConfig) -> list[str]:
     ]
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_tensors(path: Path, roots: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Return the tensors of a file or directory. It may come from anywhere: no pickled code is ever run."""
     try:
-        files = weight_files(path) if path.is_dir() else [path]
+        files = weight_files(path, roots) if path.is_dir() else [path]
         content: Any = {}
         for file in files:
-            part = _content(file)
+            part = _content(file, roots)
             content = part if len(files) == 1 else {**content, **part}
+    except OutsideRoots:
+        raise
     except pickle.UnpicklingError as error:
         # torch's own message advises to load it with weights_only=False, which would run its code.
         raise _unreadable_error(path, "it is no pickle, or one that holds other things than tensors") from error
@@ -169,17 +183,19 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return split_experts({str(name): value for name, value in content.items()})
 
 
-def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
+def _content(path: Path, roots: Sequence[Path]) -> Any:
+    with io.BufferedReader(open_regular_inside(path, roots)) as file:
+        if path.suffix != ".safetensors":
+            return torch.load(file, map_location="cpu", weights_only=True)
         # The errors of its compiled part have a class of their own.
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            # By the name that /proc has for the open file: the library opens files by name.
+            return load_file(f"/proc/self/fd/{file.fileno()}")
         except SafetensorError as error:
             raise ValueError(str(error)) from error
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _unreadable_error(path: Path, why: str) -> TrainingError:

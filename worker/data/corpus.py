@@ -11,12 +11,14 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Future
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,12 +27,12 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from trainyard.contract.cache import CorpusCache
+from trainyard.contract.cache import CorpusCache, building_of
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
-from trainyard.worker.data.file import open_regular
+from trainyard.worker.data.file import PrefixDiffers, open_regular
 from trainyard.worker.data.jsonl import (
     BadLineGrouper,
     DataInvalid,
@@ -41,13 +43,16 @@ from trainyard.worker.data.jsonl import (
 )
 from trainyard.worker.data.readers import Reader, detect_plain_text, open_reader
 from trainyard.worker.data.shards import ShardWriter, build_directory, memmap_array
-from trainyard.worker.data.tokenizers import Ids, Tokenizer, load_tokenizer
+from trainyard.worker.data.tokenizers import Ids, Tokenizer, backtracking_message, load_tokenizer
 
 FORMAT = 1
 """Part of the cache key: increment it when the files change, so that old shards are never misread."""
 
 BATCH_CHARACTERS = 1 << 20
 """Size of an encode batch, in characters."""
+
+ENCODE_SECONDS = 120.0
+"""A batch that takes longer is in a regular expression that backtracks. Others take seconds."""
 
 RECENT_CHANGE_SECONDS = 2.0
 """The digest of a file changed within this time is not cached: another write may leave the same mtime."""
@@ -160,23 +165,39 @@ def open_corpus(
     text_field: str = "text",
     max_bad_lines: float = 0.01,
     progress: ProgressCallback | None = None,
+    roots: Sequence[Path] = (),
 ) -> Corpus:
     """Return the token shards of ``path``, built first if they are not in ``cache``.
+
+    ``path`` is opened once, below one of ``roots`` if any are given: everything is read from the file that was checked.
 
     Raises:
         DataInvalid: ``path`` is not a readable corpus, changed while it was read, holds no document, or has a larger
             share of bad lines than ``max_bad_lines``.
+        OutsideRoots: ``path`` leads out of the roots.
         OSError: the cache cannot be written, for example because the disk is full.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    progress = progress or no_progress
-    content = content_digest(path, cache, progress)
-    key = cache_key(content, tokenizer, text_field, plain=detect_plain_text(path))
+    with open_regular(path, roots) as file:
+        return _open_corpus(path, file, tokenizer, cache, text_field, max_bad_lines, progress or no_progress)
+
+
+def _open_corpus(
+    path: Path,
+    file: io.BufferedReader,
+    tokenizer: Tokenizer,
+    cache: Path,
+    text_field: str,
+    max_bad_lines: float,
+    progress: ProgressCallback,
+) -> Corpus:
+    content = content_digest(path, cache, progress, file)
+    key = cache_key(content, tokenizer, text_field, plain=detect_plain_text(path, file))
     corpus = open_built(
         cache,
         key,
-        partial(progress, 0, path.stat().st_size),
-        lambda directory: _build(path, tokenizer, text_field, content, directory, progress),
+        partial(progress, 0, os.fstat(file.fileno()).st_size),
+        lambda directory: _build(path, file, tokenizer, text_field, content, directory, progress),
     )
     require_usable(path, corpus.stats, text_field, max_bad_lines)
     return corpus
@@ -190,7 +211,12 @@ def open_built(cache: Path, key: str, waiting: Callable[[], None], build: Callab
         if not (directory / "meta.json").exists():
             with build_lock(directory.with_suffix(".lock"), waiting):
                 if not (directory / "meta.json").exists():
-                    build(directory)
+                    try:
+                        build(directory)
+                    except PrefixDiffers:
+                        # What was stored is of other bytes than the corpus has now.
+                        shutil.rmtree(building_of(directory))
+                        build(directory)
         return Corpus(directory, use)
     except BaseException:
         use.release()
@@ -218,9 +244,12 @@ def require_usable(path: Path | str, stats: ParseStats, text_field: str, max_bad
         )
 
 
-def content_digest(path: Path, cache: Path, progress: ProgressCallback) -> str:
-    """Return the file's sha256, cached in ``cache`` by the file's inode, size and times."""
-    with open_regular(path) as file:
+def content_digest(path: Path, cache: Path, progress: ProgressCallback, opened: io.BufferedReader | None = None) -> str:
+    """Return the file's sha256, cached in ``cache`` by the file's inode, size and times.
+
+    ``opened``: the same file, opened before.
+    """
+    with nullcontext(opened) if opened is not None else open_regular(path) as file:
         before = os.fstat(file.fileno())
         identity = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
@@ -266,13 +295,25 @@ def no_progress(done: int, total: int) -> None:
 
 
 def _build(
-    path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: ProgressCallback
+    path: Path,
+    file: io.BufferedReader,
+    tokenizer: Tokenizer,
+    text_field: str,
+    content: str,
+    directory: Path,
+    progress: ProgressCallback,
 ) -> None:
-    """Build the shards and publish them as ``directory``, whose lock the caller holds."""
+    """Build the shards and publish them as ``directory``, whose lock the caller holds.
+
+    Raises PrefixDiffers if an interrupted build, which was to be continued, has stored another corpus.
+    """
     with build_directory(directory, resumable=True) as building:
-        with open_reader(path) as reader, ShardWriter(building, tokenizer, token_bytes(tokenizer)) as shards:
-            if shards.resumed_from is not None:
-                reader.skip(shards.resumed_from.stats, lambda: progress(reader.bytes_read, reader.size))
+        with (
+            open_reader(path, file) as reader,
+            ShardWriter(building, tokenizer, token_bytes(tokenizer), lambda: reader.position) as shards,
+        ):
+            if (entry := shards.resumed_from) is not None:
+                reader.skip(entry.stats, entry.position, lambda: progress(reader.bytes_read, reader.size))
             stats = tokenize_file(reader, tokenizer, text_field, shards, progress)
             if reader.digest != content:
                 require_unchanged(path)
@@ -307,7 +348,9 @@ def tokenize_file(
     A text that gives no token is a bad line too. ``found`` counts these, and the special tokens.
     """
     found = found or ParseStats()
-    with closing(_encode_ahead(encode_batches(reader, text_field), tokenizer)) as encoded_batches:
+    batches = encode_batches(reader, text_field)
+    waiting = lambda: progress(reader.bytes_read, reader.size)  # noqa: E731 - `bytes_read` grows
+    with closing(_encode_ahead(batches, tokenizer, waiting)) as encoded_batches:
         for batch, encoded in encoded_batches:
             for document, ids in zip(batch.documents, encoded, strict=True):
                 if not len(ids):
@@ -340,21 +383,71 @@ class EncodeBatch:
 
 
 def _encode_ahead(
-    batches: Iterator[EncodeBatch], tokenizer: Tokenizer
+    batches: Iterator[EncodeBatch], tokenizer: Tokenizer, waiting: Callable[[], None]
 ) -> Generator[tuple[EncodeBatch, list[Ids]], None, None]:
     """Yield each batch with its ids, in order. While one is encoded, the one before is stored and the next is read.
 
-    At most two batches are in memory.
+    At most two batches are in memory. While this waits, ``waiting`` is called once a second and may raise.
     """
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending: tuple[EncodeBatch, Future[list[Ids]]] | None = None
+    pending: tuple[EncodeBatch, _Encoding] | None = None
+    try:
         for batch in batches:
-            submitted = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch.documents])
+            submitted = batch, _Encoding(tokenizer, batch, pending[1] if pending is not None else None)
             if pending is not None:
-                yield pending[0], pending[1].result()
+                yield pending[0], pending[1].ids(waiting)
             pending = submitted
         if pending is not None:
-            yield pending[0], pending[1].result()
+            yield pending[0], pending[1].ids(waiting)
+    finally:
+        if pending is not None:
+            pending[1].cancel()
+
+
+class _Encoding:
+    """A batch that is encoded in a thread of its own, after the batch before it.
+
+    The thread does not keep the process from ending: it may be in a search that takes for ever.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, batch: EncodeBatch, before: "_Encoding | None") -> None:
+        self._tokenizer = tokenizer
+        self._batch = batch
+        self._future: Future[list[Ids]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(before,), name="encode", daemon=True)
+        self._thread.start()
+
+    def _run(self, before: "_Encoding | None") -> None:
+        if before is not None:
+            before.wait()
+        if not self._future.set_running_or_notify_cancel():
+            return
+        try:
+            self._future.set_result(self._tokenizer.encode_batch([document.text for document in self._batch.documents]))
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def wait(self) -> None:
+        """Wait until the batch is encoded."""
+        self._thread.join()
+
+    def cancel(self) -> None:
+        """Do not begin, if it has not begun; else wait for the end of a batch that ends."""
+        if not self._future.cancel() and not getattr(self._tokenizer, "patterns", ()):
+            self._thread.join()
+
+    def ids(self, waiting: Callable[[], None]) -> list[Ids]:
+        """Return the ids of each document. Raises what the tokenizer raises, and TokenizerInvalid if it never ends."""
+        deadline = time.monotonic() + ENCODE_SECONDS
+        while True:
+            try:
+                return self._future.result(timeout=1.0)
+            except TimeoutError:
+                waiting()
+            patterns = getattr(self._tokenizer, "patterns", ())
+            if patterns and time.monotonic() > deadline:
+                first, last = self._batch.documents[0].line, self._batch.documents[-1].line
+                why = f"lines {first} to {last} took more than {ENCODE_SECONDS:g} s"
+                raise TokenizerInvalid(backtracking_message("the tokenizer", patterns, why))
 
 
 def encode_batches(reader: Reader, text_field: str) -> Iterator[EncodeBatch]:

@@ -3,18 +3,20 @@
 The first bytes decide the format, not the file name: gzip, zstandard, parquet, or else UTF-8 text.
 """
 
+import errno
 import gzip
 import hashlib
 import importlib
 import io
 import os
-import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from trainyard.contract.allowed_paths import OutsideRoots, open_regular_inside
 from trainyard.contract.file_identity import Compression, compression_of
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats, require_unchanged
 
@@ -23,17 +25,37 @@ BUFFER_BYTES = 1 << 20
 ZSTD_CHUNK_BYTES = 1 << 10
 """Compressed bytes per decompress call. Four bytes may hold a block of 128 KiB, so a call returns at most 32 MiB."""
 
+UNPACKED_FLOOR, UNPACKED_PER_BYTE = 64 << 20, 256
+"""A packed file may grow to UNPACKED_FLOOR bytes, and UNPACKED_PER_BYTE more for each byte read. Text shrinks to about
+a tenth; what grows further than this is made to fill the disk."""
+
+BLOCK_BYTES = 1 << 20
+"""Unit in which a file that is not read in order is compared with what was hashed."""
+
+
+class PrefixDiffers(Exception):
+    """The file does not begin with the bytes that the interrupted build has read."""
+
+
+@dataclass(frozen=True)
+class ReadPosition:
+    """The number of bytes that were read of a file, and their sha256 as hex."""
+
+    bytes: int
+    sha256: str
+
 
 class CorpusFile:
     """An open corpus file, read once, up to the size it had when it was opened.
 
     ``stream`` yields the decompressed bytes, or the raw bytes of a parquet file. ``size`` is the size on disk.
+    ``opened``: the same file, opened before; ``path`` is then only its name.
     Raises DataInvalid if ``path`` is not a readable regular file of UTF-8 text, or if it needs a missing package.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, opened: io.BufferedReader | None = None) -> None:
         self.path = path
-        self.raw = open_regular(path)
+        self.raw = open_regular(path) if opened is None else _from_start(opened)
         self._stat = os.fstat(self.raw.fileno())
         self.size = self._stat.st_size
         self._hashing_reader = _HashingReader(self.raw, self.size)
@@ -57,6 +79,18 @@ class CorpusFile:
         """sha256 of the bytes read so far, before decompression."""
         return self._hashing_reader.sha256.hexdigest()
 
+    @property
+    def position(self) -> ReadPosition:
+        """How far the file was read, before decompression."""
+        return ReadPosition(self.bytes_read, self.digest)
+
+    def expect(self, position: ReadPosition) -> None:
+        """Let reading raise PrefixDiffers if the file does not begin with the bytes that ``position`` counts."""
+        if position.bytes > self.size:
+            raise PrefixDiffers
+        if position.bytes:
+            self._hashing_reader.expected = position
+
     def head(self) -> bytes:
         """Return the first bytes of the stream; call it before anything is read."""
         return self.stream.peek(4096)[:4096]
@@ -69,7 +103,26 @@ class CorpusFile:
             decompressor = _ZstdReader(file, import_optional("zstandard", self.path))
         else:
             return file
-        return io.BufferedReader(decompressor, BUFFER_BYTES)
+        return io.BufferedReader(_BoundedReader(decompressor, self), BUFFER_BYTES)
+
+    def require_bounded(self, unpacked: int, read: int) -> None:
+        """Raise DataInvalid if ``unpacked`` bytes are too many for ``read`` bytes of the file."""
+        if unpacked > UNPACKED_FLOOR + UNPACKED_PER_BYTE * read:
+            raise DataInvalid(
+                f"{self.path} unpacks to more than {UNPACKED_PER_BYTE} times its size: {unpacked:,} bytes of text from "
+                f"{read:,} bytes of {self.compression}. If that is meant, unpack it first and give the plain file"
+            )
+
+    def verified_blocks(self) -> "VerifiedBlocks":
+        """Read and hash the whole file, and return it for reading in any order, with the bytes that were hashed."""
+        digests = []
+        with memoryview(bytearray(BLOCK_BYTES)) as buffer:
+            while count := _fill(self._hashing_reader, buffer):
+                digests.append(_block_digest(buffer[:count]))
+        self._require_same_file()
+        if self.bytes_read != self.size:
+            require_unchanged(self.path)
+        return VerifiedBlocks(self.path, self.raw, self.size, digests)
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:
@@ -117,6 +170,10 @@ class SourceReader:
     def digest(self) -> str:
         return self.source.digest
 
+    @property
+    def position(self) -> ReadPosition:
+        return self.source.position
+
     def __enter__(self) -> Self:
         return self
 
@@ -131,6 +188,7 @@ class _HashingReader(io.RawIOBase):
         super().__init__()
         self.bytes_read = 0
         self.sha256 = hashlib.sha256()
+        self.expected: ReadPosition | None = None
         self._file = file
         self._size = size
 
@@ -138,11 +196,97 @@ class _HashingReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer)[: self._size - self.bytes_read]
+        end = self._size if self.expected is None else self.expected.bytes
+        view = memoryview(buffer)[: end - self.bytes_read]
         count = self._file.readinto(view)
         self.sha256.update(view[:count])
         self.bytes_read += count
+        if self.expected is not None and self.bytes_read == self.expected.bytes:
+            if self.sha256.hexdigest() != self.expected.sha256:
+                raise PrefixDiffers
+            self.expected = None
         return count
+
+
+class _BoundedReader(io.RawIOBase):
+    """What a decompressor returns, as long as it is not too much for the bytes that were read."""
+
+    def __init__(self, decompressor: Any, source: CorpusFile) -> None:
+        super().__init__()
+        self._decompressor = decompressor
+        self._source = source
+        self._unpacked = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = int(self._decompressor.readinto(buffer))
+        self._unpacked += count
+        self._source.require_bounded(self._unpacked, self._source.bytes_read)
+        return count
+
+
+class VerifiedBlocks(io.RawIOBase):
+    """A file that is read in any order. Each read is compared with the digests of the blocks it is in.
+
+    Raises DataInvalid if the file has changed since they were made.
+    """
+
+    def __init__(self, path: Path, file: io.BufferedReader, size: int, digests: Sequence[bytes]) -> None:
+        super().__init__()
+        self._path = path
+        self._descriptor = file.fileno()
+        self._size = size
+        self._digests = digests
+        self._offset = 0
+        self._number, self._block = -1, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._offset
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset, os.SEEK_END: self._size}[whence]
+        self._offset = max(0, start + offset)
+        return self._offset
+
+    def readinto(self, buffer: Any) -> int:
+        view, done = memoryview(buffer), 0
+        while done < len(view) and self._offset < self._size:
+            block = self._verified(self._offset // BLOCK_BYTES)
+            part = block[self._offset % BLOCK_BYTES :][: len(view) - done]
+            view[done : done + len(part)] = part
+            done += len(part)
+            self._offset += len(part)
+        return done
+
+    def _verified(self, number: int) -> bytes:
+        if number != self._number:
+            block = os.pread(
+                self._descriptor, min(BLOCK_BYTES, self._size - number * BLOCK_BYTES), number * BLOCK_BYTES
+            )
+            if _block_digest(block) != self._digests[number]:
+                require_unchanged(self._path)
+            self._number, self._block = number, block
+        return self._block
+
+
+def _block_digest(block: Any) -> bytes:
+    return hashlib.sha256(block).digest()
+
+
+def _fill(file: io.RawIOBase, buffer: memoryview) -> int:
+    """Read until ``buffer`` is full or the file ends; return the number of bytes."""
+    done = 0
+    while done < len(buffer) and (count := file.readinto(buffer[done:])):
+        done += count
+    return done
 
 
 class CorruptZstd(ValueError):
@@ -195,17 +339,19 @@ def import_optional(package: str, path: Path, module: str | None = None) -> Any:
         raise DataInvalid(f"{path} can only be read with {package}: pip install {package}") from None
 
 
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading. Raises DataInvalid for anything else, and never blocks."""
+def open_regular(path: Path, roots: Sequence[Path] = ()) -> io.BufferedReader:
+    """Open a regular file, below one of ``roots`` if any are given. Never blocks.
+
+    Raises DataInvalid for anything else, and OutsideRoots.
+    """
     try:
-        # O_NONBLOCK: opening a FIFO without a writer would otherwise block forever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file: io.BufferedReader = io.BufferedReader(open_regular_inside(path, roots), BUFFER_BYTES)
+    except OutsideRoots:
+        raise
     except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise DataInvalid(f"{path} is not a regular file: give a JSONL file, one document a line") from None
         raise DataInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataInvalid(f"{path} is not a regular file: give a JSONL file, one document a line")
-    file: io.BufferedReader = io.BufferedReader(io.FileIO(descriptor), BUFFER_BYTES)
     try:
         head = file.peek(4096)[:4096]
         if compression_of(head) is Compression.NONE:
@@ -213,6 +359,13 @@ def open_regular(path: Path) -> io.BufferedReader:
     except (DataInvalid, OSError):
         file.close()
         raise
+    return file
+
+
+def _from_start(opened: io.BufferedReader) -> io.BufferedReader:
+    """Return another reader of an open file, from its first byte. The two must not be read in turns."""
+    file: io.BufferedReader = io.BufferedReader(io.FileIO(os.dup(opened.fileno())), BUFFER_BYTES)
+    file.seek(0)
     return file
 
 

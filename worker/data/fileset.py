@@ -44,6 +44,7 @@ from trainyard.worker.data.corpus import (
     token_bytes,
     tokenize_file,
 )
+from trainyard.worker.data.file import PrefixDiffers, ReadPosition, open_regular
 from trainyard.worker.data.jsonl import MAX_BAD_LINE_EXAMPLES, DataInvalid, ParseStats, require_unchanged
 from trainyard.worker.data.readers import detect_plain_text, open_reader
 from trainyard.worker.data.shards import (
@@ -63,6 +64,7 @@ PART_BYTES = 16 << 20
 
 PROGRESS_SECONDS = 0.25
 COPY_TOKENS = 1 << 22
+NOTHING_READ = ReadPosition(0, hashlib.sha256().hexdigest())
 Result = TypeVar("Result")
 FILES, PART = "files.json", "part.json"
 
@@ -104,7 +106,7 @@ class FileCounts:
 class FileSetOptions:
     """How files are tokenized. ``tokenizer_path``, ``special_tokens``: those of ``tokenizer``, for other processes.
 
-    ``processes``: None for one per core.
+    ``processes``: None for one per core. ``roots``: the directories below which the files must be, if any are given.
     """
 
     tokenizer: Tokenizer
@@ -115,6 +117,7 @@ class FileSetOptions:
     special_tokens: str = "text"
     processes: int | None = None
     progress: ProgressCallback = no_progress
+    roots: tuple[Path, ...] = ()
 
 
 def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
@@ -130,6 +133,7 @@ def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
             text_field=options.text_field,
             max_bad_lines=options.max_bad_lines,
             progress=options.progress,
+            roots=options.roots,
         )
     options.cache.mkdir(parents=True, exist_ok=True)
     keys = _identify(files, options)
@@ -189,8 +193,10 @@ def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileK
             raise InterruptedError
 
     def identify(file: NamedFile) -> FileKey:
-        content = content_digest(file.path, options.cache, require_running)
-        return FileKey(content, detect_plain_text(file.path), file_sketch(file.path))
+        with open_regular(file.path, options.roots) as opened:
+            content = content_digest(file.path, options.cache, require_running, opened)
+            plain = detect_plain_text(file.path, opened)
+        return FileKey(content, plain, file_sketch(file.path, options.roots))
 
     with ThreadPoolExecutor(min(8, _cores())) as pool:
         futures = [pool.submit(identify, file) for file in files]
@@ -323,7 +329,9 @@ class _Build:
 
     def _tokenize_here(self, part: _Part, building: Path) -> list[FileCounts]:
         options, directory = self._options, part.directory(building)
-        return tokenize_part(directory, part.files, part.keys, options.tokenizer, options.text_field, self._report)
+        return tokenize_part(
+            directory, part.files, part.keys, options.tokenizer, options.text_field, self._report, options.roots
+        )
 
     def _report(self, done: int) -> None:
         self._options.progress(self._done_bytes + done, self._total_bytes)
@@ -486,20 +494,39 @@ def tokenize_part(
     tokenizer: Tokenizer,
     text_field: str,
     progress: Callable[[int], None],
+    roots: Sequence[Path] = (),
 ) -> list[FileCounts]:
     """Tokenize ``files`` into token shards in ``directory``, and return their counts. A complete part is only read."""
     stored = read_json(directory / PART)
     if stored is not None:
         return [FileCounts.from_json(entry) for entry in stored["files"]]
+    write = partial(_write_part, directory, files, keys, tokenizer, text_field, progress, roots)
     if len(files) > 1:
         shutil.rmtree(directory, ignore_errors=True)  # only a part of one file has a journal
+    try:
+        return write()
+    except PrefixDiffers:
+        # What was stored is of other bytes than the file has now.
+        shutil.rmtree(directory)
+        return write()
+
+
+def _write_part(
+    directory: Path,
+    files: Sequence[NamedFile],
+    keys: Sequence[FileKey],
+    tokenizer: Tokenizer,
+    text_field: str,
+    progress: Callable[[int], None],
+    roots: Sequence[Path],
+) -> list[FileCounts]:
     directory.mkdir(parents=True, exist_ok=True)
     counts: list[FileCounts] = []
-    with ShardWriter(directory, tokenizer, token_bytes(tokenizer)) as shards:
+    with ShardWriter(directory, tokenizer, token_bytes(tokenizer), lambda: NOTHING_READ) as shards:
         done = 0
         for file, key in zip(files, keys, strict=True):
             report = partial(_report_after, progress, done)
-            counts.append(_tokenize(file, key, shards, tokenizer, text_field, report))
+            counts.append(_tokenize(file, key, shards, tokenizer, text_field, report, roots))
             done += counts[-1].bytes
     write_json(directory / PART, {"files": [asdict(entry) for entry in counts]})
     return counts
@@ -516,12 +543,14 @@ def _tokenize(
     tokenizer: Tokenizer,
     text_field: str,
     progress: Callable[[int], None],
+    roots: Sequence[Path],
 ) -> FileCounts:
     before = shards.tokens
-    with open_reader(file.path) as reader:
-        if shards.resumed_from is not None:
+    with open_regular(file.path, roots) as opened, open_reader(file.path, opened) as reader:
+        shards.position = lambda: reader.position
+        if (entry := shards.resumed_from) is not None:
             before = 0
-            reader.skip(shards.resumed_from.stats, lambda: progress(reader.bytes_read))
+            reader.skip(entry.stats, entry.position, lambda: progress(reader.bytes_read))
         stats = tokenize_file(reader, tokenizer, text_field, shards, lambda done, _: progress(done))
         if reader.digest != key.content:
             require_unchanged(file.path)
@@ -567,6 +596,7 @@ class _TokenizerProcesses:
             "tokenizer_path": options.tokenizer_path,
             "special_tokens": options.special_tokens,
             "text_field": options.text_field,
+            "roots": [str(root) for root in options.roots],
         }
         reported = 0
         with suppress(BrokenPipeError):
@@ -616,7 +646,10 @@ def main() -> int:
         files = [NamedFile(name, Path(path)) for name, path in request["files"]]
         keys = [FileKey(**key) for key in request["keys"]]
         try:
-            counts = tokenize_part(Path(request["directory"]), files, keys, tokenizer, request["text_field"], report)
+            roots = [Path(root) for root in request["roots"]]
+            counts = tokenize_part(
+                Path(request["directory"]), files, keys, tokenizer, request["text_field"], report, roots
+            )
             answer: dict[str, Any] = {"files": [asdict(entry) for entry in counts]}
         except DataInvalid as error:
             answer = {"invalid": str(error)}

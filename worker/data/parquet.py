@@ -8,10 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile, SourceReader, import_optional
+from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader, import_optional
 from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, ParseStats
 
 BATCH_ROWS = 256
+
+ROW_BYTES = 16
+"""What a row counts beside its text: a file of few bytes may hold any number of empty ones."""
 
 MAX_GROUP_BYTES = 2 << 30
 """Decompressed bytes of the column in one row group, which is decoded as a whole."""
@@ -22,7 +25,7 @@ class ParquetReader(SourceReader):
 
     def __init__(self, source: CorpusFile) -> None:
         super().__init__(source)
-        self._rows_done, self._rows = 0, 1
+        self._rows_done, self._rows, self._unpacked = 0, 1, 0
         try:
             self._arrow = import_optional("pyarrow", source.path)
             self._parquet = import_optional("pyarrow", source.path, "pyarrow.parquet")
@@ -35,8 +38,9 @@ class ParquetReader(SourceReader):
         """An estimate: the file's size times the share of rows read."""
         return self.size * self._rows_done // max(1, self._rows)
 
-    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
+    def skip(self, stats: ParseStats, position: ReadPosition, on_progress: Callable[[], None]) -> None:
         del on_progress  # quick: whole row groups are skipped without being read
+        self.source.expect(position)
         self.stats = replace(stats)
 
     def documents(self, text_field: str) -> Iterator[Document]:
@@ -50,19 +54,17 @@ class ParquetReader(SourceReader):
                 continue
             self.stats.documents += 1
             yield Document(number, text)
-        # Parquet is not read in order, so the file is hashed in a second pass.
-        self.source.raw.seek(0)
-        self.source.finish()
 
     def _values(self, text_field: str, skipped: int) -> Iterator[bytes | None]:
         """Yield the value of each row after the first ``skipped``."""
         path = self.source.path
+        # Parquet is not read in order, so the file is hashed in a pass before, and compared block by block.
+        blocks = self.source.verified_blocks()
         try:
-            # Opened by the descriptor that was checked: the path may be another file by now.
-            header = self._parquet.ParquetFile(self.source.raw)
+            header = self._parquet.ParquetFile(blocks)
             self._rows = header.metadata.num_rows
             self._require_column(header, text_field)
-            file = self._parquet.ParquetFile(self.source.raw, metadata=header.metadata, read_dictionary=[text_field])
+            file = self._parquet.ParquetFile(blocks, metadata=header.metadata, read_dictionary=[text_field])
             groups = self._groups_after(header.metadata, skipped)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[text_field]):
                 yield from self._decode(batch.column(0).slice(min(len(batch), max(0, skipped - self._rows_done))))
@@ -102,7 +104,10 @@ class ParquetReader(SourceReader):
         binary = self._arrow.large_binary()
         for index in column.indices.to_pylist():
             # One at a time: the decoded rows may be far larger than the dictionary.
-            yield None if index is None else column.dictionary[index].cast(binary).as_py()
+            value = None if index is None else column.dictionary[index].cast(binary).as_py()
+            self._unpacked += ROW_BYTES + len(value or b"")
+            self.source.require_bounded(self._unpacked, self.size)
+            yield value
 
 
 def _text_of(value: bytes | None, text_field: str) -> str:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.corpus_files import (
     CorpusFilesInvalid,
     NamedFile,
@@ -35,7 +36,7 @@ from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
-from trainyard.worker.paths import check_allowed_paths
+from trainyard.worker.paths import DATA_ROOTS, data_roots, outside_error
 
 SplitChooser = Callable[[Corpus, Tokenizer], SplitBy]
 
@@ -63,7 +64,8 @@ class TrainingSource:
 class TrainingData:
     """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None.
 
-    ``train_set`` has the rows of all sources, one source after the other.
+    ``train_set`` has the rows of all sources, one source after the other. ``roots``: the directories below which the
+    run may read, see `worker.paths.data_roots`.
     """
 
     spec: JobSpec
@@ -72,6 +74,7 @@ class TrainingData:
     train_set: PackedDataset
     eval_set: PackedDataset | None
     split_by: SplitBy = "text"
+    roots: tuple[Path, ...] = ()
 
     @property
     def documents(self) -> int:
@@ -134,18 +137,20 @@ class TrainingData:
         """Return the fingerprint of the corpus as it is now, or {} if it is not what was read."""
         try:
             if self.is_one_file:
-                fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))))
+                fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))), self.roots)
                 return asdict(fingerprint) if fingerprint.bytes == self.sources[0].corpus.meta.bytes else {}
             named = [(source, file) for source in self.sources for file in source.files]
             names = [f"{source.name}/{file.name}" for source, file in named]
             sizes = [file.path.stat().st_size for _, file in named]
-            return files_fingerprint(names, sizes, [s for source in self.sources for s in _sketches(source)])
+            return files_fingerprint(
+                names, sizes, [s for source in self.sources for s in _sketches(source, self.roots)]
+            )
         except OSError:
             return {}
 
 
-def _sketches(source: TrainingSource) -> list[str]:
-    return source.corpus.sketches or [file_sketch(file.path) for file in source.files]
+def _sketches(source: TrainingSource, roots: Sequence[Path]) -> list[str]:
+    return source.corpus.sketches or [file_sketch(file.path, roots) for file in source.files]
 
 
 def paths_of(spec: JobSpec) -> str | list[str]:
@@ -240,13 +245,15 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
     hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
-    tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)
+    roots = data_roots(run)
+    try:
+        tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens, roots)
+    except OutsideRoots as error:
+        raise outside_error("data.tokenizer_path", error.reason, DATA_ROOTS) from error
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
-    def open_shards(files: list[NamedFile], text_field: str | None) -> Corpus:
-        # Checked again for each source: the one before may have taken hours.
-        check_allowed_paths(spec, run)
+    def open_shards(pointer: str, files: list[NamedFile], text_field: str | None) -> Corpus:
         options = FileSetOptions(
             tokenizer,
             data.tokenizer_path,
@@ -256,8 +263,12 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
             special_tokens=data.special_tokens,
             processes=None if data.num_workers is None else max(1, data.num_workers),
             progress=progress,
+            roots=roots,
         )
-        return open_files(files, options)
+        try:
+            return open_files(files, options)
+        except OutsideRoots as error:
+            raise outside_error(pointer, error.reason, DATA_ROOTS) from error
 
     def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
@@ -266,7 +277,9 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
     sources, held_out = [], []
     for source in data.training_sources:
         files = expand(source.path)
-        corpus = open_shards(files, source.text_field)
+        corpus = open_shards(
+            "data.data_path" if data.sources is None else f"data.sources.{source.name}", files, source.text_field
+        )
         if splits and data.sources is None and is_single_file(source.path):
             by = choose_split(corpus, tokenizer)
         rows = open_rows(corpus, SplitSpec("train", data.eval_fraction, by) if splits else SplitSpec())
@@ -274,11 +287,10 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
         if splits:
             held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction, by)))
     if data.eval_data_path is not None:
-        held_out = [open_rows(open_shards(expand(data.eval_data_path), None), SplitSpec())]
+        held_out = [open_rows(open_shards("data.eval_data_path", expand(data.eval_data_path), None), SplitSpec())]
     train_set = PackedDataset.concat([source.rows for source in sources])
-    return TrainingData(
-        spec, tokenizer, tuple(sources), train_set, PackedDataset.concat(held_out) if held_out else None, by
-    )
+    eval_set = PackedDataset.concat(held_out) if held_out else None
+    return TrainingData(spec, tokenizer, tuple(sources), train_set, eval_set, by, roots)
 
 
 def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:

@@ -3,6 +3,7 @@
 Memory is constant: one line or one document at a time.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import Protocol, Self
 
 from trainyard.contract.file_identity import BLANK, BOM, Compression, is_plain_text
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile, SourceReader
+from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader
 from trainyard.worker.data.jsonl import BadLineError, Document, ParseStats, text_of
 from trainyard.worker.data.parquet import ParquetReader
 
@@ -38,8 +39,15 @@ class Reader(Protocol):
     def digest(self) -> str:
         """sha256 of the file's bytes read so far, before decompression."""
 
-    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
-        """Continue after the lines that ``stats`` counts, and from its counts. Calls ``on_progress`` now and then."""
+    @property
+    def position(self) -> ReadPosition:
+        """How far the file was read: what an interrupted build compares before it continues."""
+
+    def skip(self, stats: ParseStats, position: ReadPosition, on_progress: Callable[[], None]) -> None:
+        """Continue after the lines that ``stats`` counts, and from its counts. Calls ``on_progress`` now and then.
+
+        This and reading raise PrefixDiffers if the file's first bytes are not those that ``position`` counts.
+        """
 
     def documents(self, text_field: str) -> Iterator[Document]:
         """Yield each document in order and count the lines in ``stats``. Raises DataInvalid if the file changes."""
@@ -49,19 +57,22 @@ class Reader(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_reader(path: Path) -> Reader:
-    """Open a corpus. Raises DataInvalid if it is not a regular UTF-8 file, is damaged, or needs a missing package."""
-    source = CorpusFile(path)
+def open_reader(path: Path, opened: io.BufferedReader | None = None) -> Reader:
+    """Open a corpus. Raises DataInvalid if it is not a regular UTF-8 file, is damaged, or needs a missing package.
+
+    ``opened``: the same file, opened before.
+    """
+    source = CorpusFile(path, opened)
     if source.compression is Compression.PARQUET:
         return ParquetReader(source)
     return TextReader(source) if is_plain_text(path.name, source.head()) else LineReader(source)
 
 
-def detect_plain_text(path: Path) -> bool:
+def detect_plain_text(path: Path, opened: io.BufferedReader | None = None) -> bool:
     """Return whether blank lines separate the documents. It depends on the file's name too, not only on its bytes."""
     if not is_plain_text(path.name, b""):
         return False
-    with CorpusFile(path) as source:
+    with CorpusFile(path, opened) as source:
         return source.compression is not Compression.PARQUET and is_plain_text(path.name, source.head())
 
 
@@ -76,7 +87,8 @@ class LineReader(SourceReader):
     def bytes_read(self) -> int:
         return self.source.bytes_read
 
-    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
+    def skip(self, stats: ParseStats, position: ReadPosition, on_progress: Callable[[], None]) -> None:
+        self.source.expect(position)
         # The lines are read and hashed again, but not parsed.
         for number, _ in enumerate(islice(self._lines, stats.lines), start=1):
             if number % SKIPPED_LINES_PER_PROGRESS == 0:

@@ -7,7 +7,7 @@ resumes a killed one at its last journal entry, and produces the same bytes as a
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from trainyard.contract.cache import building_of
 from trainyard.contract.rundir import publish_directory, read_json, write_json
+from trainyard.worker.data.file import ReadPosition
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.tokenizers import Ids, Tokenizer
 
@@ -30,10 +31,14 @@ TOKENS, OFFSETS = "tokens.bin", "offsets.bin"
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """A journal entry: ``tokens`` are stored, of the documents that ``stats`` counts."""
+    """A journal entry: ``tokens`` are stored, of the documents that ``stats`` counts.
+
+    ``position``: the bytes of the corpus that were read for them, which the next build must find again.
+    """
 
     tokens: int
     stats: ParseStats
+    position: ReadPosition
 
     @classmethod
     def read(cls, directory: Path, token_bytes: int) -> Self | None:
@@ -43,7 +48,9 @@ class JournalEntry:
             if raw is None:
                 return None
             examples = [(int(line), str(reason)) for line, reason in raw["tally"].pop("named")]
-            entry = cls(int(raw["tokens"]), ParseStats(**raw["tally"], examples=examples))
+            # Without "read" it is of release 0.1, whose builds did not compare what they had stored.
+            position = ReadPosition(int(raw["read"]["bytes"]), str(raw["read"]["sha256"]))
+            entry = cls(int(raw["tokens"]), ParseStats(**raw["tally"], examples=examples), position)
             sizes = [(directory / name).stat().st_size for name in (TOKENS, OFFSETS)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -54,7 +61,7 @@ class JournalEntry:
         """Write the entry, with the keys that every release has used."""
         counts = asdict(self.stats)
         counts["named"] = counts.pop("examples")
-        write_json(directory / JOURNAL, {"tokens": self.tokens, "tally": counts})
+        write_json(directory / JOURNAL, {"tokens": self.tokens, "tally": counts, "read": asdict(self.position)})
 
     def sizes(self, token_bytes: int) -> tuple[int, int]:
         return self.tokens * token_bytes, (self.stats.documents + 1) * 8
@@ -64,9 +71,13 @@ class ShardWriter:
     """Writes the token and offset files; the sink of `worker.data.corpus.tokenize_file`.
 
     ``resumed_from``: the journal entry of an earlier build of ``directory`` that this one continues, or None.
+    ``position``: returns how far the corpus was read.
     """
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
+    def __init__(
+        self, directory: Path, tokenizer: Tokenizer, token_bytes: int, position: Callable[[], ReadPosition]
+    ) -> None:
+        self.position = position
         self.resumed_from = JournalEntry.read(directory, token_bytes)
         self.tokens = self.resumed_from.tokens if self.resumed_from else 0
         self._directory = directory
@@ -94,7 +105,7 @@ class ShardWriter:
     def _write_journal(self) -> None:
         # Data first, then the entry: in the other order a power cut could leave an entry without its data.
         self._files.flush()
-        JournalEntry(self.tokens, self._stats).write(self._directory)
+        JournalEntry(self.tokens, self._stats, self.position()).write(self._directory)
         self._journaled_at = time.monotonic()
 
     def __enter__(self) -> Self:

@@ -78,11 +78,16 @@ class Tokenizer(Protocol):
         """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
 
 
-def load_tokenizer(tokenizer_path: str, special_tokens: SpecialTokens = "text") -> Tokenizer:
-    """Load the tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
+def load_tokenizer(
+    tokenizer_path: str, special_tokens: SpecialTokens = "text", roots: Sequence[Path] = ()
+) -> Tokenizer:
+    """Load the tokenizer "byte", or that of a Hugging Face directory, below one of ``roots`` if any are given.
+
+    Raises TokenizerInvalid and OutsideRoots.
+    """
     if tokenizer_path == BYTE:
         return ByteTokenizer(special_tokens)
-    return FileTokenizer(tokenizer_file(tokenizer_path), special_tokens)
+    return FileTokenizer(tokenizer_file(tokenizer_path), special_tokens, roots)
 
 
 def limit_threads(count: int | None) -> None:
@@ -134,8 +139,10 @@ class FileTokenizer:
     With ``special_tokens`` "text", no text encodes to a special token.
     """
 
-    def __init__(self, file: Path, special_tokens: SpecialTokens = "text") -> None:
-        info = TokenizerInfo.read(file)
+    def __init__(self, file: Path, special_tokens: SpecialTokens = "text", roots: Sequence[Path] = ()) -> None:
+        info = TokenizerInfo.read(file, roots)
+        self._file = file
+        self.patterns = tuple(_patterns([info.described.get("normalizer"), info.described.get("pre_tokenizer")]))
         described = info.described if special_tokens == "tokens" else _hide_special_tokens(info)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**described, "post_processor": None}))
@@ -155,13 +162,40 @@ class FileTokenizer:
         self._special_ids |= {self.bos_id, self.eos_id, self.pad_id}
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            # The library's panics have a class that cannot be imported. It gives up a search after ten million steps.
+            if type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerInvalid(backtracking_message(str(self._file), self.patterns, str(error))) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
+
+
+def backtracking_message(name: str, patterns: Sequence[str], why: str) -> str:
+    """Return what to do about a tokenizer whose regular expressions do not end."""
+    listed = " or ".join(repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..." for pattern in patterns)
+    return (
+        f"the regular expression {listed or 'of its pre-tokenizer'} of {name} backtracks: {why}. "
+        "Take one without repetition inside of repetition, such as (a+)+"
+    )
+
+
+def _patterns(value: Any) -> Iterator[str]:
+    """Yield the regular expressions in a part of a tokenizer.json."""
+    if isinstance(value, dict):
+        if isinstance(pattern := value.get("Regex"), str):
+            yield pattern
+        for part in value.values():
+            yield from _patterns(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _patterns(part)
 
 
 def _hide_special_tokens(info: TokenizerInfo) -> dict[str, Any]:

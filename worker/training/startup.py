@@ -48,7 +48,7 @@ def started_event(
         special_texts=data.stats.special_texts,
         bos_token=data.tokenizer.bos,
         eos_token=data.tokenizer.eos,
-        inputs=fingerprint_inputs(spec.data, _tokenizer_file(spec)),
+        inputs=fingerprint_inputs(spec.data, _tokenizer_file(spec), data.roots),
         global_batch=sampler.global_batch,
         tokens_per_step=data.tokens_per_step(sampler),
         steps_per_epoch=sampler.steps_per_epoch,

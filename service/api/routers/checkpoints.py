@@ -41,7 +41,7 @@ def download_checkpoint_file(
 
     `ETag` is the sha256 of the manifest. With `If-Range`, a file that has changed is sent as a whole.
     """
-    file, sha256 = open_listed(find_directory(state, job_id, step), name)
+    file, sha256 = open_listed(find_directory(state, job_id, step), name, state.settings.writable_roots)
     etag = f'"{sha256}"' if sha256 is not None else None
     return FileRangeResponse(file, range_ if if_range in (None, etag) else None, name, etag)
 
@@ -68,5 +68,5 @@ def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:
 def delete_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
     """Delete a full checkpoint and its files. The last valid one, and one that a live run may need, is not deleted."""
     with state.database.write() as session:
-        unpublished = checkpoint_deletion.unpublish(session, state.settings.runs, job_id, step, caller, utc_now())
-    checkpoint_deletion.delete_files(unpublished)
+        unpublished = checkpoint_deletion.unpublish(session, state.settings, job_id, step, caller, utc_now())
+    checkpoint_deletion.delete_files(unpublished, state.settings.writable_roots)

@@ -43,7 +43,16 @@ def export_checkpoint(
     job = find_job(state, job_id)
     tokenizer, stem = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
     checkpoint = find_directory(state, job_id, step)
-    request = exporter.ExportRequest(artifact_dir(state, job), checkpoint, step, body.format, tokenizer, stem)
+    request = exporter.ExportRequest(
+        artifact_dir(state, job),
+        checkpoint,
+        step,
+        body.format,
+        tokenizer,
+        stem,
+        state.settings.readable_roots,
+        state.settings.writable_roots,
+    )
     exists = exporter.is_exported(request)
     try:
         if not exists:
@@ -93,7 +102,7 @@ def download_export_file(
     try:
         if not FILE_NAME.fullmatch(name):
             raise FileNotFoundError(name)
-        file = open_file(directory, name)
+        file = open_file(directory, name, state.settings.writable_roots)
     except OSError:
         raise FileNotInExport() from None
     return FileRangeResponse(file, range_, name)

@@ -125,7 +125,7 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
     ignored = epochs_ignored(spec.training) if gives_both_lengths(spec) else None
     if ignored is not None:
         alerts.append(repository.new_alert("epochs_ignored", ignored, now))
-    facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec)}
+    facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec, state.settings.readable_roots)}
     try:
         with state.database.write() as session:
             job = repository.create(session, spec, facts, alerts, caller, now)

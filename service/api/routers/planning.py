@@ -41,7 +41,7 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
     # The devices of a cluster are unknown until Slurm has allocated some.
     devices = state.inventory.devices() if spec.resources.launcher != SLURM else ()
     kind = kind_of(spec, host)
-    sample = sample_corpus(spec)
+    sample = sample_corpus(spec, state.settings.readable_roots)
     with state.database.read() as session:
         throughput = find_throughput(session, spec, kind)
         position = _queue_position(session, spec, kind, devices)
@@ -49,7 +49,7 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
     # Only on a free device: a measurement must not slow a run down.
     if speed is None and sample.size is not None and state.matrix_speed is not None and position.free:
         speed = state.matrix_speed.estimate(spec, kind, sample.size.attention_length)
-    return preview(spec, kind, sample, devices, speed, position, state.settings.home)
+    return preview(spec, kind, sample, devices, speed, position, state.settings)
 
 
 def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:
