@@ -22,6 +22,11 @@ def main() -> int:
     """Run the doctor on this process's arguments, and return its exit code."""
     parsed = _parse()
     device = parsed.device or ("cuda" if parsed.gpu else None)
+    if device is not None:
+        # Both before torch is loaded. By default OpenMP's threads wait for each other in a busy loop, and without the
+        # second nothing deterministic runs on a GPU.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device == "cuda" and (missing := missing_gpu()) is not None:
         print(f"trainyard doctor: --gpu needs a GPU: {missing}", file=sys.stderr)
         return USAGE
@@ -46,10 +51,6 @@ def main() -> int:
 def _results(device: str | None) -> Iterator[CheckResult]:
     yield from check_host(os.environ)
     if device is not None:
-        # By default OpenMP's threads wait for each other in a busy loop. It reads this when torch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        # cuBLAS reads it when it first uses the device; without it nothing deterministic runs.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         from trainyard.worker.doctor.promises import check_promises
 
         yield from check_promises(device)

@@ -252,7 +252,8 @@ def count_syncs(bench: TrainBench, steps: int) -> dict[str, int]:
     del pending
     events = list(profiler.events() or ())
     # The profiler waits for the device itself when it ends: only what began within the steps counts.
-    within = next(event.time_range for event in events if event.name == STEPS)
+    # On a GPU the steps are listed a second time, with the time at which the device ran them.
+    within = next(each.time_range for each in events if each.name == STEPS and each.device_type.name == "CPU")
     found: dict[str, int] = {}
     for event in events:
         if event.name in SYNCS[bench.device.type] and within.start <= event.time_range.start <= within.end:
