@@ -42,7 +42,8 @@ class Restartable(DemoService):
 
 
 @pytest.fixture
-def live(tmp_path: Path) -> Iterator[Restartable]:
+def live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Restartable]:
+    monkeypatch.setenv("TRAINYARD_DATA_ROOTS", str(tmp_path))
     (tmp_path / "corpus.jsonl").write_text(
         "".join(json.dumps({"text": f"number {n} of many"}) + "\n" for n in range(200))
     )
