@@ -20,7 +20,7 @@ ifndef SIZE_$(TORCH)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu or TORCH=cuda)
 endif
 
-.PHONY: help setup check format test test-long demo dev bench soak slurm-test clean
+.PHONY: help setup check format test test-long gpu demo dev bench soak slurm-test clean
 
 help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-long    the tests that do not fit into ten minutes: two releases, a browser with real runs"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
+	@echo "make gpu     the tests that need a GPU; \`trainyard doctor --gpu\` tries the promises without the repository"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
 setup: $(STAMP)
@@ -74,6 +75,9 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m "long and not soak" $(PYTEST_ARGS)
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/trainyard demo

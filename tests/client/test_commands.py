@@ -26,7 +26,7 @@ def subcommands() -> list[str]:
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
+    expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
     expected += (
         "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
     )
@@ -426,6 +426,13 @@ def test_a_value_that_json_cannot_express_is_named(
             ["db", "backup", "/b", "--home", "/h"],
             "trainyard.service.db.cli",
             ["backup", "/b"],
+            {"TRAINYARD_HOME": "/h"},
+        ),
+        (["doctor"], "trainyard.worker.doctor", [], {}),
+        (
+            ["doctor", "--gpu", "--json", "--out", "d", "--home", "/h"],
+            "trainyard.worker.doctor",
+            ["--json", "--gpu", "--out", "d"],
             {"TRAINYARD_HOME": "/h"},
         ),
         (

@@ -114,7 +114,9 @@ def test_minimind_s_model_and_trainyard_s_are_imported_side_by_side(installed: P
     assert Path(trainyard).is_relative_to(installed)
 
 
-@pytest.mark.parametrize("module", ["trainyard.worker", "trainyard.service", "trainyard.worker.agent"])
+@pytest.mark.parametrize(
+    "module", ["trainyard.worker", "trainyard.worker.doctor", "trainyard.service", "trainyard.worker.agent"]
+)
 def test_programs_start_from_minimind_s_folder(installed: Path, minimind: Path, module: str) -> None:
     shown = run_installed(installed, "-m", module, "--help", cwd=minimind)
     assert "usage:" in shown.lower()

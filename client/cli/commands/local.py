@@ -13,6 +13,11 @@ def serve(args: SimpleNamespace, _console: Console) -> int:
     return exec_module("trainyard.service", ["--no-scheduler"] if args.no_scheduler else [], settings)
 
 
+def doctor(args: SimpleNamespace, _console: Console) -> int:
+    options = [*_json(args), *(["--gpu"] if args.gpu else []), *(["--out", args.out] if args.out else [])]
+    return exec_module("trainyard.worker.doctor", options, {"TRAINYARD_HOME": args.home})
+
+
 def upgrade_database(args: SimpleNamespace, _console: Console) -> int:
     return exec_module("trainyard.service.db.cli", ["upgrade"], store_settings(args))
 

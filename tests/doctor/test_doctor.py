@@ -1,0 +1,102 @@
+"""`trainyard doctor` on this host, as a process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainyard.worker.doctor import checks, facts
+
+ROOT = Path(__file__).parents[2]
+CHECKS = "python torch driver cuda nccl compiler bf16 memory disk clock ulimits ports slurm".split()  # noqa: SIM905
+
+
+def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys; from trainyard.client.cli.main import main; sys.exit(main())"]
+    return subprocess.run(
+        [*command, "doctor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_this_host_as_json_and_as_files(tmp_path: Path) -> None:
+    done = doctor("--json", "--out", str(tmp_path / "report"), "--home", str(tmp_path / "home"))
+    document = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    found = [each["check"] for each in document["checks"]]
+    assert [name for name in found if name != "shared memory"] == CHECKS
+    assert document["object"] == "doctor"
+    assert {each["health"] for each in document["checks"]} <= {"ok", "warning", "fault"}
+    assert all(each["data"] and bool(each["advice"]) is (each["health"] != "ok") for each in document["checks"])
+    assert done.returncode == (1 if document["health"] == "fault" else 0)
+    bf16 = next(each["data"] for each in document["checks"] if each["check"] == "bf16")
+    assert bf16["ratio"] == pytest.approx(bf16["bfloat16"] / bf16["float32"])
+    assert json.loads((tmp_path / "report" / "doctor.json").read_text()) == document
+    lines = (tmp_path / "report" / "doctor.txt").read_text().splitlines()
+    assert lines[0].startswith(f"trainyard {document['version']} on ")
+    # It creates no home, and leaves nothing behind.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
+    done = doctor("--gpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "--gpu needs a GPU" in done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+    # A file in the path, which stops root as well.
+    (tmp_path / "file").touch()
+    disk = facts.read_disk(tmp_path / "file" / "home")
+    assert disk.error is not None
+    assert checks.check_disk(disk).health == "fault"
+
+
+def test_save_roots_are_tried_beside_the_home(tmp_path: Path) -> None:
+    environment = {"TRAINYARD_HOME": str(tmp_path / "h"), "TRAINYARD_SAVE_ROOTS": f"{tmp_path}/a:{tmp_path}/h"}
+    disks = facts.read_disks(environment)
+    assert [disk.path for disk in disks] == [str(tmp_path / "h"), str(tmp_path / "a")]
+    assert all(disk.locks and disk.write_bytes_per_second > 0 and disk.free_bytes > 0 for disk in disks)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        found = facts.read_ports({"TRAINYARD_PORT": str(port)})
+    assert found.error == "Address already in use"
+    assert facts.read_ports({"TRAINYARD_PORT": "many"}).error == "TRAINYARD_PORT=many is no port"
+
+
+def test_a_torch_that_does_not_answer_is_named() -> None:
+    assert checks.check_torch(facts.read_torch(seconds=0.001)).health == "fault"
+
+
+def test_a_compiler_that_cannot_compile_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho 'error: no room' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert facts.read_compiler({"CXX": str(broken)}).error == "error: no room"
+    assert facts.read_compiler({"CXX": str(tmp_path / "gone")}).path is None
+
+
+def test_the_versions_are_those_of_the_project() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=" + ".".join(map(str, checks.PYTHON))
+    assert any(line.startswith(f"torch>={checks.TORCH},") for line in project["optional-dependencies"]["worker"])
+    packages = {line.partition(">=")[0] for line in project["optional-dependencies"]["worker"]}
+    assert packages == {"torch", *facts.WORKER_PACKAGES}
+    assert f"version {checks.DRIVER} or newer" in (ROOT / "Makefile").read_text()

@@ -1,0 +1,214 @@
+"""The trials of the promises: each finds what is broken, and holds on a CPU in small sizes."""
+
+import gc
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trainyard.model import layers
+from trainyard.model.costs import parameters
+from trainyard.model.varlen_attention import varlen_attention
+from trainyard.service.planning import matrix_speed
+from trainyard.worker.doctor import promises, runs
+from trainyard.worker.doctor.attention import PathError, check_attention, judge_attention, judge_generation, path_errors
+from trainyard.worker.doctor.bench import CPU_SIZES, GPU_SIZES, Trial
+from trainyard.worker.doctor.promises import (
+    PROMISES,
+    Speed,
+    check_deterministic,
+    check_float16,
+    check_host_syncs,
+    check_saves,
+    check_speed,
+    judge_deterministic,
+    judge_float16,
+    judge_memory,
+    judge_saves,
+    judge_speed,
+    judge_syncs,
+    try_promise,
+)
+from trainyard.worker.doctor.report import CheckResult, HealthLevel
+from trainyard.worker.doctor.runs import judge_ranks, judge_resume
+
+OK, WARNING, FAULT = HealthLevel
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[Trial]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Trial(torch.device("cpu"), tmp_path, CPU_SIZES, "a processor")
+    torch.set_num_threads(before)
+    gc.collect()
+
+
+@pytest.mark.parametrize(
+    "promise",
+    [check_attention, check_deterministic, check_float16, check_host_syncs, check_saves, check_speed],
+    ids=lambda promise: promise.__name__,
+)
+def test_a_promise_holds_on_a_cpu(promise: Any, trial: Trial) -> None:
+    results = list(try_promise(promise, trial))
+    assert results
+    for result in results:
+        assert result.health is not FAULT, (result.line(), result.data.get("traceback"))
+        assert result.device == "a processor"
+        assert result.data["seconds"] > 0
+        json.dumps(result.data)
+
+
+def without_segments(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    rows = torch.arange(0, queries.shape[0] * queries.shape[1] + 1, queries.shape[1], dtype=torch.int32)
+    return varlen_attention(queries, keys, values, rows)
+
+
+def slightly_off(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    return varlen_attention(queries, 1.05 * keys, values, offsets)
+
+
+@pytest.mark.parametrize("broken", [without_segments, slightly_off])
+def test_a_broken_kernel_is_found_in_every_type(broken: Any, trial: Trial, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "varlen_attention", broken)
+    errors = path_errors(trial, CPU_SIZES.model, compiled=False)
+    assert {(error.path, error.dtype) for error in errors if error.is_wrong} == {
+        ("offsets", "float32"),
+        ("offsets", "bfloat16"),
+    }
+    result = judge_attention("dense", "eager", errors)
+    assert result.health is FAULT
+    assert "offsets in bfloat16" in result.message
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.filterwarnings("default::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("default::FutureWarning:torch.*")
+@pytest.mark.parametrize("experts", [False, True])
+def test_compiled_paths_agree_too(experts: bool, trial: Trial) -> None:
+    config = replace(CPU_SIZES.model, use_moe=experts, num_hidden_layers=1)
+    errors = path_errors(trial, config, compiled=True)
+    assert [error.path for error in errors] == ["offsets", "mask", "whole rows"]
+    assert not any(error.is_wrong for error in errors), errors
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("promise", [runs.check_resume, promises.check_several_ranks], ids=["resume", "ranks"])
+def test_whole_runs_hold_their_promise_on_a_cpu(promise: Any, trial: Trial) -> None:
+    (result,) = try_promise(promise, trial)
+    assert result.health is OK, (result.line(), result.data)
+
+
+@pytest.mark.long
+def test_the_command_tries_all_promises(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-m", "trainyard.worker.doctor", "--device", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    document = json.loads(done.stdout)
+    tried = {each["check"] for each in document["checks"] if each["device"] is not None}
+    assert tried == {
+        "attention", "generation", "deterministic", "float16", "host syncs", "saves", "speed", "resume", "ranks"
+    }  # fmt: skip
+    assert all(each["health"] != "fault" for each in document["checks"] if each["device"] is not None), document
+    assert list(tmp_path.iterdir()) == []
+
+
+def path_error(gradient: float, loss: float = 0.0) -> PathError:
+    return PathError("mask", "bfloat16", loss, gradient, 0.04)
+
+
+SPEED = Speed("64M", True, 64, 950e3, 900e3, 0.4, 10**10, 10**10)
+NAN = float("nan")
+LOSSES = [3.0 - 0.1 * step for step in range(runs.LOSS_STEPS)]
+DIGESTS = {"model.safetensors": "a" * 64, "optimizer.safetensors": "b" * 64}
+OTHER = {**DIGESTS, "optimizer.safetensors": "c" * 64}
+
+
+@pytest.mark.parametrize(
+    ("result", "health", "said"),
+    [
+        (judge_attention("dense", "eager", [path_error(0.01)]), OK, "off by 1.00%"),
+        (judge_attention("dense", "eager", [path_error(0.01), path_error(0.3)]), FAULT, "off by 30.0%"),
+        (judge_attention("dense", "eager", [path_error(NAN)]), FAULT, "nan"),
+        (judge_attention("dense", "eager", [path_error(0.0, loss=0.1)]), FAULT, "mask"),
+        (judge_generation("dense", 1e-6), OK, "same tokens"),
+        (judge_generation("dense", 0.5), FAULT, "0.5 below"),
+        (judge_generation("dense", NAN), FAULT, "nan"),
+        (judge_saves(0.08, 30, []), OK, "8%"),
+        (judge_saves(0.50, 30, []), WARNING, "50%"),
+        (judge_saves(0.08, 30, ["w of step 2"]), FAULT, "w of step 2"),
+        (judge_speed(SPEED), OK, "64M, compiled, 64 rows: 950,000 tokens/s, MFU 40%"),
+        (judge_speed(replace(SPEED, tokens_per_second=820e3)), OK, "820,000"),
+        (judge_speed(replace(SPEED, tokens_per_second=700e3, mfu=None)), WARNING, "planned 900,000"),
+        (judge_memory(SPEED, 10**10), OK, "(+0%)"),
+        (judge_memory(SPEED, int(1.09e10)), OK, "(+9%)"),
+        (judge_memory(SPEED, int(1.2e10)), FAULT, "(+20%)"),
+        (judge_memory(SPEED, int(0.7e10)), WARNING, "(-30%)"),
+        (judge_syncs("dense", 5, {}, "cuda"), OK, "none in 5 steps"),
+        (judge_syncs("dense", 5, {"cudaStreamSynchronize": 5}, "cuda"), FAULT, "5 x cudaStreamSynchronize"),
+        (judge_syncs("dense", 5, {"aten::nonzero": 5}, "cpu"), OK, "5 x aten::nonzero"),
+        (judge_float16([5.0, 3.0], 4, touched=False, finite=True, scale=64.0), OK, "from 5.00 to 3.00"),
+        (judge_float16([5.0, 3.0], 4, touched=True, finite=True, scale=64.0), FAULT, "changed weights"),
+        (judge_float16([5.0, 3.0], 4, touched=False, finite=False, scale=64.0), FAULT, "not finite"),
+        (judge_float16([5.0, 5.1], 4, touched=False, finite=True, scale=64.0), FAULT, "does not fall"),
+        (judge_float16([5.0, NAN], 4, touched=False, finite=True, scale=64.0), FAULT, "does not fall"),
+        (judge_float16([], 60, touched=False, finite=True, scale=64.0), FAULT, "does not fall"),
+        (judge_deterministic("MoE", {"w": torch.ones(2)}, {"w": torch.ones(2)}), OK, "to the bit"),
+        (judge_deterministic("MoE", {"w": torch.ones(2)}, {"w": torch.zeros(2)}), FAULT, "1 of 1 tensors"),
+        (judge_resume(DIGESTS, DIGESTS, was_killed=True, promised=True), OK, "aaaaaaaaaaaa"),
+        (judge_resume(DIGESTS, OTHER, was_killed=True, promised=True), FAULT, "optimizer.safetensors differ"),
+        (judge_resume(DIGESTS, OTHER, was_killed=True, promised=False), WARNING, "training.deterministic"),
+        (judge_resume(DIGESTS, DIGESTS, was_killed=False, promised=True), WARNING, "could be killed"),
+        (judge_ranks(2, "NCCL", LOSSES, LOSSES, 9.0), OK, "2 ranks by NCCL"),
+        (judge_ranks(2, "NCCL", LOSSES, [loss * 1.001 for loss in LOSSES], 9.0), FAULT, "off by 0.001"),
+        (judge_ranks(2, "NCCL", LOSSES, LOSSES[:-1], 9.0), FAULT, "do not give"),
+        (judge_ranks(2, "NCCL", LOSSES, [*LOSSES[:-1], NAN], 9.0), FAULT, "do not give"),
+        (judge_ranks(2, "NCCL", [], [], 9.0), FAULT, "do not give"),
+    ],
+)
+def test_a_promise_is_judged_by_its_numbers(result: CheckResult, health: HealthLevel, said: str) -> None:
+    assert result.health is health, result.line()
+    assert said in result.message or said in result.advice
+    assert result.data
+    assert bool(result.advice) is (health is not OK)
+
+
+def test_an_error_in_a_trial_is_a_fault_and_the_others_go_on(trial: Trial) -> None:
+    def check_that_breaks(_: Trial) -> Iterator[CheckResult]:
+        yield judge_generation("dense", 0.0)
+        raise RuntimeError("CUDA error: an illegal memory access\nmore lines")
+
+    first, second = try_promise(check_that_breaks, trial)
+    assert first.health is OK
+    assert second.health is FAULT
+    assert second.line().startswith(
+        "fault    that breaks      the trial failed: CUDA error: an illegal memory access [a"
+    )
+    assert "RuntimeError" in second.data["traceback"]
+
+
+def test_a_run_that_fails_is_a_fault_with_its_last_words(trial: Trial) -> None:
+    run = runs.WorkerRun.create(trial, "wrong", optimizer="none")
+    with pytest.raises(runs.RunFailed, match=r"ended with 2: .*optimizer"):
+        run.finish()
+
+
+def test_the_plan_is_that_of_the_service() -> None:
+    assert promises.PLANNED_EFFICIENCY == matrix_speed.EFFICIENCY
+
+
+def test_the_sizes_on_a_gpu_are_those_of_the_goals() -> None:
+    speed = GPU_SIZES.speed
+    shape = (speed.hidden_size, speed.num_hidden_layers, speed.vocab_size, GPU_SIZES.speed_length)
+    assert shape == (768, 8, 6400, 1024)
+    assert round(parameters(speed) / 1e6) == 64
+    # The heads of the trials fit the flash kernel.
+    assert all(config.head_dim is not None and config.head_dim % 8 == 0 for config in (speed, GPU_SIZES.model))
+    assert len(set(PROMISES)) == 8

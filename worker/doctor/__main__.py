@@ -1,0 +1,84 @@
+"""`trainyard doctor`: check this host, and with --gpu try the promises on its GPU.
+
+Exit code 0: no fault; 1: a fault; 2: wrong usage, or --gpu without a GPU.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from trainyard.contract.stdio import run_command
+from trainyard.worker.doctor.facts import host_description
+from trainyard.worker.doctor.host import check_host
+from trainyard.worker.doctor.report import CheckResult, DoctorReport, HealthLevel
+
+NO_FAULT, FAULTY, USAGE = 0, 1, 2
+
+
+def main() -> int:
+    """Run the doctor on this process's arguments, and return its exit code."""
+    parsed = _parse()
+    device = parsed.device or ("cuda" if parsed.gpu else None)
+    if device is not None:
+        # Both before torch is loaded. By default OpenMP's threads wait for each other in a busy loop, and without the
+        # second nothing deterministic runs on a GPU.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if device == "cuda" and (missing := missing_gpu()) is not None:
+        print(f"trainyard doctor: --gpu needs a GPU: {missing}", file=sys.stderr)
+        return USAGE
+    report = DoctorReport(version("trainyard"), host_description())
+    if not parsed.json:
+        print(report.text().splitlines()[0], flush=True)
+    for result in _results(device):
+        report.results.append(result)
+        if not parsed.json:
+            print(result.line(), flush=True)
+    print(report.json() if parsed.json else report.summary(), flush=True)
+    if parsed.out is not None:
+        try:
+            files = report.write(parsed.out)
+        except OSError as error:
+            print(f"trainyard doctor: the report cannot be written in {parsed.out}: {error.strerror}", file=sys.stderr)
+            return FAULTY
+        print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+    return FAULTY if report.health is HealthLevel.FAULT else NO_FAULT
+
+
+def _results(device: str | None) -> Iterator[CheckResult]:
+    yield from check_host(os.environ)
+    if device is not None:
+        from trainyard.worker.doctor.promises import check_promises
+
+        yield from check_promises(device)
+
+
+def missing_gpu() -> str | None:
+    """Return why no GPU can be used here, in one line, or None."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch cannot be loaded: {error}".splitlines()[0]
+    if torch.cuda.is_available():
+        return None
+    build = "is built for CPUs" if torch.version.cuda is None else "sees none"
+    return f"torch {torch.__version__} {build}; `trainyard doctor` without --gpu checks the driver"
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trainyard doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--gpu", action="store_true", help="try the promises on the GPU, in about four minutes")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the report to DIR/doctor.txt and DIR/doctor.json"
+    )
+    # The same promises in a small size on a CPU, for the tests.
+    parser.add_argument("--device", choices=["cpu", "cuda"], help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("trainyard doctor", main))

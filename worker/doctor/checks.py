@@ -1,0 +1,290 @@
+"""The checks of a host: each is a pure function of facts, and returns one result with what to do. No torch here."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+
+from trainyard.contract.units import human_bytes
+from trainyard.worker.doctor.facts import (
+    ClockFacts,
+    CompilerFacts,
+    DiskFacts,
+    DriverFacts,
+    MemoryFacts,
+    PortFacts,
+    ProductSpeeds,
+    PythonFacts,
+    SharedMemoryFacts,
+    SlurmFacts,
+    TorchFacts,
+)
+from trainyard.worker.doctor.report import CheckResult, fault, ok, warning
+
+PYTHON = (3, 11)
+TORCH = "2.13"
+"""The release of torch that pyproject.toml asks for and that the attention kernels were written for."""
+
+DRIVER = 580
+"""First driver of NVIDIA for CUDA 13, with which this torch is built."""
+
+MIN_MEMORY = 4 << 30
+LOW_DISK = 5 << 30
+LOW_DISK_SHARE = 0.1
+SLOW_DISK = 50e6
+SMALL_SHM = 1 << 30
+MAX_SKEW_SECONDS = 2.0
+MIN_FILES = 4096
+SMALL_MODEL_BYTES = 300e6
+"""Checkpoint of MiniMind's small model (26M parameters)."""
+
+WORTH_IT = 0.95
+"""A type must reach this share of float32's speed: less is slower, more is noise."""
+
+INSTALL_WORKER = "pip install 'trainyard[worker]', or `make setup` in the repository"
+
+
+def check_python(facts: PythonFacts) -> CheckResult:
+    text, data = ".".join(map(str, facts.version)), asdict(facts)
+    if facts.version[:2] < PYTHON:
+        return fault("python", f"Python {text} is too old", "install Python 3.11 or newer", **data)
+    missing = [name for name, found in facts.packages.items() if found is None]
+    if missing:
+        return fault(
+            "python", f"Python {text}, without {', '.join(missing)}: nothing can train", INSTALL_WORKER, **data
+        )
+    return ok("python", f"Python {text} ({facts.executable})", **data)
+
+
+def check_torch(facts: TorchFacts) -> CheckResult:
+    data = {"version": facts.version, "cuda_build": facts.cuda_build, "error": facts.error}
+    if facts.error is not None:
+        return fault("torch", f"torch cannot be used: {facts.error}", INSTALL_WORKER, **data)
+    assert facts.version is not None
+    build = f"built for CUDA {facts.cuda_build}" if facts.cuda_build else "built for CPUs"
+    if not facts.version.startswith(f"{TORCH}."):
+        return warning(
+            "torch",
+            f"torch {facts.version}, {build}, is not the release that this version was tested with",
+            f"pip install 'torch=={TORCH}.*'",
+            **data,
+        )
+    if not facts.gloo:
+        return fault("torch", f"torch {facts.version} has no gloo", "install torch from its own project", **data)
+    return ok("torch", f"torch {facts.version}, {build}", **data)
+
+
+def check_driver(facts: DriverFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.version is None:
+        if facts.device_files:
+            return fault(
+                "driver",
+                f"/dev has {facts.device_files} NVIDIA devices, but the driver does not answer: {facts.error}",
+                "run nvidia-smi; reload the driver or restart the host; in a container, start it with --gpus all",
+                **data,
+            )
+        return ok("driver", "no NVIDIA driver and no GPU: runs use the CPU", **data)
+    major = facts.version.partition(".")[0]
+    if major.isdigit() and int(major) < DRIVER:
+        advice = f"install NVIDIA driver {DRIVER} or newer: CUDA 13 needs it"
+        return fault("driver", f"NVIDIA driver {facts.version} is too old", advice, **data)
+    names = [f"{card.name} ({human_bytes(card.memory_bytes)})" for card in facts.cards]
+    if len({card.name for card in facts.cards}) > 1 and facts.order != "PCI_BUS_ID":
+        return warning(
+            "driver",
+            f"NVIDIA driver {facts.version}; unlike cards: {', '.join(names)}",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID for the service: CUDA alone numbers the fastest card first",
+            **data,
+        )
+    return ok("driver", f"NVIDIA driver {facts.version}: {', '.join(names) or 'no card'}", **data)
+
+
+def check_cuda(torch: TorchFacts, driver: DriverFacts) -> CheckResult:
+    data = {"cuda_build": torch.cuda_build, "available": torch.cuda_available, "cards": list(torch.cards)}
+    if torch.cuda_available:
+        names = ", ".join(str(card["name"]) for card in torch.cards)
+        return ok("cuda", f"CUDA {torch.cuda_build} on {names}", **data)
+    if not driver.cards:
+        return ok("cuda", "not used: there is no GPU here", **data)
+    if torch.error is not None:
+        return warning("cuda", "unknown, because torch cannot be used", "see the line about torch", **data)
+    cards = f"the driver has {len(driver.cards)} GPUs"
+    if torch.cuda_build is None:
+        advice = "`make setup TORCH=cuda`, or pip install the CUDA build of torch"
+        return fault("cuda", f"{cards}, but torch is built for CPUs", advice, **data)
+    if driver.visible is not None and not driver.visible.strip(", "):
+        advice = "unset CUDA_VISIBLE_DEVICES where the service is started"
+        return warning("cuda", f"{cards}, but CUDA_VISIBLE_DEVICES is empty and hides them", advice, **data)
+    advice = f"check CUDA_VISIBLE_DEVICES (now {driver.visible!r}), the driver, and whether a MIG profile is set"
+    return fault("cuda", f"{cards}, but torch cannot use them: {torch.cuda_error}", advice, **data)
+
+
+def check_nccl(facts: TorchFacts) -> CheckResult:
+    data = {"nccl": facts.nccl, "cards": len(facts.cards)}
+    if facts.nccl is not None:
+        return ok("nccl", f"NCCL {facts.nccl}", **data)
+    if len(facts.cards) > 1:
+        return fault(
+            "nccl", f"{len(facts.cards)} GPUs, but torch has no NCCL", "install the CUDA build of torch", **data
+        )
+    return ok("nccl", "not needed: there are not several GPUs", **data)
+
+
+def check_compiler(facts: CompilerFacts, torch: TorchFacts) -> CheckResult:
+    data = {**asdict(facts), "triton": torch.triton}
+    advice = "install g++ and Python's headers (apt install g++ python3-dev), or do without training.use_compile"
+    if facts.path is None:
+        return warning("compiler", facts.error or "no C++ compiler: use_compile will fail", advice, **data)
+    if facts.error is not None:
+        return warning("compiler", f"{facts.path} cannot compile what torch needs: {facts.error}", advice, **data)
+    if torch.cards and torch.triton is None:
+        return warning("compiler", "triton is missing: use_compile will fail on a GPU", "pip install triton", **data)
+    return ok("compiler", facts.path + (f", triton {torch.triton}" if torch.triton else ""), **data)
+
+
+def check_bfloat16(facts: TorchFacts) -> Iterator[CheckResult]:
+    """Yield one result for the CPU if it would train, and one for each kind of GPU."""
+    for device, speeds in facts.products.items():
+        if device == "cuda":
+            yield _check_gpu_bfloat16(facts.cards, speeds)
+        elif not facts.cards:
+            yield check_cpu_bfloat16(speeds)
+
+
+def check_cpu_bfloat16(speeds: ProductSpeeds) -> CheckResult:
+    ratio = speeds.bfloat16 / speeds.float32
+    data = {**asdict(speeds), "ratio": ratio, "device": "cpu"}
+    measured = (
+        f"a bfloat16 product reaches {speeds.bfloat16 / 1e9:,.0f} GFLOP/s here, one in float32 "
+        f"{speeds.float32 / 1e9:,.0f}: {ratio:.2f} x"
+    )
+    if ratio < WORTH_IT:
+        return warning("bf16", measured, 'set training.dtype "float32": it is faster on this CPU, and exacter', **data)
+    return ok("bf16", measured, **data)
+
+
+def _check_gpu_bfloat16(cards: Sequence[Mapping[str, object]], speeds: ProductSpeeds) -> CheckResult:
+    ratio = speeds.bfloat16 / speeds.float32
+    data = {**asdict(speeds), "ratio": ratio, "device": "cuda"}
+    name = str(cards[0]["name"])
+    measured = f"{name}: bfloat16 {speeds.bfloat16 / 1e12:.0f} TFLOP/s, float32 {speeds.float32 / 1e12:.0f}"
+    old = [str(card["name"]) for card in cards if int(str(card["capability"])) < 8]
+    if old:
+        message = f"{measured}; {', '.join(old)} computes bfloat16 by float32"
+        return warning("bf16", message, 'set training.dtype "float16"', **data)
+    if ratio < 2:
+        advice = "look for another process on the card (nvidia-smi), its power limit and temperature"
+        return warning("bf16", f"{measured}: only {ratio:.1f} x", advice, **data)
+    return ok("bf16", f"{measured}: {ratio:.1f} x", **data)
+
+
+def check_memory(facts: MemoryFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.total is None or facts.available is None:
+        return warning("memory", "the kernel does not report it", "mount /proc in the container", **data)
+    usable = min(facts.available, facts.limit) if facts.limit is not None else facts.available
+    limited = f", limit of the container {human_bytes(facts.limit)}" if facts.limit is not None else ""
+    message = f"{human_bytes(facts.available)} of {human_bytes(facts.total)} available{limited}"
+    if usable < MIN_MEMORY:
+        advice = "`trainyard plan` shows what a run needs; end other programs, or raise the container's limit"
+        return warning("memory", message, advice, **data)
+    return ok("memory", message, **data)
+
+
+def check_disk(facts: DiskFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.error is not None:
+        advice = "let the service's user write there, or choose another folder: --home, TRAINYARD_SAVE_ROOTS"
+        return fault("disk", f"{facts.path}: nothing can be written in {facts.probed}: {facts.error}", advice, **data)
+    if not facts.locks:
+        advice = "put the home on a file system with flock: a local disk, or NFS mounted without nolock"
+        return fault("disk", f"{facts.path}: file locks do not work, so a run could start twice", advice, **data)
+    speed = facts.write_bytes_per_second
+    message = (
+        f"{facts.path}: {human_bytes(facts.free_bytes)} of {human_bytes(facts.total_bytes)} free, "
+        f"{human_bytes(speed)}/s written with fsync"
+    )
+    if facts.free_bytes < max(LOW_DISK, LOW_DISK_SHARE * facts.total_bytes):
+        return warning("disk", message, "free some space: the service warns at this level too", **data)
+    if speed < SLOW_DISK:
+        slow = f"{message}: a checkpoint of a 26M model takes {SMALL_MODEL_BYTES / speed:.0f} s"
+        return warning("disk", slow, "use a faster disk for the home, or save less often", **data)
+    if abs(facts.skew_seconds) > MAX_SKEW_SECONDS:
+        skewed = f"{message}; its clock is {facts.skew_seconds:+.0f} s off this host's"
+        return warning("disk", skewed, "synchronize the clock of the file server (NTP)", **data)
+    return ok("disk", message, **data)
+
+
+def check_shared_memory(facts: SharedMemoryFacts, cards: int) -> CheckResult:
+    data = asdict(facts)
+    if facts.total_bytes is None:
+        return warning("shared memory", "there is no /dev/shm", "mount a tmpfs there", **data)
+    message = f"{human_bytes(facts.total_bytes)} in /dev/shm"
+    if facts.total_bytes < SMALL_SHM and cards > 1:
+        return warning("shared memory", f"{message}: NCCL needs more", "start the container with --shm-size=8g", **data)
+    return ok("shared memory", message, **data)
+
+
+def check_clock(facts: ClockFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.now < facts.newest - 86400:
+        advice = "set the clock: TLS, tokens that expire and schedules fail with a wrong one"
+        return fault("clock", "the clock is before the installation of this program", advice, **data)
+    if facts.synchronized is False:
+        advice = "run an NTP service (chrony, systemd-timesyncd); with one host it matters only for times in the log"
+        return warning("clock", "the kernel says that no NTP service keeps the clock", advice, **data)
+    return ok("clock", "kept by NTP" if facts.synchronized else "plausible; NTP state unknown", **data)
+
+
+def check_limits(limits: Mapping[str, tuple[int, int]], cards: int) -> CheckResult:
+    """-1 is no limit. The service raises soft limits to the hard ones, so only hard ones of files count."""
+    data = {name: list(pair) for name, pair in limits.items()}
+    for name, what in (("FSIZE", "files may not be larger than {}"), ("CPU", "a process is killed after {} s of CPU")):
+        soft = limits[name][0]
+        if soft != -1:
+            shown = human_bytes(soft) if name == "FSIZE" else f"{soft:,}"
+            flag = {"FSIZE": "-f", "CPU": "-t"}[name]
+            return fault(
+                "ulimits", what.format(shown), f"ulimit {flag} unlimited, where the service is started", **data
+            )
+    if limits["AS"][0] != -1:
+        message = f"the address space is limited to {human_bytes(limits['AS'][0])}"
+        return warning("ulimits", f"{message}: CUDA reserves far more than it uses", "ulimit -v unlimited", **data)
+    files = limits["NOFILE"][1]
+    if files != -1 and files < MIN_FILES:
+        advice = f"raise the hard limit to {MIN_FILES:,} (ulimit -Hn; LimitNOFILE= under systemd)"
+        return warning("ulimits", f"at most {files:,} open files", advice, **data)
+    if cards > 1 and limits["MEMLOCK"][0] not in (-1,) and limits["MEMLOCK"][0] < 1 << 30:
+        message = f"locked memory is limited to {human_bytes(limits['MEMLOCK'][0])}"
+        return warning("ulimits", message, "ulimit -l unlimited, if NCCL uses InfiniBand", **data)
+    return ok("ulimits", "open files " + ("unlimited" if files == -1 else f"{files:,}"), **data)
+
+
+def check_ports(facts: PortFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.loopback_error is not None:
+        message = f"no port of 127.0.0.1 can be bound: {facts.loopback_error}"
+        return fault("ports", message, "bring up the loopback device: ip link set lo up", **data)
+    where = f"{facts.host}:{facts.port}"
+    if facts.error is not None:
+        advice = "if no service of yours runs there, choose another: `trainyard serve --port 8001`"
+        return warning("ports", f"{where} cannot be bound: {facts.error}", advice, **data)
+    if facts.host_error is not None:
+        message = f"{where} is free; the host's name {facts.hostname} has no address: {facts.host_error}"
+        advice = "add it to /etc/hosts, or set GLOO_SOCKET_IFNAME: several ranks look it up"
+        return warning("ports", message, advice, **data)
+    return ok("ports", f"{where} is free", **data)
+
+
+def check_slurm(facts: SlurmFacts) -> CheckResult:
+    data = asdict(facts)
+    if facts.version is None:
+        if facts.wanted:
+            advice = "install Slurm's commands in the PATH of the service, or unset TRAINYARD_SLURM"
+            return fault("slurm", "TRAINYARD_SLURM is on, but there is no sbatch", advice, **data)
+        return ok("slurm", "not installed: jobs run on this host", **data)
+    if facts.error is not None:
+        make = fault if facts.wanted else warning
+        message = f"{facts.version}, but sinfo fails: {facts.error}"
+        return make("slurm", message, "check slurmctld and munge: `scontrol ping`", **data)
+    used = "used" if facts.wanted else "not used; TRAINYARD_SLURM=on uses it"
+    return ok("slurm", f"{facts.version}, partitions {', '.join(facts.partitions) or 'none'} ({used})", **data)

@@ -1,0 +1,375 @@
+"""Facts about this host, read without judging them. `worker.doctor.checks` judges. Standard library and NVML only."""
+
+import ctypes
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from trainyard.contract.allowed_paths import parse_roots
+from trainyard.contract.locks import FileLock, LockBusy
+
+TORCH_SECONDS = 120.0
+COMMAND_SECONDS = 20.0
+WORKER_PACKAGES = ("numpy", "safetensors", "tokenizers")
+PROBE_BYTES = 128 << 20
+PROBE_SECONDS = 2.0
+CHUNK = 8 << 20
+
+COMPILED = """
+#include <Python.h>
+#include <omp.h>
+int trainyard_doctor(void) { return omp_get_max_threads(); }
+"""
+
+
+@dataclass(frozen=True)
+class PythonFacts:
+    """``packages``: version of each package of the worker beside torch, None if it is missing."""
+
+    version: tuple[int, ...]
+    executable: str
+    packages: Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """A GPU as the driver lists it."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class DriverFacts:
+    """``device_files``: GPUs of which /dev has a file. ``error``: why the driver does not answer, or None."""
+
+    version: str | None
+    error: str | None
+    device_files: int
+    cards: Sequence[CardFacts] = ()
+    visible: str | None = None
+    order: str | None = None
+
+
+@dataclass(frozen=True)
+class ProductSpeeds:
+    """FLOP/s of matrix products on a kind of device."""
+
+    float32: float
+    bfloat16: float
+
+
+@dataclass(frozen=True)
+class TorchFacts:
+    """What `worker.doctor.torch_facts` printed. ``error``: why torch cannot be loaded, or None."""
+
+    error: str | None = None
+    version: str | None = None
+    cuda_build: str | None = None
+    cuda_available: bool = False
+    cuda_error: str | None = None
+    cpu_capability: str | None = None
+    gloo: bool = False
+    nccl: str | None = None
+    triton: str | None = None
+    cards: Sequence[Mapping[str, Any]] = ()
+    products: Mapping[str, ProductSpeeds] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompilerFacts:
+    """``error``: last line of the compiler's message if it could not compile a file that uses Python and OpenMP."""
+
+    path: str | None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """Bytes. ``limit``: that of the cgroup, None if there is none."""
+
+    total: int | None
+    available: int | None
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class DiskFacts:
+    """A folder in which runs are stored.
+
+    ``probed``: the existing folder that was tried. ``skew_seconds``: the clock of the file system minus that of the
+    host. ``locks``: whether a second lock on a file is refused while the first one is held.
+    """
+
+    path: str
+    probed: str
+    error: str | None = None
+    free_bytes: int = 0
+    total_bytes: int = 0
+    write_bytes_per_second: float = 0.0
+    locks: bool = True
+    skew_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class SharedMemoryFacts:
+    """``total_bytes``: size of /dev/shm, None if there is none."""
+
+    total_bytes: int | None
+    free_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class ClockFacts:
+    """``now``, ``newest``: seconds since 1970, now and of our files. ``synchronized``: by the kernel; None: unknown."""
+
+    now: float
+    newest: float
+    synchronized: bool | None
+
+
+@dataclass(frozen=True)
+class PortFacts:
+    """``error``: why the service's port cannot be bound. ``host_error``: why this host's name has no address."""
+
+    host: str
+    port: int
+    error: str | None
+    hostname: str
+    host_error: str | None
+    loopback_error: str | None = None
+
+
+@dataclass(frozen=True)
+class SlurmFacts:
+    """``wanted``: TRAINYARD_SLURM is on. ``error``: why `sinfo` failed."""
+
+    wanted: bool
+    version: str | None
+    partitions: Sequence[str] = ()
+    error: str | None = None
+
+
+def read_python() -> PythonFacts:
+    return PythonFacts(
+        tuple(sys.version_info[:3]), sys.executable, {name: _installed(name) for name in WORKER_PACKAGES}
+    )
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) -> DriverFacts:
+    """Ask NVML."""
+    files = sum(re.fullmatch(r"nvidia\d+", file.name) is not None for file in devices.glob("nvidia*"))
+    visible, order = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("CUDA_DEVICE_ORDER")
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        cards = [
+            CardFacts(str(pynvml.nvmlDeviceGetName(each)), int(pynvml.nvmlDeviceGetMemoryInfo(each).total))
+            for each in handles
+        ]
+        return DriverFacts(str(pynvml.nvmlSystemGetDriverVersion()), None, files, cards, visible, order)
+    except pynvml.NVMLError as error:
+        return DriverFacts(None, str(error), files, (), visible, order)
+
+
+def read_torch(seconds: float = TORCH_SECONDS) -> TorchFacts:
+    """Ask torch in a process of its own, which may crash or hang."""
+    command = [sys.executable, "-P", "-m", "trainyard.worker.doctor.torch_facts"]
+    # As in a run: OpenMP's threads that wait in a busy loop would measure other programs.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
+    except subprocess.TimeoutExpired:
+        return TorchFacts(error=f"torch did not answer within {seconds:g} s")
+    if done.returncode != 0:
+        return TorchFacts(error=_last_line(done.stderr) or f"the process ended with {done.returncode}")
+    found = json.loads(done.stdout)
+    found.pop("seconds")
+    found["products"] = {device: ProductSpeeds(**speeds) for device, speeds in found["products"].items()}
+    return TorchFacts(**found)
+
+
+def read_compiler(environment: Mapping[str, str]) -> CompilerFacts:
+    """Compile a small file, as torch does for a model."""
+    named = environment.get("CXX")
+    path = next((found for name in ([named] if named else ["g++", "clang++"]) if (found := shutil.which(name))), None)
+    if path is None:
+        return CompilerFacts(None, f"CXX={named} was not found" if named else None)
+    include = sysconfig.get_path("include")
+    command = [path, "-x", "c++", "-shared", "-fPIC", "-fopenmp", f"-I{include}", "-o", os.devnull, "-"]
+    try:
+        done = subprocess.run(
+            command, input=COMPILED, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return CompilerFacts(path, str(error))
+    errors = [line for line in done.stderr.splitlines() if "error" in line]
+    return CompilerFacts(path, None if done.returncode == 0 else (errors or [_last_line(done.stderr)])[0])
+
+
+def read_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> MemoryFacts:
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(proc / "meminfo"), re.MULTILINE))
+    total, available = (int(sizes[name]) * 1024 if name in sizes else None for name in ("MemTotal", "MemAvailable"))
+    limit = _text(cgroup).strip()
+    return MemoryFacts(total, available, int(limit) if limit.isdigit() else None)
+
+
+def read_disks(environment: Mapping[str, str]) -> list[DiskFacts]:
+    """Try the home and each folder in which jobs may save."""
+    home = environment.get("TRAINYARD_HOME") or "trainyard-home"
+    roots = parse_roots(environment.get("TRAINYARD_SAVE_ROOTS", ""))
+    return [read_disk(path) for path in dict.fromkeys(Path(each).absolute() for each in (home, *roots))]
+
+
+def read_disk(path: Path, size: int = PROBE_BYTES) -> DiskFacts:
+    """Write a file with fsync in ``path``, or in its nearest existing parent, and delete it."""
+    probed = next(each for each in (path, *path.parents) if each.exists())
+    try:
+        usage = shutil.disk_usage(probed)
+        with tempfile.TemporaryDirectory(prefix=".trainyard-doctor-", dir=probed) as name:
+            folder = Path(name)
+            speed = _write_speed(folder / "written", min(size, usage.free // 4))
+            skew = (folder / "written").stat().st_mtime - time.time()
+            locks = _locks_work(folder / "lock")
+    except OSError as error:
+        return DiskFacts(str(path), str(probed), error.strerror or str(error))
+    return DiskFacts(str(path), str(probed), None, usage.free, usage.total, speed, locks, skew)
+
+
+def _write_speed(file: Path, size: int) -> float:
+    # Random bytes: a file system may compress zeros.
+    chunk, written = os.urandom(CHUNK), 0
+    began = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        while written < max(size, CHUNK) and time.perf_counter() - began < PROBE_SECONDS:
+            written += out.write(chunk)
+            os.fsync(out.fileno())
+    return written / (time.perf_counter() - began)
+
+
+def _locks_work(file: Path) -> bool:
+    with FileLock(file) as first, FileLock(file) as second:
+        first.take()
+        try:
+            second.take()
+        except LockBusy:
+            return True
+    return False
+
+
+def read_shared_memory(path: Path = Path("/dev/shm")) -> SharedMemoryFacts:  # noqa: S108 - its size is read
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return SharedMemoryFacts(None)
+    return SharedMemoryFacts(usage.total, usage.free)
+
+
+def read_clock() -> ClockFacts:
+    return ClockFacts(time.time(), Path(__file__).stat().st_mtime, _is_synchronized())
+
+
+def _is_synchronized() -> bool | None:
+    # struct timex is smaller than this on every architecture. With modes 0 the call only reads; 5 is TIME_ERROR.
+    try:
+        state = ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.create_string_buffer(1024))
+    except (OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5
+
+
+def read_limits() -> dict[str, tuple[int, int]]:
+    """Return soft and hard limits of this process by name; -1 is no limit."""
+    names = ("NOFILE", "NPROC", "MEMLOCK", "FSIZE", "AS", "CPU")
+    return {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in names}
+
+
+def read_ports(environment: Mapping[str, str]) -> PortFacts:
+    host = environment.get("TRAINYARD_HOST") or "127.0.0.1"
+    text = environment.get("TRAINYARD_PORT") or "8000"
+    port = int(text) if text.isdigit() else -1
+    name = socket.gethostname()
+    return PortFacts(
+        host,
+        port,
+        _bind_error(host, port) if 0 <= port <= 65535 else f"TRAINYARD_PORT={text} is no port",
+        name,
+        _resolve_error(name),
+        _bind_error("127.0.0.1", 0),
+    )
+
+
+def _bind_error(host: str, port: int) -> str | None:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _resolve_error(name: str) -> str | None:
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def read_slurm(environment: Mapping[str, str]) -> SlurmFacts:
+    wanted = environment.get("TRAINYARD_SLURM") == "on"
+    found = _output(["sbatch", "--version"])
+    if found[0] is None:
+        return SlurmFacts(wanted, None)
+    partitions, error = _output(["sinfo", "--noheader", "--format=%R"])
+    return SlurmFacts(wanted, found[0].strip(), (partitions or "").split(), error)
+
+
+def _output(command: Sequence[str]) -> tuple[str | None, str | None]:
+    """Return output and None, or None and the error."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, str(error)
+    return (done.stdout, None) if done.returncode == 0 else (None, _last_line(done.stderr) or str(done.returncode))
+
+
+def host_description() -> str:
+    return f"{socket.gethostname()} ({platform.system()} {platform.release()}, {len(os.sched_getaffinity(0))} cores)"
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""

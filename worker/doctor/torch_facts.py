@@ -1,0 +1,87 @@
+"""What torch says of itself and of its devices: ``python -m trainyard.worker.doctor.torch_facts`` prints it as JSON.
+
+A process of its own, because a broken driver may hang or kill the process that asks it.
+"""
+
+import json
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+SECONDS = 0.25
+"""Time of one measurement of one type. Types take turns, so that a slow moment of the machine affects all."""
+
+ROUNDS = 3
+
+
+def torch_facts() -> dict[str, Any]:
+    """Return the facts. Raises ImportError or OSError if torch cannot be loaded."""
+    import torch
+    import torch.distributed as dist
+
+    available = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "cuda_available": available,
+        "cuda_error": _cuda_error() if torch.version.cuda and not available else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gloo": dist.is_available() and dist.is_gloo_available(),
+        "nccl": _nccl_version(),
+        "triton": _triton_version(),
+        "cards": [_card(index) for index in range(torch.cuda.device_count())] if available else [],
+        "products": {device: product_speeds(device) for device in ("cpu", *(["cuda"] if available else []))},
+    }
+
+
+def product_speeds(device: str) -> dict[str, float]:
+    """Return FLOP/s of matrix products in float32 and bfloat16, medians of turns in this process."""
+    from trainyard.worker.matrix_speed import measure
+
+    found: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+    for _ in range(ROUNDS):
+        for dtype, speeds in found.items():
+            speeds.append(measure(device, dtype, SECONDS))
+    return {dtype: statistics.median(speeds) for dtype, speeds in found.items()}
+
+
+def _card(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return {"name": properties.name, "capability": properties.major, "memory_bytes": properties.total_memory}
+
+
+def _cuda_error() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "torch sees no CUDA device"
+
+
+def _nccl_version() -> str | None:
+    import torch
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return None
+    version = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
+
+
+def _triton_version() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    facts = torch_facts()
+    json.dump({**facts, "seconds": time.perf_counter() - began}, sys.stdout)
