@@ -94,7 +94,7 @@ def test_a_cut_or_strange_file_of_an_export_is_no_download(
     run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, size in (("config.json", 301), ("../x", 300), (".x", 300), ("", 300)):
-        made = {"job_id": "job_7f3kq9", "step": 4, "format": "hf", "path": "/p", "bytes": 1}
+        made = {"object": "export", "job_id": "job_7f3kq9", "step": 4, "format": "hf", "path": "/p", "bytes": 1}
         made["files"] = [{"name": name, "bytes": size}]
         answer = httpx2.Response(201, json=made)
         service.faults = [lambda _: None, lambda _, answer=answer: answer]  # type: ignore[misc]

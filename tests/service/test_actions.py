@@ -50,7 +50,11 @@ def test_no_such_job(rig: ServiceHarness, verb: str) -> None:
 def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
-    there = "those here are epochs, max_steps, resources, step, schedule" if verb == "resume" else "there are none here"
+    there = (
+        "those here are epochs, max_steps, save_dir, resources, step, schedule"
+        if verb == "resume"
+        else "there are none here"
+    )
     assert refused["errors"] == [{"pointer": "/gently", "message": f"is not a field; {there}"}]
     assert rig.status(job_id) is JobStatus.RUNNING
     rig.post_action(job_id, verb, [1], status=422)
