@@ -34,7 +34,7 @@ TITLES = {
     "resources": ("`resources`", "Devices, nodes and restarts."),
     "sources": (
         "`data.sources`",
-        "Instead of `data_path`. [Several sources](../guides/corpora.md#several-sources) has an example.",
+        "Several sources instead of `data_path`, see [the guide](../guides/corpora.md#several-sources).",
     ),
     "timeouts": ("`resources.timeouts`", "Timeouts in seconds."),
     "slurm": ("`resources.slurm`", "Options for [Slurm](../guides/slurm.md). null: the setting of the service."),
