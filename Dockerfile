@@ -1,18 +1,18 @@
 # Two images from one file:
 #   docker build --target control -t trainyard-control .                    the API, the scheduler and the command, without torch
-#   docker build --target worker --build-arg TORCH=cpu -t trainyard .       the same with torch: what trains. TORCH: cpu or cuda
+#   docker build --target worker --build-arg TORCH=cpu -t trainyard .       the same with torch, for training. TORCH: cpu or cuda
 #
-# Dependencies are layers of their own, below the code: a change of the code downloads nothing.
+# Dependencies are in layers below the code, so that a change of the code downloads nothing.
 FROM python:3.11-slim AS base
 ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 UV_SYSTEM_PYTHON=1
 WORKDIR /opt/trainyard
-# A volume takes the owner of the folder over which it is mounted. Without the folder it would belong to root.
+# A new volume gets the owner of the folder on which it is mounted. Without the folder it would belong to root.
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/trainyard trainyard \
     && install -d -o trainyard -g trainyard /var/lib/trainyard/home /var/lib/trainyard/user
 COPY pyproject.toml constraints.txt ./
 RUN pip install -c constraints.txt uv setuptools && uv pip install -c constraints.txt -r pyproject.toml
 ENV HOME=/var/lib/trainyard/user TRAINYARD_HOME=/var/lib/trainyard/home TRAINYARD_HOST=0.0.0.0 TRAINYARD_PORT=8000
-# The end of the service ends the container, and with it every run.
+# When the service ends, the container and all runs end too.
 ENV TRAINYARD_ON_STOP=save
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \

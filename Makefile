@@ -26,7 +26,7 @@ help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
-	@echo "make test-long    worth running on every change, but not within ten minutes: two releases, a browser with real runs"
+	@echo "make test-long    the tests that do not fit into ten minutes: two releases, a browser with real runs"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"

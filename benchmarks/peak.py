@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def measure(root: Path, name: str, *, compiled: bool) -> tuple[float, float]:
-    """Return trained tokens a second after the warm-up steps, and FLOP/s as the worker counts them."""
+    """Return trained tokens per second after the warm-up steps, and FLOP/s as the worker counts them."""
     events = worker_events(root, name, spec(root, compiled=compiled))
     started = next(event for event in events if event["kind"] == "started")
     speeds = [float(event["tokens_per_second"]) for event in events if event["kind"] == "metric"]

@@ -195,7 +195,7 @@ class Connection:
         return body
 
     def _foreign(self, response: httpx2.Response, what: str) -> ServiceUnreachable:
-        cause = f"what answers there is no Trainyard service ({response.status_code}, {what})"
+        cause = f"the program there is not a Trainyard service ({response.status_code}, {what})"
         return ServiceUnreachable(self.url, cause)
 
 

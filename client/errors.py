@@ -50,7 +50,7 @@ class ChecksumMismatch(TrainyardError):
 
 
 class AmbiguousName(TrainyardError):
-    """Several jobs have the name. The message lists their ids; ``jobs`` are they, newest first."""
+    """Several jobs have the name. The message lists their ids; ``jobs``: these jobs, newest first."""
 
     def __init__(self, name: str, jobs: Sequence[Mapping[str, Any]]) -> None:
         ids = ", ".join(f"{job['id']} ({job['status']})" for job in jobs[:5])

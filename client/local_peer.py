@@ -1,4 +1,4 @@
-"""Whose program listens on a port of this host. It is checked before a token is sent there.
+"""Check which user's program listens on a port of this host, before a token is sent there.
 
 If the service has ended, any user of the host may listen on its port and would receive the token. The kernel knows the
 owner of every local socket, so no certificate is needed (docs/decisions/0018-proof-of-identity.md). Standard library
@@ -18,7 +18,7 @@ SERVICE_USER = "TRAINYARD_SERVICE_USER"
 """The user, by name or number, that runs the service on this host."""
 
 MAX_SYSTEM_UID = 999
-"""Accounts up to this one are of the system. People have higher numbers."""
+"""Highest uid of a system account. People have higher ones."""
 
 TABLES = ("/proc/net/tcp", "/proc/net/tcp6")
 LISTEN = "0A"
@@ -37,14 +37,14 @@ class _Socket(NamedTuple):
 def distrust(connection: socket.socket) -> str | None:
     """Return why the program at the other end must not get a token, or None.
 
-    Only programs on this host are checked. None also if the kernel has no list of its sockets.
+    Only programs on this host are checked. Also None if the kernel has no list of its sockets.
     """
     here, there = _endpoint(connection.getsockname()), _endpoint(connection.getpeername())
     if not ipaddress.ip_address(there[0]).is_loopback and here[0] != there[0]:
         return None
     for found in _sockets(there[1]):
         listens = found.state == LISTEN and found.local[0] in (there[0], "0.0.0.0", "::")  # noqa: S104 - compared
-        # Until a connection is accepted, the kernel shows no owner of it; its listener is there then.
+        # Until a connection is accepted, the kernel shows no owner of it, but its listener is still open.
         is_other_end = found.accepted and (found.local, found.remote) == (there, here)
         if (listens or is_other_end) and not _trusted(found.uid):
             return (

@@ -1,7 +1,7 @@
-"""Which paths of users a run may open, and how such a path is opened so that no later change of a link matters.
+"""Open paths of users below allowed directories, so that a change of a link after the check has no effect.
 
-A user may exchange a file or directory of his for a link at any moment. So a check of a path proves nothing about what
-is opened afterwards: `open_inside` resolves the path, checks it, and opens exactly that place without following a link.
+A user may replace a file or directory by a link at any moment. So a check of a path proves nothing about what is
+opened afterwards: `open_inside` resolves the path, checks it, and opens exactly that place without following a link.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ OPENAT2 = 437
 RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_BENEATH = 0x02, 0x04, 0x08
 
 NO_OPENAT2 = (errno.ENOSYS, errno.EPERM)
-"""Answers of kernels before 5.6, and of sandboxes that do not know the call."""
+"""Errors of kernels before 5.6, and of sandboxes that do not know the call."""
 
 READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK
 """O_NONBLOCK: without it, opening a FIFO without a writer would never return."""
@@ -46,7 +46,7 @@ def format_roots(roots: Iterable[Path]) -> str:
 
 
 def parse_roots(text: str) -> list[str]:
-    """Return the directories of a JSON list, or those between colons, as people and release 0.1 write them."""
+    """Parse a JSON list of directories, or directories separated by colons (release 0.1, and settings)."""
     try:
         listed = json.loads(text)
     except ValueError:
@@ -76,7 +76,7 @@ def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True
 def outside_files(files: Iterable[Path], roots: Iterable[Path]) -> Path | None:
     """Return the first of ``files`` that, with links resolved, is not below one of ``roots``, or None.
 
-    Links are looked for in the files themselves; of their directories each is resolved once.
+    Each file is checked for a link; each directory is resolved once.
     """
     allowed = tuple(roots)
     directories: dict[Path, bool] = {}
@@ -92,7 +92,7 @@ def open_inside(path: str | Path, roots: Sequence[Path], flags: int = READ_FLAGS
     """Open ``path`` below one of ``roots`` and return its descriptor. Without roots, any path may be opened.
 
     Links that stay inside are followed. ``create``: make the directory ``path``, and those above it, if they are
-    missing. Raises OutsideRoots if it leads out of the roots, also if a link is exchanged while it is opened, and other
+    missing. Raises OutsideRoots if it leads out of the roots, also if a link is changed while it is opened, and other
     kinds of OSError as `os.open` does.
     """
     flags |= os.O_CLOEXEC
@@ -114,7 +114,7 @@ def open_inside(path: str | Path, roots: Sequence[Path], flags: int = READ_FLAGS
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EXDEV):
             # It held no link when it was resolved.
-            raise OutsideRoots(path, "was exchanged for a link and may lead outside") from None
+            raise OutsideRoots(path, "was replaced by a link and may lead outside") from None
         error.filename = str(path)
         raise
     finally:
@@ -197,9 +197,19 @@ def _regular(descriptor: int, path: str | Path) -> io.FileIO:
     return io.FileIO(descriptor)
 
 
+def link_descriptor(descriptor: int, target: Path) -> None:
+    """Link the open file as ``target``, even if its name now refers to another file. Raises OSError."""
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # With a descriptor of the target's directory, Python follows the link that /proc has for an open file.
+        os.link(f"/proc/self/fd/{descriptor}", target.name, dst_dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 @contextmanager
 def directory_inside(path: Path, roots: Sequence[Path] = (), *, create: bool = False) -> Iterator[Path]:
-    """Open the directory ``path``; yield another path of it, which stays the same if a part of ``path`` is exchanged.
+    """Open the directory ``path``; yield a path of it that stays valid if a part of ``path`` is replaced.
 
     Raises OSError as `open_inside` does. Errors in the block name ``path``.
     """
@@ -209,7 +219,7 @@ def directory_inside(path: Path, roots: Sequence[Path] = (), *, create: bool = F
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """Create the directory ``path`` and yield another path of it, as `directory_inside` does. Raises OSError."""
+    """Create the directory ``path`` and yield a path of it, as `directory_inside` does. Raises OSError."""
     path.mkdir()
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     with _pinned(os.open(path, flags), path) as pinned:

@@ -1,10 +1,10 @@
 """Proofs of identity between an attempt's agent and its service. The attempt's token is never sent.
 
-If the service has ended, another program may listen on its port. It must not learn the token, and its answers must not
-be obeyed. The exchange follows SCRAM (RFC 5802): the service stores only the SHA-256 of the token, the *key*. The agent
-sends the token XOR an HMAC with the key, so that only a holder of the key can read it and only a holder of the token
-can make it. The HMAC covers the request, and that of the answer covers the request's nonce: neither can be used for
-another request (docs/decisions/0018-proof-of-identity.md). Standard library only, because the agent imports it.
+If the service has ended, another program may listen on its port. It must not get the token, and its responses must
+have no effect. The exchange follows SCRAM (RFC 5802): the service stores only the SHA-256 of the token, the *key*. The
+agent sends the token XOR an HMAC with the key, so that only a holder of the key can read it and only a holder of the
+token can make it. The HMAC covers the request, and that of the response covers the request's nonce: neither can be used
+for another request (docs/decisions/0018-proof-of-identity.md). Standard library only, because the agent imports it.
 """
 
 import hashlib

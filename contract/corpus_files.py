@@ -91,12 +91,12 @@ def _expand_entry(entry: str) -> list[NamedFile]:
 
 
 def is_glob(entry: str) -> bool:
-    """Return whether the path has marks of a glob, and is no path that exists."""
+    """Return whether the path has wildcards and does not exist literally."""
     return any(mark in entry for mark in "*?") and not os.path.lexists(entry)
 
 
 def glob_base(pattern: str) -> str:
-    """Return the directory above the first part of ``pattern`` that has a mark."""
+    """Return the directory above the first part of ``pattern`` that has a wildcard."""
     parts = Path(pattern).parts
     first = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?"))
     return str(Path(*parts[:first])) if first else "."

@@ -62,7 +62,7 @@ class LRSchedule:
 def lr_at(step: int, steps: int, peak: float, min_ratio: float = 0.1, warmup: int = 0, kind: str = "cosine") -> float:
     """Return MiniMind's learning rate: ``peak * (r + (1-r)/2 * (1 + cos(pi * step / steps)))``, r = ``min_ratio``.
 
-    It has no warm-up. After ours, of w steps, the decay runs over the steps that are left: (step - w) / (steps - w).
+    MiniMind has no warm-up. After a warm-up of w steps, the decay runs over the rest: (step - w) / (steps - w).
     """
     if step < warmup:
         return peak * step / warmup

@@ -34,8 +34,8 @@ class OutboxReader:
     def seek_after(self, seq: int) -> None:
         """Make the next `read` start after line ``seq``, the last one that is known to be stored."""
         if seq < self.seq:
-            # Lines were read and not stored. Start at the last line that was: the file may be long, and while the
-            # service is away this is done at each retry.
+            # The service has not stored all lines that were read. Start at the last stored line, not at the first: the
+            # file may be long, and while the service is down this happens at each retry.
             self.seq, self._offset = self._stored if self._stored[0] <= seq else (0, 0)
         while self.seq < seq:
             skipped = self._complete_lines(seq - self.seq)

@@ -161,7 +161,7 @@ def _convert(name: str, value: Any) -> Any:
 
 
 def _release_device(resources: Any) -> None:
-    # MiniMind's default, written out. With several ranks each one takes its own device there, as here.
+    # MiniMind's default, given explicitly. In MiniMind, too, each of several ranks uses its own device.
     if not isinstance(resources, dict) or resources.get("device") != "cuda:0":
         return
     if type(ranks := resources.get("nproc_per_node")) is int and ranks > 1:
@@ -268,7 +268,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
 def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     data, both = spec.data, ("/data/data_path", "/data/sources")
     if data.data_path is None and data.sources is None:
-        yield Problem("/data/data_path", "is required, or sources instead"), both
+        yield Problem("/data/data_path", "is required unless sources is given"), both
         return
     if data.sources is None:
         return
@@ -284,7 +284,7 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
         message = "is required, because other sources have a weight"
         yield from ((Problem(f"/data/sources/{index}/weight", message), ("/data/sources",)) for index in unweighted)
     if data.is_mixture and spec.training.max_steps is None:
-        message = "is required: a weighted mixture has no end of its own"
+        message = "is required: a weighted mixture has no epochs"
         yield Problem("/training/max_steps", message), ("/training/max_steps", "/data/sources")
 
 

@@ -110,7 +110,7 @@ def pid_namespace() -> str:
 
 
 def in_container() -> bool:
-    """Return whether the end of the program that started this one ends every process: in a container, not on a host.
+    """Return whether this process runs in a container, whose end also ends all runs.
 
     A container with a pid namespace of the host is not recognised. One that systemd has booted is like a host.
     """

@@ -19,8 +19,8 @@ class RunIdentity:
 
     ``tokenizer``, ``corpus``: fingerprints, which decide. ``corpus_file``: `contract.file_identity.FileFingerprint` of
     a corpus of one file, `contract.corpus_files.files_fingerprint` of any other, or {} if unknown. ``vocabulary``: size
-    of the tokenizer, or None if unknown. The last two are for quick checks by the service. Here ``corpus_file`` only
-    names the files that differ.
+    of the tokenizer, or None if unknown. The last two are for quick checks by the service; here ``corpus_file`` is used
+    only to name the files that differ.
     """
 
     model: dict[str, Any]

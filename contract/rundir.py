@@ -306,7 +306,7 @@ def weights_name(stem: str, hidden_size: int, use_moe: bool) -> str:
 
 
 def find_named_weights(folder: Path, name: str, own: str | None = None) -> list[Path]:
-    """Return the weights files called ``name`` in ``folder`` and in what its jobs wrote, the newest first.
+    """Return the weights files called ``name`` in ``folder`` and in the directories of its jobs, newest first.
 
     ``own``: name of the directory of a job that is left out.
     """
@@ -356,7 +356,7 @@ def parse_manifest(data: bytes) -> dict[str, FileDigest]:
 def atomic_directory(final: Path, temporary: Path, roots: Sequence[Path] = ()) -> Iterator[Path]:
     """Create ``temporary`` to write in, and rename it to ``final`` when the block ends. Both have the same parent.
 
-    Yields another path of it, so that nothing is written elsewhere if a directory is exchanged for a link meanwhile.
+    Yields a path that stays valid if a directory is replaced by a link meanwhile.
     ``roots``: see `contract.allowed_paths.open_inside`. After an error ``temporary`` is deleted. Files must be fsynced
     by the caller. Raises OSError.
     """
@@ -398,7 +398,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 def temporary_file(path: Path) -> Path:
     """Create an empty file with a new name in the directory of ``path``. Raises OSError.
 
-    Its mode follows the umask, so that other users can read what is published. `tempfile` would let only this one.
+    Its mode follows the umask, so that other users can read what is published. That of `tempfile` is 0600.
     """
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

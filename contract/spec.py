@@ -35,6 +35,9 @@ def _path(text: str) -> str:
 LONG = 2**53 - 1
 """The largest integer that every JSON reader keeps exactly."""
 
+MAX_SOURCES = 256
+"""`worker.data.mixture` stores the source of a row in one byte."""
+
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
 LabelValue = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
@@ -70,7 +73,7 @@ SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
 
 
 class SourceSpec(Group):
-    """One source of a corpus that is made of several."""
+    """One source of a corpus that has several."""
 
     name: SourceName = Field(description="name in metrics and in the plan; unique")
     path: DataPath = Field(description="as data_path")
@@ -89,7 +92,7 @@ class DataSpec(Group):
         "with one document per line, or plain text, both optionally gzip- or zstd-compressed; or Parquet; required "
         "unless sources is given",
     )
-    sources: Annotated[list[SourceSpec], Field(min_length=1, max_length=256)] | None = Field(
+    sources: Annotated[list[SourceSpec], Field(min_length=1, max_length=MAX_SOURCES)] | None = Field(
         None, description="several sources instead of data_path, mixed by weight"
     )
     tokenizer_path: PathText = Field(
@@ -97,8 +100,8 @@ class DataSpec(Group):
     )
     special_tokens: SpecialTokens = Field(
         "text",
-        description="special tokens written in a text, such as <|im_end|>. text: spelled as ordinary text; "
-        "tokens: their ids, as in MiniMind, whose corpora need it",
+        description="special tokens written in a text, such as <|im_end|>. text: tokenized as ordinary text; "
+        "tokens: read as their ids, as in MiniMind, whose corpora need it",
     )
     text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")
@@ -130,7 +133,7 @@ class DataSpec(Group):
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the sources have weights. A weighted mixture has no end of its own."""
+        """Whether the sources have weights. A weighted mixture has no epochs."""
         return any(source.weight is not None for source in self.training_sources)
 
     @property
@@ -161,8 +164,8 @@ class TrainingSpec(Group):
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
         default_factory=list,
-        description='set by resume with schedule "continue": [step, steps of the run until then]; after each such step '
-        "the rate decays from the one it had there",
+        description='set by resume with schedule "continue": pairs [step, planned steps before the resume]; after each '
+        "of these steps the rate decays from its value there",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
@@ -197,7 +200,7 @@ class TrainingSpec(Group):
     )
 
     def smaller_batch(self) -> tuple[int, int] | None:
-        """(batch_size, accumulation_steps) with fewer rows at once and as many in a step; None where there is one."""
+        """Return a smaller batch_size, and the accumulation_steps that keep the step's sequences; None if it is 1."""
         if self.batch_size == 1:
             return None
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
@@ -205,7 +208,7 @@ class TrainingSpec(Group):
 
 
 def epochs_ignored(training: TrainingSpec) -> str:
-    """Return the warning about ``epochs`` beside ``max_steps``."""
+    """Return the warning that ``max_steps`` overrides ``epochs``."""
     epochs, steps = training.epochs, training.max_steps
     return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
 
@@ -237,7 +240,8 @@ class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
     log_interval: Positive | None = Field(
-        None, description="steps between points of the curve; null: about 100 points a run, and at least one a minute"
+        None,
+        description="steps between points of the curve; null: about 100 points per run, and at least one per minute",
     )
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
@@ -347,9 +351,9 @@ class JobSpec(Group):
 
 
 def gives_both_lengths(spec: JobSpec) -> bool:
-    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    """Return whether a client gave both ``epochs`` and ``max_steps``, if the spec still shows it."""
     training = spec.training
-    # A stored spec names every field: there, one epoch is the default.
+    # A stored spec has every field: one epoch may be the default.
     complete = training.model_fields_set == set(TrainingSpec.model_fields)
     given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
     return training.max_steps is not None and given

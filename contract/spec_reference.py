@@ -107,7 +107,8 @@ def _row(leaf: str, described: dict[str, Any]) -> Iterator[str]:
     note = described.get("description") or NOTES.get(leaf, "")
     if aliases:
         note += ("; " if note else "") + "alias " + ", ".join(f"`{alias}`" for alias in aliases)
-    yield f"| `{leaf}` | {_type(described)} | {_default(described)} | {note} |"
+    escaped = note.replace("|", "\\|")
+    yield f"| `{leaf}` | {_type(described)} | {_default(described)} | {escaped} |"
 
 
 def _default(described: dict[str, Any]) -> str:

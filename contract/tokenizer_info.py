@@ -36,7 +36,7 @@ SpecialTokens = Literal["text", "tokens"]
 """``data.special_tokens``: what a special token that is written in a text becomes."""
 
 MAX_SPECIAL_TEXTS = 0.01
-"""A larger share of texts with special tokens is reported: they are probably marks, and not words."""
+"""A larger share of texts with special tokens is reported: they are probably control tokens, not words."""
 
 
 class TokenizerInvalid(ValueError):
@@ -109,9 +109,8 @@ class TokenizerInfo:
     """The content of a tokenizer.json and of the tokenizer_config.json in the same directory.
 
     ``size``: highest id + 1. ``bos``, ``eos``: the tokens before and after each document. ``fingerprint``: equal for
-    two tokenizers only if they give equal ids for every text.
-    ``added``: ids of the added tokens. ``special``: those of them that are special: control tokens, which a text holds
-    only as marks. ``described``: the JSON of tokenizer.json.
+    two tokenizers only if they give equal ids for every text. ``added``: ids of the added tokens. ``special``: those
+    of them that are control tokens. ``described``: the JSON of tokenizer.json.
     """
 
     size: int

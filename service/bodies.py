@@ -114,9 +114,13 @@ class StrictRequest(Request):
             return b""
 
 
+def _choices(names: Sequence[str]) -> str:
+    return f"those here are {', '.join(names)}" if names else "there are none here"
+
+
 def unknown_field(fields: tuple[str, ...]) -> str:
     """Return the message for a name that is not in ``fields``."""
-    return f"is not a field; those here are {', '.join(fields)}" if fields else "is not a field; there are none here"
+    return f"is not a field; {_choices(fields)}"
 
 
 UNKNOWN_PARAMETER = "unknown_parameter"
@@ -124,13 +128,14 @@ UNKNOWN_PARAMETER = "unknown_parameter"
 
 def unknown_parameters(names: Iterable[str], known: Sequence[str]) -> list[dict[str, Any]]:
     """Return the errors of unknown query parameters, as FastAPI's RequestValidationError holds them."""
-    listed = f"those here are {', '.join(known)}" if known else "there are none here"
     hints = {name: nearest(name, tuple(known)) for name in names}
     return [
         {
             "type": UNKNOWN_PARAMETER,
             "loc": ("query", name),
-            "msg": f"is not a parameter; did you mean {near}?" if near is not None else f"is not a parameter; {listed}",
+            "msg": f"is not a parameter; did you mean {near}?"
+            if near is not None
+            else f"is not a parameter; {_choices(known)}",
         }
         for name, near in hints.items()
     ]

@@ -31,7 +31,7 @@ LISTEN_BACKLOG = 512
 """Connections that the kernel keeps until they are accepted."""
 
 ACCEPTS_PER_ROUND = 16
-"""Connections that the event loop accepts at once: only after a round are the oldest ones closed to make room."""
+"""Maximum number of connections that the event loop accepts per round. The oldest are closed after each round."""
 
 
 class TimeoutH11Protocol(H11Protocol):

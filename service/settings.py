@@ -46,7 +46,7 @@ def _default_hosts(fields: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
-    # Not the temporary directory: every user of the host may write there, and exchange what is read for a link.
+    # Not the temporary directory: every user of the host may write there, and replace files by links.
     return tuple(root.resolve() for root in (Path.cwd(), fields["home"]))
 
 

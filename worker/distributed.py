@@ -116,7 +116,7 @@ def _read_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int]:
     try:
         rank, world, local_rank, local_world = (int(env.get(name, default)) for name, default in names.items())
     except ValueError as error:
-        raise TrainingError(Reason.LAUNCH_FAILED, f"these are no numbers of ranks: {given}", BY_HAND) from error
+        raise TrainingError(Reason.LAUNCH_FAILED, f"not valid rank numbers: {given}", BY_HAND) from error
     if not (0 <= rank < world and 0 <= local_rank < local_world):
         raise TrainingError(Reason.LAUNCH_FAILED, f"a rank must be less than the number of ranks: {given}", BY_HAND)
     return rank, world, local_rank, local_world

@@ -54,8 +54,8 @@ def _roots(environment: dict[str, str], name: str) -> list[Path]:
 def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] | None = None) -> None:
     """Raise TrainingError for a path outside the roots in the environment. Without roots, all paths are allowed.
 
-    The home, two levels above a job's run directory, is always a root. This finds mistakes early and all of them; what
-    protects is that everything is opened by `contract.allowed_paths.open_inside`.
+    The home, two levels above a job's run directory, is always a root. This finds all mistakes early. The protection
+    is that everything is opened by `contract.allowed_paths.open_inside`.
     """
     env = dict(os.environ) if environment is None else environment
     home = _home(run)

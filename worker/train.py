@@ -51,7 +51,7 @@ from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_met
 EventSink = Callable[[Event], None]
 
 FIRST_STEPS = 3
-"""Steps of an attempt in which it is reported how many micro-batches are done."""
+"""Number of first steps of an attempt that report how many micro-batches are done."""
 
 MAX_PENDING_STEPS = 100
 """Maximum number of steps whose results are read from the device together."""
@@ -243,7 +243,7 @@ class Trainer:
     max_log_seconds: float = 60.0
     """Without a ``log_interval``, a metric line is written at least this often."""
     microbatch_seconds: float = 2.0
-    """At most this often it is reported how many micro-batches are done."""
+    """The number of finished micro-batches is reported at most this often."""
     _logged_at: float = field(default_factory=time.monotonic)
     _logs_next_step: bool = False
     _slow_steps: int = FIRST_STEPS

@@ -9,7 +9,7 @@ from trainyard.client.types import Job
 
 
 def find_job(trainyard: Client, handle: str, console: Console) -> Job:
-    """Return the job with this id or name: of several with the name the newest, which is said on stderr."""
+    """Return the job with this id or name. If several have the name, return the newest, with a note on stderr."""
     try:
         return trainyard.find(handle)
     except AmbiguousName as error:

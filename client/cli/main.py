@@ -18,7 +18,7 @@ COMPLETE = "__complete"
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Run one command and return its exit code. Without arguments: that of the process, on its standard streams."""
+    """Run one command and return its exit code. Without arguments, use those of the process."""
     if arguments is None and console is None:
         return run_command("trainyard", lambda: main(sys.argv[1:], Console()))
     console = console or Console()

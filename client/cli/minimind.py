@@ -1,4 +1,4 @@
-"""MiniMind's command lines as they are: what its trainer takes by default from the folders beside its script."""
+"""Accept MiniMind's command lines: apply the defaults that its script takes from the folders next to it."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,12 +12,12 @@ from trainyard.model.config import ModelConfig
 
 SCRIPT = "train_pretrain.py"
 CORPORA = ("pretrain_t2t_mini.jsonl", "pretrain_hq.jsonl")
-"""The default corpora of MiniMind's releases, the newest first. Else the first ``pretrain*.jsonl`` is taken."""
+"""The default corpora of MiniMind's releases, newest first. If none exists, the first ``pretrain*.jsonl`` is used."""
 
 LAUNCHERS = frozenset({"torchrun", "python", "python3"})
 LAUNCHER_FLAGS = frozenset({"--standalone"})
 LAUNCHER_OPTIONS = frozenset({"--master_port", "--master_addr", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id"})
-"""Flags of torchrun that say how ranks meet. The service decides that."""
+"""Flags of the torchrun rendezvous, which the service sets up itself."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def find_script(line: PastedLine, directory: Path) -> Path | None:
 
 
 def take_defaults(spec: dict[str, Any], line: PastedLine, given: Mapping[str, Any], directory: Path) -> list[str]:
-    """Fill ``spec`` with what MiniMind's script takes from the folders beside it; return what was taken, in words."""
-    notes = [f"{', '.join(line.ignored)}: left out, the service decides how ranks meet"] if line.ignored else []
+    """Fill ``spec`` with the defaults of MiniMind's script; return a text for each."""
+    notes = [f"{', '.join(line.ignored)}: ignored, because the service sets up the rendezvous"] if line.ignored else []
     script = find_script(line, directory)
     if script is None:
         return notes
@@ -106,7 +106,7 @@ def _take_weights(spec: dict[str, Any], roots: Sequence[Path]) -> Iterator[str]:
 
 
 def _roots(script: Path, directory: Path) -> list[Path]:
-    """Return MiniMind's folder, as seen from the working directory (as MiniMind does) and from the script."""
+    """Return MiniMind's folder relative to the working directory (as MiniMind does) and to the script."""
     return list(dict.fromkeys(Path(os.path.normpath(base / "..")) for base in (directory, script.parent)))
 
 
@@ -116,7 +116,7 @@ def _corpora(root: Path) -> Iterator[Path]:
 
 
 def _move_paths(spec: dict[str, Any], given: Mapping[str, Any], script: Path, directory: Path) -> Iterator[str]:
-    """Make paths that exist beside the script, but not below the working directory, start at the script."""
+    """Resolve paths from the script if they exist there and not in the working directory."""
     for group, leaf in PATHS:
         typed = given.get(leaf)
         if leaf == "save_dir" or not isinstance(typed, str) or Path(typed).is_absolute():

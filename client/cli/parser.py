@@ -185,12 +185,12 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 """Makes ``--batch-size`` the same as ``--batch_size``."""
 
 # fmt: off
-JOB = _argument("job", "JOB", "id or name of the job; of several with the name, the newest", shell_complete=_jobs)
+JOB = _argument("job", "JOB", "id or name of the job; if several have the name, the newest", shell_complete=_jobs)
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
-YES = _flag("-y", "--yes", help="do not ask; needed off a terminal")
+YES = _flag("-y", "--yes", help="do not ask; required without a terminal")
 SERVICE = (
     Option("--url", help="of the service (TRAINYARD_URL, else http://127.0.0.1:8000)"),
     Option("--token", help="bearer token (TRAINYARD_TOKEN)"),
@@ -243,7 +243,7 @@ COMMANDS = (
         Option("--download", type=int, metavar="STEP", help="download the files of this checkpoint"),
         Option("--out", type=FILE, metavar="DIR", help="with --download: folder for them (./JOB-step-STEP)"),
         Option("--delete", type=int, metavar="STEP", help="remove this checkpoint; never the last valid one"),
-        _flag("-y", "--yes", help="with --delete: do not ask; needed off a terminal")),
+        _flag("-y", "--yes", help="with --delete: do not ask; required without a terminal")),
     _of_job("attempts", "cli.commands.show:attempts", "list the launches of the job and how they ended"),
     _of_job("samples", "cli.commands.show:samples", "print texts that the model wrote"),
     _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them"),
@@ -252,7 +252,7 @@ COMMANDS = (
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
         Option("--schedule", type=click.Choice(["extend", "continue"]),
-            help="learning rate of a longer run: that of its whole new length, or on from the present rate"),
+            help="learning rate of a longer run: schedule of the new length, or decay from the current rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
         _several("--set", "resources.FIELD=JSON", "change resources, or checkpoint.save_dir"),

@@ -14,7 +14,7 @@ from trainyard.client.errors import TrainyardError
 from trainyard.contract.rundir import read_json
 
 STALL_SECONDS = 60.0
-"""The service is taken for hung if it uses no processor time for so long while it starts."""
+"""The service counts as hung if it uses no processor time for this long while it starts."""
 
 STOP_SECONDS = 60.0
 
@@ -54,7 +54,7 @@ class DemoService:
         return self.url
 
     def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> str:
-        # Not a limit for the start as a whole: on a busy machine it takes as long as it takes.
+        # Not a limit for the whole start, which may take long on a busy machine.
         used, used_at = 0, time.monotonic()
         while time.monotonic() < used_at + STALL_SECONDS:
             if process.poll() is not None:

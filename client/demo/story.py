@@ -61,7 +61,7 @@ BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 LABEL = 11
 STALL_SECONDS = 300.0
-"""The demo fails if the run makes no progress for so long. A slow machine is no failure."""
+"""The demo fails if the run makes no progress for this long. A slow machine is no failure."""
 
 
 class DemoFailed(Exception):

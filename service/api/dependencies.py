@@ -50,7 +50,7 @@ class AppState:
         return Authenticator(self.settings, self.database)
 
     def host_limits(self, caller: Principal) -> HostLimits:
-        """Return the limits that the caller's spec is validated against, with the devices of now."""
+        """Return the limits that the caller's spec is validated against, with the current devices."""
         return HostLimits(self.settings, self.inventory.devices(), names_roots=caller.scope.covers(Scope.ADMIN))
 
 

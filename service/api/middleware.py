@@ -45,7 +45,7 @@ MAX_REPORT_BYTES = 64 << 20
 MAX_URL_BYTES = 8 << 10
 MAX_HEADER_BYTES = 32 << 10
 CLIENT_LEFT = 499
-"""Status of a request in log and metrics if its client disconnected in the middle of the body, as nginx has it."""
+"""Status of a request in log and metrics if its client disconnected in the middle of the body, as in nginx."""
 
 MAX_BODY_SECONDS = 30.0
 """Time for the whole body, however slowly it arrives."""
@@ -103,7 +103,7 @@ class RequestMiddleware:
                 with self._request_slot(scope):
                     await limited_app(scope, _with_deadline(receive, response), response)
             except Exception as error:
-                # A client that left in the middle of its body is no error of the service, and gets no response.
+                # A disconnect in the middle of the body is no error of the service, and needs no response.
                 if not response.client_left:
                     await self._send_error(error, scope, receive, response)
             finally:
@@ -115,7 +115,7 @@ class RequestMiddleware:
         route = getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
-        # Two of three lines were those of agents and health checks.
+        # Otherwise two of three lines are those of agents and health checks.
         is_routine = route in PERIODIC_ROUTES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
         level = logging.DEBUG if is_routine else logging.INFO
         log.log(level, "request", extra={"job_id": _job_id(scope), "client": client, **fields})
@@ -128,7 +128,7 @@ class RequestMiddleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise HeadersTooLarge()
         host = headers.get("host", "")
-        # HTTP/1.0 has no Host. Browsers, for whose sake the name is checked, always send one.
+        # HTTP/1.0 has no Host. The check protects browsers, and they always send one.
         is_nameless = "host" not in headers and scope["http_version"] == "1.0"
         if not is_nameless and not _host_allowed(host, self._settings.allowed_hosts):
             raise HostNotAllowed()
@@ -205,7 +205,7 @@ class _ResponseSender:
         self._token_checked_at: float | None = None
 
     def on_client_left(self) -> None:
-        """Note that the client disconnected before its body was complete. Nothing is sent any more."""
+        """Record that the client disconnected before its body was complete. Nothing more is sent."""
         self.client_left = True
         self.status = CLIENT_LEFT
 

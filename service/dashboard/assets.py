@@ -62,7 +62,7 @@ LIBRARIES = {
 
 @dataclass(frozen=True)
 class _Built:
-    """Everything but the gzipped libraries. ``libraries``: URL path -> the file and its placeholder."""
+    """All assets, with the libraries not yet compressed. ``libraries``: URL path -> the file and its placeholder."""
 
     files: Mapping[str, Asset]
     index: Asset

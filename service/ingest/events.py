@@ -183,7 +183,7 @@ class _EventBatch:
             self.flush_metrics()
             self._supersede(MetricRow.attempt == self.attempt.number, event.step - 1)
         elif event.step == self.attempt.start_step and stitched:
-            # The attempt before this one has given up the evaluation of the step; this line has it.
+            # The previous attempt stopped its evaluation of this step; this line has the result.
             self._supersede(MetricRow.attempt < self.attempt.number, event.step - 1)
         self.last_step = event.step
         # Only stitched points are part of the job's curve: one for each step, of the last attempt that made the step.

@@ -102,7 +102,7 @@ def resume_in_progress(session: Session, job_id: str, changed: bool) -> bool:
 
 @dataclass(frozen=True)
 class RateChange:
-    """What a resume does to the learning rate.
+    """Effect of a resume on the learning rate.
 
     ``steps``: last step of the resumed run. ``before``: rate of the step of the checkpoint, ``after``: rate of the next
     step. None if unknown, or if there is no checkpoint. ``is_longer``: the resume adds steps.
@@ -128,10 +128,10 @@ Schedule = Literal["extend", "continue"]
 
 
 def with_schedule(job: JobRow, spec: JobSpec, step: int | None, schedule: Schedule) -> tuple[JobSpec, RateChange]:
-    """Return ``spec``, the job's with the changes of a resume at ``step``, with its schedule, and the learning rates.
+    """Return ``spec``, which has the changes of a resume at ``step``, with its schedule, and the learning rates.
 
     If the run is longer than before, "extend" follows the schedule of a run that had this length from the start, and
-    "continue" decays on from the rate at ``step``. ``step`` is None if there is no checkpoint.
+    "continue" decays from the rate at ``step``. ``step`` is None if there is no checkpoint.
     """
     base, per_epoch = int(job.facts.get("base_step") or 0), job.facts.get("steps_per_epoch")
     old = JobSpec.model_validate_json(json.dumps(job.spec))
@@ -380,7 +380,7 @@ class ResumeBody(OptionalBody):
     schedule: Schedule = Field(
         default="extend",
         description="learning rate of a longer run; extend: as if it had this length from the start; "
-        "continue: it decays on from the present rate",
+        "continue: it decays from the current rate",
     )
 
 

@@ -32,7 +32,7 @@ RETRY_CONDITIONS = {
 }
 """Reason -> the condition under which the same run may succeed."""
 
-SAME_DATA = "once the data is again what it was"
+SAME_DATA = "once the data is restored"
 """The condition if there is a checkpoint: a run resumes only with the corpus that it was saved with."""
 
 COMPILE_FAILURE = "training.use_compile:"

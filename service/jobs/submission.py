@@ -26,9 +26,9 @@ MAX_VOCABULARY = 2**24
 DIRECTORY_FIELDS = ("tokenizer_path", "from_weight")
 """Fields that may name a directory whose files are read."""
 
-UNLESS_SET = {
-    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, and its home",
-    "TRAINYARD_SAVE_ROOTS": "unless it is set: the service's home alone",
+DEFAULT_ROOTS = {
+    "TRAINYARD_DATA_ROOTS": "by default the folder in which the service was started, and its home",
+    "TRAINYARD_SAVE_ROOTS": "by default only the home of the service",
 }
 
 WEIGHT_ENDINGS = (".pth", ".safetensors")
@@ -83,7 +83,7 @@ def read_inputs(spec: JobSpec, roots: Sequence[Path] = ()) -> dict[str, dict[str
     try:
         tokenizer = tokenizer_file(data.tokenizer_path) if data.tokenizer_path != BYTE else None
     except (TokenizerInvalid, OSError):
-        tokenizer = None  # it has just disappeared: the attempt says so
+        tokenizer = None  # it has just disappeared: the attempt reports it
     found = fingerprint_inputs(data, tokenizer, roots)
     return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
@@ -108,7 +108,7 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
     problems = [*parsed.problems, *validator.problems()]
     if problems:
         error = with_problems(SpecInvalid, problems)
-        outside = any(setting in problem.message for problem in problems for setting in UNLESS_SET)
+        outside = any(setting in problem.message for problem in problems for setting in DEFAULT_ROOTS)
         if outside and host.names_roots and host.settings.serves_local_user:
             error.extra["roots"] = _roots_for_user(host.settings)
         raise error
@@ -356,7 +356,7 @@ class _SpecValidator:
             return f"must be absolute{'' if not self.host.names_roots else f', below {_any_of(roots)} ({setting})'}"
         error = outside_reason(given, roots, content=leaf in DIRECTORY_FIELDS)
         if error is not None:
-            which = f": {_any_of(roots)}" if self.host.names_roots else f"; {UNLESS_SET[setting]}"
+            which = f": {_any_of(roots)}" if self.host.names_roots else f"; {DEFAULT_ROOTS[setting]}"
             return f"{error} the directories that {setting} allows{which}"
         self.paths[leaf] = str(Path(given).resolve())
         return None

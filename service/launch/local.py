@@ -133,7 +133,7 @@ class LocalLauncher:
         """Make every attempt of this home on this host save and end, and wait for it. Return those that did not end.
 
         Their agents get SIGTERM, as when the host shuts down, and enforce the timeouts of the spec. So the jobs are
-        interrupted and restarted automatically, also if this service ends before it has heard of their ends.
+        interrupted and restarted automatically, also if this service ends before it has their exit reports.
         """
         asked: dict[AttemptRef, float] = {}
         while agents := self._agents():

@@ -82,7 +82,7 @@ def _start_of_tail(file: BinaryIO, end: int, lines: int, lowest: int) -> int:
 
 
 def _start_of_cut(file: BinaryIO, position: int, end: int) -> int:
-    # The next line, or the first whole character here if the line goes on for long: it may be all that there is to see.
+    # Start at the next line. If this line is long, start at its first whole character: it may be the whole tail.
     file.seek(position)
     block = file.read(min(SHORT_LINE, end - position))
     newline = block.find(NEWLINE)

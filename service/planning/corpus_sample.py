@@ -70,7 +70,7 @@ class SampledLines:
 
 
 def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] = ()) -> SampledLines | None:
-    """Sample some of the files, in equal distances, and count for all of them by their sizes.
+    """Sample some of the files, at equal distances, and extrapolate to all of them by size.
 
     Return None if `sample_lines` returns None for one of them.
     """
@@ -102,7 +102,7 @@ def sampled_paths(paths: Sequence[Path]) -> list[Path]:
 def sample_lines(
     path: Path, text_field: str, roots: Sequence[Path] = (), limit: int | None = None
 ) -> SampledLines | None:
-    """Read a file of up to ``limit`` bytes completely, of a longer one blocks in equal distances.
+    """Read a file of up to ``limit`` bytes completely, of a longer one blocks at equal distances.
 
     ``roots``: the directories below which it must lie, if any. Return None if it cannot be read, or is not plain JSONL:
     a part of a compressed file says nothing about the rest.

@@ -12,7 +12,7 @@ from trainyard.model.costs import flops_per_token
 
 MODULE = "trainyard.worker.matrix_speed"
 EFFICIENCY = 0.3
-"""Share of the speed of a matrix product that a run is taken to reach. Small models reach less, large ones more."""
+"""Share of the speed of a matrix product that a run is assumed to reach. Small models reach less, large ones more."""
 
 TIMEOUT_SECONDS = 60.0
 
@@ -33,18 +33,24 @@ class MatrixEstimate:
 
 @dataclass
 class MatrixSpeed:
-    """Measures in a process of its own, because the service has no torch. Results are kept in the home."""
+    """Measures in a separate process, because the service has no torch. Results are kept in the home.
+
+    ``wait_seconds``: how long a plan waits for a measurement. After it the plan has no expected time, and the
+    measurement continues for the next one.
+    """
 
     home: Path
+    wait_seconds: float = 2.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _failed: set[str] = field(default_factory=set)
+    _threads: dict[str, threading.Thread] = field(default_factory=dict)
 
     def estimate(self, spec: JobSpec, kind: str, attention_length: float) -> MatrixEstimate | None:
-        """Return the expected throughput on devices of a kind, or None if their speed cannot be measured.
+        """Return the expected throughput on devices of a kind, or None if their speed is not known, or not yet.
 
         ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`.
 
-        The first call for a kind takes some seconds. Do not call it in a transaction.
+        The first call for a kind takes up to ``wait_seconds``. Do not call it in a transaction.
         """
         flops = self._flops(kind, spec.training.dtype)
         if flops is None:
@@ -58,15 +64,23 @@ class MatrixSpeed:
         name, file = f"{kind} {dtype}", self.home / "cache" / "matrix-speed.json"
         with self._lock:
             known = self._known(file)
-            if name not in known and name not in self._failed:
-                measured = _measure(kind, dtype)
-                if measured is None:
-                    self._failed.add(name)
-                    return None
-                known[name] = measured
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_json(file, known)
-            return known.get(name)
+            if name in known or name in self._failed:
+                return known.get(name)
+            if name not in self._threads:
+                thread = threading.Thread(target=self._measure, args=(kind, dtype, name, file), daemon=True)
+                self._threads[name] = thread
+                thread.start()
+        self._threads[name].join(self.wait_seconds)
+        return self._known(file).get(name)
+
+    def _measure(self, kind: str, dtype: str, name: str, file: Path) -> None:
+        measured = _measure(kind, dtype)
+        with self._lock:
+            if measured is None:
+                self._failed.add(name)
+                return
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {**self._known(file), name: measured})
 
     @staticmethod
     def _known(file: Path) -> dict[str, float]:

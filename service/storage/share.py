@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainyard.contract.allowed_paths import directory_inside, new_directory
+from trainyard.contract.allowed_paths import directory_inside, link_descriptor, new_directory
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
 from trainyard.service.errors import StepUnavailable
@@ -43,18 +43,13 @@ def link_checkpoint(source: Path, target: Path, roots: Sequence[Path] = ()) -> N
 @failpoint("share.file")
 def _link_file(source: Path, target: Path, name: str, roots: Sequence[Path]) -> None:
     with open_file(source, name, roots) as file:
-        folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            # The file that was opened is linked, whatever has its name now. With a descriptor of the target's directory
-            # Python follows the link that /proc has for an open file.
-            os.link(f"/proc/self/fd/{file.fileno()}", name, dst_dir_fd=folder)
+            link_descriptor(file.fileno(), target / name)
             return
         except FileNotFoundError:
             raise  # it was removed meanwhile
         except OSError:
             pass  # no links there, or not allowed
-        finally:
-            os.close(folder)
         with (target / name).open("xb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
             copy.flush()

@@ -43,11 +43,11 @@ class Restartable(DemoService):
 
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[Restartable]:
-    (tmp_path / "corpus.jsonl").write_text(
-        "".join(json.dumps({"text": f"number {n} of many"}) + "\n" for n in range(200))
-    )
     with Restartable(tmp_path / "home") as service:
         service.home.mkdir()
+        (service.home / "corpus.jsonl").write_text(
+            "".join(json.dumps({"text": f"number {n} of many"}) + "\n" for n in range(200))
+        )
         service.start()
         yield service
         if not _is_ready(service.url):
@@ -61,7 +61,7 @@ def live(tmp_path: Path) -> Iterator[Restartable]:
 
 def run(live: Restartable, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [*COMMAND, *arguments, "--url", live.url]
-    return subprocess.run(command, capture_output=True, text=True, cwd=live.home.parent, timeout=SECONDS, check=False)
+    return subprocess.run(command, capture_output=True, text=True, cwd=live.home, timeout=SECONDS, check=False)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

@@ -66,7 +66,7 @@ def test_a_link_that_appears_after_the_check_is_not_followed(
         return real
 
     monkeypatch.setattr(Path, "resolve", resolve_then_exchange)
-    with pytest.raises(OutsideRoots, match="was exchanged for a link"):
+    with pytest.raises(OutsideRoots, match="was replaced by a link"):
         read(root / "in" / "file", root)
 
 

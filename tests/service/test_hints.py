@@ -79,7 +79,7 @@ ELSEWHERE = {
     "`sinfo -o %f` lists": "tests/slurm/test_launcher.py",
     "Lower resources.slurm.time_limit": "tests/slurm/test_launcher.py",
     "Request less `--mem`": "tests/slurm/test_launcher.py",
-    " (of the longer run; --schedule": "tests/client/test_commands.py",
+    " (--schedule continue": "tests/client/test_commands.py",
     "Ctrl-C detaches": "tests/client/test_watch.py",
 }
 """Start of a hint -> the test in which it is followed, or of what it speaks of."""

@@ -72,7 +72,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
     [
         ({"RANK": "1"}, "must be less than the number of ranks: RANK=1"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "must be less than the number of ranks: RANK=2, WORLD_SIZE=2"),
-        ({"WORLD_SIZE": "two"}, "no numbers of ranks: WORLD_SIZE=two"),
+        ({"WORLD_SIZE": "two"}, "not valid rank numbers: WORLD_SIZE=two"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be less than"),
         ({"LOCAL_RANK": "1"}, "must be less than"),
     ],

@@ -1,6 +1,6 @@
-"""Checkpoints that somebody wrote to do harm: passed over with their fault named, and never loaded.
+"""Malicious checkpoints are skipped with their fault named, and never loaded.
 
-The writer of such a checkpoint computes its sha256 too, so that the manifest is right.
+Their manifests have the right sha256, because an attacker would compute it too.
 """
 
 import contextlib
@@ -227,7 +227,7 @@ def test_the_fault_is_named_and_the_one_before_is_taken(trained: Trained, fault:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_another_job_s_is_passed_over(trained: Trained, fault: str, tmp_path: Path) -> None:
-    """The same in a folder of somebody else's, by from_resume."""
+    """The same with a checkpoint of another job, through from_resume."""
     if fault == "the step is another one":
         pytest.skip("the step of another job's checkpoint is what its state says")
     folder = tmp_path / "shared"

@@ -123,7 +123,7 @@ EVEN, STARVED = [0.26, 0.24, 0.25, 0.25], [0.41, 0.0, 0.35, 0.24]
 def test_an_expert_without_tokens_is_an_alert_and_one_only() -> None:
     (warning,) = starved(LearningMonitor(None), dict.fromkeys(range(10, 1000, 10), STARVED))
     assert (warning.code, warning.step) == ("experts_starve", 50)
-    assert "since step 0: 1 (0.0%) of 4 experts, where 25% each would be even" in warning.message
+    assert "of the 4 experts get almost no tokens since step 0: 1 (0.0%); an even share is 25%" in warning.message
     assert "router_aux_loss_coef" in warning.message
     assert warning.data == {"experts": [1], "expert_load": STARVED}
     (long_window,) = starved(LearningMonitor(None), {100: STARVED})

@@ -30,7 +30,7 @@ ROOT_CAUSE = "Root Cause (first observed failure)"
 
 
 class StopCause(StrEnum):
-    """Why the agent ended the ranks; None in its place means that they ended by themselves."""
+    """Why the agent ended the ranks. No cause (None) means that they ended by themselves."""
 
     KILLED = "killed"
     """The user requested a kill, without a save."""

@@ -48,7 +48,7 @@ class Observation:
 def next_step(observed: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
     """Return the next action, and the cause if it ends the ranks."""
     if observed.torchrun_ended:
-        # After our SIGTERM or a kill request, an exit without an outcome of rank 0 is our doing and not a crash.
+        # After our SIGTERM or a kill request, an exit without an outcome of rank 0 was caused by us: no crash.
         cause = StopCause.KILLED if observed.desired is Desired.KILL else None
         return EscalationStep.KILL, cause if observed.terminated_at is None else StopCause.OVERDUE
     if observed.peer_lost:

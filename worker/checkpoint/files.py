@@ -53,13 +53,13 @@ from trainyard.worker.paths import save_roots
 
 OptimizerKind = Literal["adamw", "muon"]
 OPTIMIZER_KEYS = ({"exp_avg", "exp_avg_sq", "step"}, {"momentum"})
-"""What the optimizers keep of a parameter. ``step`` is a number, the others have the parameter's shape."""
+"""State that the optimizers keep for each parameter. ``step`` is a number, the others have the parameter's shape."""
 
 MAX_JSON_BYTES = 16 << 20
 """The largest state.json or manifest.json that is read."""
 
 MAX_HEADER_BYTES = 128 << 20
-"""The safetensors library reads no header that is larger."""
+"""The largest header that the safetensors library reads."""
 
 Count = Annotated[int, Ge(0), Le(2**53)]
 SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainyard.contract.allowed_paths import directory_inside
+from trainyard.contract.allowed_paths import directory_inside, link_descriptor
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import (
     MODEL_FILE,
@@ -45,7 +45,7 @@ def checkpoints_to_delete(
 ) -> tuple[list[int], list[int]]:
     """Return (steps to delete, steps to reduce to their weights): all but the newest ``keep_last``, newest first.
 
-    The weights of multiples of ``keep_every`` are kept. Step 0 is none: it holds untrained weights.
+    The weights of multiples of ``keep_every`` are kept. Step 0 is not kept, because its weights are untrained.
     """
     newest_first = sorted(valid_steps, reverse=True)
     old = newest_first[max(keep_last, MIN_KEPT) :]
@@ -151,19 +151,15 @@ def _milestone_manifest(milestone: Path) -> dict[str, FileDigest] | None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Link ``source`` as ``target``, or copy it if the file system has no links. Raises OSError.
 
-    ``source`` is a file of a checkpoint, and it is linked as it was opened, whatever has its name now. ``target``:
-    below a directory that `contract.allowed_paths.directory_inside` or `new_directory` gave.
+    ``source`` is a file of a checkpoint. ``target``: below a directory that `contract.allowed_paths.directory_inside`
+    or `new_directory` gave.
     """
     with open_saved(source) as file:
-        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            # With a descriptor of the target's directory, Python follows the link that /proc has for an open file.
-            os.link(f"/proc/self/fd/{file.fileno()}", target.name, dst_dir_fd=folder)
+            link_descriptor(file.fileno(), target)
             return
         except OSError:
             pass  # no links there, or not allowed
-        finally:
-            os.close(folder)
         with target.open("xb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
             copy.flush()

@@ -117,7 +117,7 @@ class StagingBuffers:
 
 
 def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
-    # Of a contiguous tensor this is its own memory, not a copy.
+    # For a contiguous tensor this is its own memory, not a copy.
     memory: npt.NDArray[np.uint8] = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return memory
 
@@ -281,7 +281,7 @@ class Checkpointer:
         return False
 
     def _require_directory(self) -> None:
-        # Else a run whose home was moved would create it again in the old place, where nothing finds its checkpoints.
+        # Otherwise a run whose home was moved would create it again in the old place, and its checkpoints be lost.
         if self._had_directory and not self.artifacts.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, GONE, str(self.artifacts.path))
 
@@ -305,7 +305,7 @@ class Checkpointer:
         return None
 
     def _prune(self, step: int) -> None:
-        """Delete old checkpoints. Whatever is wrong with them is a warning: the run itself is healthy."""
+        """Delete old checkpoints. Errors are only warnings, because the run itself is healthy."""
         policy = self.spec.checkpoint
         try:
             deleted = retention.delete_old_checkpoints(self.artifacts, policy.keep_last, policy.keep_every)

@@ -48,7 +48,7 @@ def publish_weights(artifacts: ArtifactDir, spec: JobSpec, state: Mapping[str, t
 
 
 def write_moe_config(folder: Path, model: ModelConfig) -> None:
-    """Write what no tensor of a .pth shows: how many experts a token takes, and how they are weighted."""
+    """Write a config.json with what the .pth lacks: the number of experts per token, and how they are weighted."""
     with directory_inside(folder, save_roots(), create=True) as pinned:
         write_json(pinned / CONFIG, {"use_moe": True, **{name: getattr(model, name) for name in MOE_FIELDS}})
 
@@ -173,7 +173,7 @@ def _read_tensors(path: Path, roots: Sequence[Path]) -> dict[str, torch.Tensor]:
         raise
     except pickle.UnpicklingError as error:
         # torch's own message advises to load it with weights_only=False, which would run its code.
-        raise _unreadable_error(path, "it is no pickle, or one that holds other things than tensors") from error
+        raise _unreadable_error(path, "it is not a pickle, or has other objects than tensors") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
         raise _unreadable_error(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if path.suffix == ".pth" and isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):

@@ -54,7 +54,7 @@ BATCH_CHARACTERS = 1 << 20
 """Size of an encode batch, in characters."""
 
 ENCODE_SECONDS = 120.0
-"""A batch that takes longer is in a regular expression that backtracks. Others take seconds."""
+"""If a batch takes longer, a regular expression backtracks. Other batches take seconds."""
 
 RECENT_CHANGE_SECONDS = 2.0
 """The digest of a file changed within this time is not cached: another write may leave the same mtime."""
@@ -216,7 +216,7 @@ def open_built(cache: Path, key: str, waiting: Callable[[], None], build: Callab
                     try:
                         build(directory)
                     except PrefixDiffers:
-                        # What was stored is of other bytes than the corpus has now.
+                        # The stored part belongs to a corpus with other bytes.
                         shutil.rmtree(building_of(directory))
                         build(directory)
         return Corpus(directory, use)
@@ -229,7 +229,7 @@ def cache_key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: boo
     # Plain text has no fields, and the same bytes read as JSONL are different documents.
     parts = [FORMAT, content, tokenizer.fingerprint, *(["", "plain text"] if plain else [text_field])]
     if tokenizer.matching:
-        # No other key has an object in it, so that no text_field can make the same one.
+        # Only this part of a key is an object, so no text_field can produce the same key.
         parts.append({"special_tokens": tokenizer.matching})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
@@ -433,7 +433,7 @@ class _Encoding:
         self._thread.join()
 
     def cancel(self) -> None:
-        """Do not begin, if it has not begun; else wait for the end of a batch that ends."""
+        """Cancel the batch if it has not begun; otherwise wait for it if it is certain to end."""
         if not self._future.cancel() and not getattr(self._tokenizer, "patterns", ()):
             self._thread.join()
 

@@ -28,7 +28,7 @@ ZSTD_CHUNK_BYTES = 1 << 10
 
 UNPACKED_FLOOR, UNPACKED_PER_BYTE = 64 << 20, 256
 """A packed file may grow to UNPACKED_FLOOR bytes, and UNPACKED_PER_BYTE more for each byte read. Text shrinks to about
-a tenth; what grows further than this is made to fill the disk."""
+a tenth; a file that exceeds this was made to fill the disk."""
 
 BLOCK_BYTES = 1 << 20
 """Unit in which a file that is not read in order is compared with what was hashed."""
@@ -111,7 +111,7 @@ class CorpusFile:
         if unpacked > UNPACKED_FLOOR + UNPACKED_PER_BYTE * read:
             raise DataInvalid(
                 f"{shown(self.path)} unpacks to more than {UNPACKED_PER_BYTE} times its size: {unpacked:,} bytes "
-                f"of text from {read:,} bytes of {self.compression}. If that is meant, unpack it first "
+                f"of text from {read:,} bytes of {self.compression}. If this is intended, unpack it first "
                 "and give the plain file"
             )
 
@@ -212,7 +212,7 @@ class _HashingReader(io.RawIOBase):
 
 
 class _BoundedReader(io.RawIOBase):
-    """What a decompressor returns, as long as it is not too much for the bytes that were read."""
+    """The output of a decompressor, limited by the bytes that were read."""
 
     def __init__(self, decompressor: Any, source: CorpusFile) -> None:
         super().__init__()

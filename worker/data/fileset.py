@@ -63,7 +63,7 @@ from trainyard.worker.data.shards import (
 from trainyard.worker.data.tokenizers import Tokenizer
 
 PART_BYTES = 16 << 20
-"""Files are tokenized together up to this size: much more than starting a part costs, little enough to repeat."""
+"""Files are tokenized together up to this size: large enough to pay for starting a part, small enough to repeat."""
 
 PROGRESS_SECONDS = 0.25
 COPY_TOKENS = 1 << 22
@@ -513,7 +513,7 @@ def tokenize_part(
     try:
         return write()
     except PrefixDiffers:
-        # What was stored is of other bytes than the file has now.
+        # The stored part belongs to a file with other bytes.
         shutil.rmtree(directory)
         return write()
 

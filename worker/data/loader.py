@@ -19,8 +19,8 @@ Normalization = Literal["global_tokens", "micro_batch_mean"]
 class MicroBatchLoader:
     """Makes the micro-batches of one rank.
 
-    ``min_rows``: shorter micro-batches are padded to so many rows. A compiled model needs this: it is compiled for each
-    shape. ``data_seconds``: time that the current step has waited for data.
+    ``min_rows``: shorter micro-batches are padded to this many rows. A compiled model needs this: it is compiled for
+    each shape. ``data_seconds``: time that the current step has waited for data.
     """
 
     dataset: PackedDataset

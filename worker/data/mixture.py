@@ -26,8 +26,6 @@ PERIOD = 1 << 20
 BLOCK = 1 << 12
 """Positions between two stored counts: the most that `MixturePattern.locate` counts to find a position."""
 
-MAX_SOURCES = 256
-
 
 def row_parts(weights: Sequence[float], tokens_per_row: Sequence[float], period: int = PERIOD) -> list[int]:
     """Return how many of ``period`` rows each source gets, so that ``weights`` are its shares of the tokens.

@@ -15,7 +15,7 @@ from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, Par
 BATCH_ROWS = 256
 
 ROW_BYTES = 16
-"""What a row counts beside its text: a file of few bytes may hold any number of empty ones."""
+"""Bytes that a row counts in addition to its text: a small file may have any number of empty rows."""
 
 MAX_GROUP_BYTES = 2 << 30
 """Decompressed bytes of the column in one row group, which is decoded as a whole."""

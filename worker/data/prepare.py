@@ -131,7 +131,7 @@ class TrainingData:
     @property
     def is_one_file(self) -> bool:
         """Whether the corpus was given as one file."""
-        # As in release 0.1, whose checkpoints must go on. A directory of one file is not: it may gain another.
+        # As in release 0.1, whose runs must be resumable. A directory with one file does not count: it may get another.
         return self.spec.data.sources is None and is_single_file(paths_of(self.spec))
 
     def _corpus_file(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _file_fingerprint(data: DataSpec, corpus: Corpus, tokenizer: Tokenizer, spli
 def _fingerprint(
     content: list[Any], data: DataSpec, corpora: Sequence[Corpus], tokenizer: Tokenizer, split_by: SplitBy
 ) -> str:
-    # What has the default of release 0.1 is left out, so that its runs can be resumed.
+    # Fields with the default of release 0.1 are left out, so that its runs can be resumed.
     parts = [*content, data.eval_fraction]
     if data.special_tokens == "tokens" or any(corpus.meta.added_tokens for corpus in corpora):
         parts.append({"special_tokens": tokenizer.matching})
@@ -199,7 +199,7 @@ def prepare_data(
     """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank.
 
     ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start from, the first choice first. Their
-    evaluation split stays as it is, also if release 0.1 has made it.
+    evaluation split is kept, also if release 0.1 made it.
     """
 
     def choose_split(corpus: Corpus, tokenizer: Tokenizer) -> SplitBy:

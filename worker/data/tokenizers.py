@@ -183,7 +183,7 @@ def backtracking_message(name: str, patterns: Sequence[str], why: str) -> str:
     listed = " or ".join(repr(pattern) if len(pattern) <= 200 else f"{pattern[:200]!r}..." for pattern in patterns)
     return (
         f"the regular expression {listed or 'of its pre-tokenizer'} of {name} backtracks: {why}. "
-        "Take one without repetition inside of repetition, such as (a+)+"
+        "Use one without nested repetition such as (a+)+"
     )
 
 
@@ -204,7 +204,7 @@ def _hide_special_tokens(info: TokenizerInfo) -> dict[str, Any]:
 
     They are renamed both among the added tokens, which match before anything else, and in the vocabulary, where a
     Unigram or word-level model would find them. Removing them would change the ids of other tokens. Merges that make
-    them are removed: the text is spelled with the parts.
+    them are removed: the text is tokenized with the parts.
     """
     described = info.described
     model = dict(described["model"])

@@ -1,4 +1,4 @@
-"""The phase of an attempt: what it does beside its steps. The agent gives every phase but `training` more time."""
+"""The phase of an attempt, such as `training` or `saving`. The agent gives every phase but `training` more time."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class PhaseReporter:
             self._emit(PhaseChanged(phase=phase))
 
     def report(self, message: str | None = None, done: int | None = None, total: int | None = None) -> None:
-        """Emit how far the current phase is; without arguments, that there is nothing more to say of it."""
+        """Emit the progress of the current phase; without arguments, clear it."""
         self._emit(PhaseChanged(phase=self.current or Phase.TRAINING, message=message, done=done, total=total))
 
     @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Evaluator:
     def _batches(self) -> Iterator[Batch]:
         share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
         parts = list(split_microbatches(share, self.batch_size))
-        # A rank may have one batch less than another, and all of them must ask each other equally often.
+        # A rank may have one batch less than another, but all must take part in the same number of all-reduces.
         largest_share = -(-len(self.dataset) // self.ranks.world)
         for index in range(max(1, -(-largest_share // self.batch_size))):
             hit("evaluation.batch", index)

@@ -167,9 +167,8 @@ class LearningMonitor:
             since = max(self._starving_since[expert] for expert in long)
             shares = ", ".join(f"{expert} ({load[expert]:.1%})" for expert in long)
             message = (
-                f"experts get almost no tokens since step {since:,}: {shares} of {len(load)} experts, where "
-                f"{1 / len(load):.0%} each would be even. They learn nothing, and the others do their work: raise "
-                "model.router_aux_loss_coef, or take fewer experts"
+                f"some of the {len(load)} experts get almost no tokens since step {since:,}: {shares}; an even share "
+                f"is {1 / len(load):.0%}. They learn nothing: raise model.router_aux_loss_coef, or use fewer experts"
             )
             yield from self._once("experts_starve", step, message, {"experts": long, "expert_load": load})
 

@@ -10,7 +10,7 @@ from typing import Self
 from trainyard.contract.spec import JobSpec, TrainingSpec
 
 POINTS = 100
-"""About as many points has a curve whose ``log_interval`` is null."""
+"""Approximate number of points of a curve whose ``log_interval`` is null."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def _report_rates(job: ResumedJob, console: Console) -> None:
     before, after = job.get("learning_rate_before"), job.get("learning_rate_after")
     if before is None or after is None:
         return
-    hint = " (of the longer run; --schedule continue goes on from the present one)" if after > 1.01 * before else ""
+    hint = " (--schedule continue decays from the current rate instead)" if after > 1.01 * before else ""
     console.error(f"learning rate: {before:.3g} at the checkpoint, {after:.3g} at the next step{hint}")
 
 
@@ -122,7 +122,7 @@ def cancel(args: SimpleNamespace, console: Console) -> int:
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
-    """Kill a job, after a question: what it computed since its last checkpoint is lost."""
+    """Kill a job after confirmation: what it computed since its last checkpoint is lost."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         step = (job.get("checkpoint") or {}).get("step")
@@ -134,7 +134,7 @@ def kill(args: SimpleNamespace, console: Console) -> int:
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """Delete a job, after a question: its checkpoints are deleted too."""
+    """Delete a job after confirmation: its checkpoints are deleted too."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete {_named(job)} with its checkpoints, logs and metrics?"

@@ -30,7 +30,7 @@ class LiveView:
         from rich.console import Console as Screen
         from rich.live import Live
 
-        # A sparkline's blocks are missing from the encodings other than UTF-8.
+        # Encodings other than UTF-8 lack the blocks of a sparkline.
         self._blocks = {} if is_utf8(console.out) else str.maketrans(BLOCKS, "_.-:=+*#")
         self._screen = Screen(file=console.out, no_color=not console.uses_colour, highlight=False, markup=False)
         self._live = Live(console=self._screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)

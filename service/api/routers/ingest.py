@@ -41,7 +41,7 @@ PROOF = "trainyard.proof"
 
 
 class ProvenRoute(ServiceRoute):
-    """A route whose answers prove that they are this service's."""
+    """A route whose responses prove that this service sent them."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -68,7 +68,7 @@ async def _authenticated_attempt(state: StateDep, request: Request, attempt_id: 
     attempt = await asyncio.to_thread(_authenticate, state, attempt_id, proof or bearer(header))
     if proof is not None:
         if not proof.covers(await request.body()):
-            raise Unauthorized("The body is not the one that the agent has sent.")
+            raise Unauthorized("The body differs from the one that the agent sent.")
         request.scope[PROOF] = proof, attempt.token_sha256
     return attempt
 

@@ -260,7 +260,7 @@ def resume_job(
     `run_differs` if the corpus, the vocabulary or the shape differs from the one that the checkpoint was saved with.
 
     If the run gets longer, `schedule` decides on its learning rate: `extend` follows the schedule of the longer run,
-    `continue` decays on from the present rate. `learning_rate_before` and `learning_rate_after` are the rates of the
+    `continue` decays from the current rate. `learning_rate_before` and `learning_rate_after` are the rates of the
     checkpoint's step and of the next one.
     """
     changes, step = body.given(), body.step
