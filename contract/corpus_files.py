@@ -1,10 +1,11 @@
 """The files that a ``data_path`` names: one file, a directory, a glob, or a list of these. Standard library only."""
 
-import glob
+import fnmatch
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from trainyard.contract.spec import DataSpec
 KNOWN_FORMS = (".jsonl", ".ndjson", ".txt", ".parquet")
 PACKED_FORMS = (".gz", ".zst")
 MAX_FILES = 1_000_000
+MAX_ENTRIES = 2_000_000
+"""Names that are looked at to find the files of a directory or glob: a second or two."""
+
 MAX_NAMED_CHANGES = 5
 
 FORMS_TEXT = (
@@ -32,7 +36,11 @@ class CorpusFilesInvalid(ValueError):
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"{_quoted(path)} {reason}")
-        self.reason = reason
+        self.path, self.reason = path, reason
+
+    def reason_for(self, given: str) -> str:
+        """Return ``reason`` to continue a sentence that begins with ``given``; names the path if it is another."""
+        return self.reason if self.path == given else f"holds {_quoted(self.path)}, which {self.reason}"
 
 
 @dataclass(frozen=True, order=True)
@@ -66,19 +74,19 @@ def expand(data_path: str | Sequence[str]) -> list[NamedFile]:
 
 def _expand_entry(entry: str) -> list[NamedFile]:
     if os.path.isdir(entry):
-        files = [NamedFile(_name(path, entry), Path(path)) for path in _walk(entry)]
-        if not files:
-            raise CorpusFilesInvalid(
-                entry, f"is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
-            )
+        base, empty = entry, f"is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
+        paths = (file.path for file in _Search(entry).files(entry, ("**",)) if has_known_form(file.name))
     elif is_glob(entry):
-        paths = (path for path in glob.iglob(entry.replace("[", "[[]"), recursive=True) if os.path.isfile(path))
-        base = glob_base(entry)
-        files = [NamedFile(_name(path, base), Path(path)) for path in paths]
-        if not files:
-            raise CorpusFilesInvalid(entry, "matches no file")
+        base, empty = glob_base(entry), "matches no file. Links to directories are not followed"
+        parts = Path(entry).parts[len(Path(base).parts) :]
+        if ".." in parts:
+            raise CorpusFilesInvalid(entry, 'has ".." after a mark of a glob: name the directory')
+        paths = (file.path for file in _Search(entry).files(base, parts) if file.is_file())
     else:
         return [NamedFile(_checked(os.path.basename(entry), entry), Path(entry))]
+    files = [NamedFile(_name(path, base), Path(path)) for path in paths]
+    if not files:
+        raise CorpusFilesInvalid(entry, empty)
     return sorted(files, key=lambda file: file.name.split("/"))
 
 
@@ -94,20 +102,53 @@ def glob_base(pattern: str) -> str:
     return str(Path(*parts[:first])) if first else "."
 
 
-def _walk(directory: str) -> Iterator[str]:
-    pending = [directory]
-    while pending:
+class _Search:
+    """A search for files below a directory that follows no link to a directory. Raises CorpusFilesInvalid.
+
+    ``given``: the directory or glob. Hidden names match only a part of a glob that begins with a dot.
+    """
+
+    def __init__(self, given: str) -> None:
+        self._given, self._looked_at = given, 0
+
+    def files(self, directory: str, parts: Sequence[str]) -> Iterator[os.DirEntry[str]]:
+        """Yield what is no directory and matches ``parts``: one a level, but ``**`` is any number of levels."""
+        pending = [(directory, tuple(parts))]
+        while pending:
+            directory, (part, *rest) = pending.pop()
+            if part == "**" and rest:
+                # No level: the rest begins here. The levels below are those of the entries.
+                pending.append((directory, tuple(rest)))
+            matches = _matcher("*" if part == "**" else part)
+            for entry in self._entries(directory):
+                if not matches(entry.name):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if part == "**":
+                        pending.append((entry.path, ("**", *rest)))
+                    elif rest:
+                        pending.append((entry.path, tuple(rest)))
+                elif (not rest) and not (entry.is_symlink() and entry.is_dir()):
+                    yield entry
+
+    def _entries(self, directory: str) -> Iterator[os.DirEntry[str]]:
         try:
-            with os.scandir(pending.pop()) as entries:
+            with os.scandir(directory) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(entry.path)
-                    elif has_known_form(entry.name) and not (entry.is_symlink() and entry.is_dir()):
-                        yield entry.path
+                    self._looked_at += 1
+                    if self._looked_at > MAX_ENTRIES:
+                        raise CorpusFilesInvalid(
+                            self._given, f"has more than {MAX_ENTRIES:,} names to look at: name a smaller directory"
+                        )
+                    yield entry
         except OSError as error:
-            raise CorpusFilesInvalid(str(error.filename), f"cannot be read: {error.strerror}") from error
+            raise CorpusFilesInvalid(directory, f"cannot be read: {error.strerror}") from error
+
+
+def _matcher(part: str) -> Callable[[str], bool]:
+    # Brackets are no marks here: names of files have them.
+    expression = re.compile(fnmatch.translate(part.replace("[", "[[]")))
+    return lambda name: (part.startswith(".") or not name.startswith(".")) and expression.match(name) is not None
 
 
 def has_known_form(name: str) -> bool:
@@ -135,7 +176,7 @@ def _quoted(path: str | bytes | None) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-def shown(path: Path) -> str:
+def shown(path: Path | str) -> str:
     """Return the path for a message: as it is, or with escapes if it has characters such as a line end."""
     return _quoted(str(path))
 

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from trainyard.contract.allowed_paths import outside_reason, parse_roots
-from trainyard.contract.corpus_files import expand
+from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, glob_base, is_glob
 from trainyard.contract.rundir import ArtifactDir, RunDir, find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
@@ -60,6 +61,8 @@ def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] 
     home = _home(run)
     data, save = (_roots(env, name) for name in (DATA_ROOTS, SAVE_ROOTS))
     if data:
+        # A link in a directory to another directory is not followed, so it may lead out.
+        _require_inside(_corpora(spec), [*data, home], DATA_ROOTS, content=False)
         _require_inside(_paths_read(spec), [*data, home], DATA_ROOTS)
     if data and save:
         _require_inside(_named_weights(spec, run), [*data, *save, home], DATA_ROOTS)
@@ -67,23 +70,35 @@ def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] 
         _require_inside(_paths_written(spec, run), [*save, home], SAVE_ROOTS)
 
 
-def _require_inside(paths: Iterator[FieldPath], roots: list[Path], setting: str) -> None:
+def _require_inside(paths: Iterator[FieldPath], roots: list[Path], setting: str, content: bool = True) -> None:
     for field, path in paths:
-        reason = outside_reason(path, roots)
+        reason = outside_reason(path, roots, content)
         if reason is not None:
             raise outside_error(field, reason, setting)
 
 
+def _corpora(spec: JobSpec) -> Iterator[FieldPath]:
+    data = spec.data
+    for source in data.training_sources:
+        yield from _corpus_files("data.data_path" if data.sources is None else f"source {source.name}", source.path)
+    if data.eval_data_path is not None:
+        yield from _corpus_files("data.eval_data_path", data.eval_data_path)
+
+
 def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:
     data, from_weight = spec.data, spec.training.from_weight
-    for source in data.training_sources:
-        yield from (("data.data_path", file.path) for file in expand(source.path))
-    if data.eval_data_path is not None:
-        yield from (("data.eval_data_path", file.path) for file in expand(data.eval_data_path))
     if data.tokenizer_path != BYTE:
         yield "data.tokenizer_path", data.tokenizer_path
     if from_weight is not None and "/" in from_weight:
         yield "training.from_weight", from_weight
+
+
+def _corpus_files(field: str, path: str | list[str]) -> Iterator[FieldPath]:
+    for entry in [path] if isinstance(path, str) else path:
+        yield field, glob_base(entry) if is_glob(entry) else entry
+        # If there are no files, the error says so when they are opened.
+        with suppress(CorpusFilesInvalid):
+            yield from ((field, file.path) for file in expand(entry))
 
 
 def _named_weights(spec: JobSpec, run: RunDir) -> Iterator[FieldPath]:

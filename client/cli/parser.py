@@ -189,6 +189,7 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 # fmt: off
 JOB = _argument("job", "JOB", "id or name of the job; if several have the name, the newest", shell_complete=_jobs)
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
+CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
 YES = _flag("-y", "--yes", help="do not ask; required without a terminal")
@@ -289,7 +290,7 @@ COMMANDS = (
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
     _group("corpus", "check a corpus; list or remove the tokenized ones",
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
-            CORPUS, TEXT_FIELD,
+            CORPUS_PATHS, TEXT_FIELD,
             Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
             Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
                 help="as in the job spec (text)"), JSON),

@@ -146,7 +146,7 @@ def _file_differences(
                 [f"{source.name}/{file.name}", file.path.stat().st_size, file_sketch(file.path)] for file in named
             ]
     except CorpusFilesInvalid as error:
-        yield f"the corpus {error.reason}, {when}"
+        yield f"{error}, {when}"
         return
     except OSError as error:
         yield f"{shown(Path(error.filename or '?'))} cannot be read now"

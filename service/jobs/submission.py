@@ -10,7 +10,7 @@ from typing import Any
 
 from trainyard.contract.allowed_paths import outside_files, outside_reason
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, fingerprint_inputs, glob_base, is_glob, shown
-from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
+from trainyard.contract.parsing import PLACEHOLDER, ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, TokenizerTooLarge, tokenizer_file, vocabulary_size
@@ -169,7 +169,9 @@ class _SpecValidator:
 
     def _data(self) -> Iterator[Finding]:
         data = self.spec.data
-        for leaf, given in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
+        # If the sources are wrong, the parser has put a data_path in their place, which is no mistake of the caller.
+        data_path = None if data.data_path == PLACEHOLDER else data.data_path
+        for leaf, given in (("data_path", data_path), ("eval_data_path", data.eval_data_path)):
             if given is not None:
                 self.data[leaf] = yield from self._corpus(f"/data/{leaf}", given)
         if data.sources is not None:
@@ -201,13 +203,13 @@ class _SpecValidator:
             return given, error
         path = self.paths["data_path"]
         if pattern:
-            path = os.path.join(path, os.path.relpath(given, base))
+            path = os.path.join(path, *Path(given).parts[len(Path(base).parts) :])
         elif not os.path.isdir(path):
             return path, _corpus_error(Path(path))
         try:
             return path, self._files_error([file.path for file in expand(path)])
         except CorpusFilesInvalid as invalid:
-            return path, invalid.reason
+            return path, invalid.reason_for(path)
 
     def _files_error(self, files: Sequence[Path]) -> str | None:
         settings = self.host.settings

@@ -80,8 +80,7 @@ def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] =
         sizes = [path.stat().st_size for path in paths]
     except OSError:
         return None
-    step = max(1, len(paths) / MAX_SAMPLED_FILES)
-    chosen = [paths[int(number * step)] for number in range(min(len(paths), MAX_SAMPLED_FILES))]
+    chosen = sampled_paths(paths)
     total = SampledLines(sum(sizes))
     for path in chosen:
         sample = sample_lines(path, text_field, roots, SAMPLE_BYTES // len(chosen))
@@ -92,6 +91,12 @@ def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] =
         total.bad_lines += sample.bad_lines
         total.names = total.names or sample.names
     return total
+
+
+def sampled_paths(paths: Sequence[Path]) -> list[Path]:
+    """Return the files of a corpus that are read: all, or some in equal distances."""
+    step = max(1, len(paths) / MAX_SAMPLED_FILES)
+    return [paths[int(number * step)] for number in range(min(len(paths), MAX_SAMPLED_FILES))]
 
 
 def sample_lines(

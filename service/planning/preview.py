@@ -14,7 +14,7 @@ from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
-from trainyard.service.planning.corpus_sample import other_format, sample_files
+from trainyard.service.planning.corpus_sample import other_format, sample_files, sampled_paths
 from trainyard.service.planning.estimate import PlannedSource, RunSize, estimate_size, join_sizes, plan_sources
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
@@ -58,10 +58,19 @@ def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
     ]
     sizes = [sample.size for sample in samples]
     names = next((sample.names for sample in samples if sample.names), ())
-    packed = next((found for paths in files for path in paths[:1] if (found := other_format(path, roots))), None)
     size = join_sizes(spec, sizes)
+    packed = _other_format(files, roots) if size is None else None
     planned = plan_sources(spec, [len(paths) for paths in files], sizes, size)
     return CorpusSample(size, names, packed, tuple(planned), _token_names(spec.data.tokenizer_path, roots))
+
+
+def _other_format(sources: Sequence[Sequence[Path]], roots: Sequence[Path]) -> str | None:
+    """Return the format of a file that cannot be sampled, as the warning says it."""
+    for paths in sources:
+        for path in sampled_paths(paths):
+            if (found := other_format(path, roots)) is not None:
+                return found if len(sources) == len(paths) == 1 else f"partly {found}"
+    return None
 
 
 def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path], roots: Sequence[Path]) -> CorpusSample:

@@ -33,7 +33,7 @@ def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness,
     page.goto(f"{service}/submit")
     expect(field(page, "learning_rate")).to_have_value("5e-4")
     expect(page.get_by_text("micro-batches per step")).to_be_visible()
-    field(page, "data_path required").fill(str(rig.corpus))
+    field(page, "data_path").fill(str(rig.corpus))
     field(page, "name").fill("from-the-page")
     field(page, "learning_rate").fill("-1e-3")
     field(page, "batch_size").fill("16")
@@ -107,12 +107,27 @@ def test_form_and_json_stay_in_sync(service: str, page: Page) -> None:
     assert spec_json(page)["checkpoint"] == {"save_minutes": 2.5}
     assert spec_json(page)["reporting"] == {"sample_prompts": ["a time"]}
     page.get_by_role("button", name="Plan").click()
-    expect(field_error(page, "data_path required")).to_have_text("is required")
+    expect(field_error(page, "data_path")).to_have_text("is required")
     page.get_by_role("button", name="/unheard").click()
     assert page.evaluate("getSelection().toString()") == '"unheard"'
     page.get_by_label("Job spec").fill("{")
     page.get_by_role("button", name="Plan").click()
     expect(page.get_by_text("This is not JSON")).to_be_visible()
+
+
+def test_several_paths_are_one_a_line_and_sources_are_kept(service: str, page: Page) -> None:
+    page.goto(f"{service}/submit")
+    field(page, "data_path").fill("/data/a.jsonl\n/data/b\n")
+    assert spec_json(page)["data"] == {"data_path": ["/data/a.jsonl", "/data/b"]}
+    sources = [{"name": "web", "path": ["/data/web"], "weight": 0.5}]
+    page.get_by_role("tab", name="JSON").click()
+    page.get_by_label("Job spec").fill(json.dumps({"data": {"data_path": ["/x", "/y"], "sources": sources}}))
+    page.get_by_role("tab", name="Form").click()
+    expect(field(page, "data_path")).to_have_value("/x\n/y")
+    field(page, "data_path").fill("")
+    field(page, "name").fill("mixed")
+    assert spec_json(page)["data"]["sources"] == sources
+    assert spec_json(page)["data"].get("data_path") is None
 
 
 @pytest.mark.soak

@@ -167,3 +167,12 @@ def test_a_finished_job_names_its_weights() -> None:
     weights = "/runs/job_7f3kq9/out/pretrain_512.pth"
     assert f"  weights    {weights}" in page(status="succeeded", weights_path=weights)
     assert not any(line.startswith("  weights") for line in page())
+
+
+def test_the_page_has_the_files_and_sources_of_a_corpus() -> None:
+    files = job_page(job(spec={"data": {"data_path": ["/a.jsonl", "/b"]}}), NOW)
+    assert "  corpus     /a.jsonl, /b" in files
+    many = job_page(job(spec={"data": {"data_path": [f"/{number}" for number in range(9)]}}), NOW)
+    assert "  corpus     /0, /1, /2, /3, /4, and 4 more" in many
+    sources = [{"name": "web", "path": "/web"}, {"name": "code", "path": ["/c", "/d"]}]
+    assert "  corpus     web: /web; code: /c, /d" in job_page(job(spec={"data": {"sources": sources}}), NOW)

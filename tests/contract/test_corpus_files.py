@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from trainyard.contract import corpus_files
 from trainyard.contract.corpus_files import CorpusFilesInvalid, describe_changes, expand, is_single_file, shown
 
 
@@ -93,3 +94,37 @@ def test_changes_name_the_files() -> None:
     assert describe_changes(before, [["a", 1, "x"], ["b", 2, "other"], ["c", 3, "z"]]) == ["b was changed"]
     assert describe_changes(before, [before[1], before[0], before[2]]) == ["the files are in another order"]
     assert describe_changes([], [[str(n), n, "s" * (n + 1)] for n in range(9)])[-1] == "and 4 more changes"
+
+
+def test_a_glob_follows_no_link_to_a_directory_and_leads_nowhere_else(tmp_path: Path) -> None:
+    make(tmp_path, "in/a.jsonl", "in/sub/b.jsonl", "elsewhere/secret.jsonl")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "file.jsonl").symlink_to(tmp_path / "elsewhere" / "secret.jsonl")
+    assert names(f"{tmp_path}/in/**/*.jsonl") == ["a.jsonl", "file.jsonl", "sub/b.jsonl"]
+    assert names(f"{tmp_path}/in/**/*/**/*") == ["sub/b.jsonl"]
+    with pytest.raises(CorpusFilesInvalid, match=r"matches no file\. Links to directories are not followed"):
+        expand(f"{tmp_path}/in/li*/*.jsonl")
+    with pytest.raises(CorpusFilesInvalid, match=r'has "\.\." after a mark of a glob'):
+        expand(f"{tmp_path}/in/*/../../elsewhere/*.jsonl")
+
+
+def test_hidden_names_match_only_a_part_that_begins_with_a_dot(tmp_path: Path) -> None:
+    make(tmp_path, ".h/a.jsonl", ".b.jsonl", "c.jsonl")
+    assert names(f"{tmp_path}/**/*") == ["c.jsonl"]
+    assert names(f"{tmp_path}/.*/*.jsonl") == [".h/a.jsonl"]
+    assert names(f"{tmp_path}/.?.jsonl") == [".b.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*/**/*.jsonl", "/*.none"])
+def test_a_search_ends_at_a_number_of_names(pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_files, "MAX_ENTRIES", 20)
+    make(tmp_path, *(f"{number}.data" for number in range(21)))
+    with pytest.raises(CorpusFilesInvalid, match="more than 20 names to look at: name a smaller directory"):
+        expand(f"{tmp_path}{pattern}")
+
+
+def test_a_reason_names_the_file_that_it_is_about() -> None:
+    error = CorpusFilesInvalid("/data/a\nb", "cannot be read")
+    assert error.reason_for("/data") == "holds '/data/a\\nb', which cannot be read"
+    assert error.reason_for("/data/a\nb") == "cannot be read"

@@ -1,5 +1,6 @@
 """Token shards: what they hold, when they are built, and what happens when a build is cut short."""
 
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -441,3 +442,59 @@ def test_check_counts_special_tokens_and_names_the_remedy(tmp_path: Path, capsys
     write_jsonl(file, ["plain"] * 99 + ["<|im_end|>"])
     assert main(["check", str(file)]) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_check_of_a_directory_counts_each_file_and_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    write_jsonl(data / "a.jsonl", ["ab"] * 200)
+    (data / "b.jsonl").write_text('broken\n{"text": "c"}\n')
+    (data / "empty.jsonl").touch()
+    (data / "sub" / "new\nline.txt").write_text("one\n\ntwo\n")
+    assert main(["check", str(data)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{data}/a.jsonl: 200 documents, 800 tokens, 200 lines",
+        f"{data}/b.jsonl: line 1: not JSON at character 1",
+        f"{data}/b.jsonl: 1 documents, 3 tokens, 2 lines",
+        "1 bad line",
+        f"{data}/empty.jsonl: 0 documents, 0 tokens, 0 lines",
+        f"'{data}/sub/new\\nline.txt': 2 documents, 10 tokens, 3 lines",
+        "1 blank line",
+        "total of 4 files: 203 documents, 813 tokens, 205 lines",
+        "1 blank line",
+        "1 bad line",
+    ]
+    assert main(["check", f"{data}/*.jsonl", str(data / "sub"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["usable"], found["documents"], found["tokens"], found["bad_lines"]) == (True, 203, 813, 1)
+    assert [file["documents"] for file in found["files"]] == [200, 1, 0, 2]
+    assert found["files"][1]["named"] == [{"line": 1, "why": "not JSON at character 1"}]
+    assert "examples" not in found["files"][1]
+
+
+def test_check_goes_on_after_a_file_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "ab"}\n' * 500)[:-9])
+    write_jsonl(tmp_path / "b.jsonl", ["ab"] * 2)
+    assert main(["check", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert f"{tmp_path}/b.jsonl: 2 documents, 8 tokens, 2 lines" in printed.out
+    assert "a.jsonl.gz is damaged gzip data" in printed.out
+    assert "a.jsonl.gz is damaged gzip data" in printed.err
+    assert main(["check", str(tmp_path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["usable"]
+    assert ["damaged" in (file["why_not"] or "") for file in found["files"]] == [True, False]
+    assert main(["check", f"{tmp_path}/*.none"]) == 1
+    assert "matches no file" in capsys.readouterr().err
+
+
+def test_messages_about_a_file_are_one_line_whatever_its_name_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a\nb.jsonl"
+    for content in (b"bad\n", b"\x00\xff" * 9, gzip.compress(b"x" * 99)[:-9]):
+        file.write_bytes(content)
+        assert main(["check", str(file)]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "a\\nb.jsonl" in error

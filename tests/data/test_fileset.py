@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from tests.data.texts import docstrings, write_jsonl
+from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.corpus_files import expand
 from trainyard.worker.data import fileset
-from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.corpus import Corpus, open_built, open_corpus
 from trainyard.worker.data.fileset import FileSetOptions, file_counts, open_files
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.tokenizers import ByteTokenizer
@@ -174,3 +175,50 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(folder: Path, tmp_path:
     for name in ("tokens.bin", "offsets.bin", "files.json", "meta.json"):
         assert (killed.directory / name).read_bytes() == (untouched.directory / name).read_bytes()
     shutil.rmtree(cache)
+
+
+@pytest.mark.parametrize("change", ["gone", "parent"])
+def test_a_file_that_disappears_is_an_error_of_the_data_that_names_it(
+    change: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = open_built
+
+    def change_then_remove(*arguments: object) -> object:
+        if change == "gone":
+            (folder / "000.jsonl").unlink()
+        else:
+            shutil.rmtree(folder)
+            folder.write_text("now a file")
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fileset, "open_built", change_then_remove)
+    with pytest.raises(DataInvalid, match=r"000\.jsonl cannot be read: N"):
+        built(folder, tmp_path / "cache", processes=1)
+
+
+def test_a_file_exchanged_for_a_link_is_refused_in_other_processes_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, secret = open_built, tmp_path / "secret.jsonl"
+    write_jsonl(secret, ["secret"])
+
+    def change_then_link(*arguments: object) -> object:
+        (folder / "000.jsonl").unlink()
+        (folder / "000.jsonl").symlink_to(secret)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fileset, "open_built", change_then_link)
+    with pytest.raises(OutsideRoots) as refused:
+        built(folder, tmp_path / "cache", processes=2, roots=(folder,))
+    assert refused.value.filename == str(folder / "000.jsonl")
+
+
+def test_tokens_of_another_tokenizer_are_not_stored_under_the_first_ones_key(folder: Path, tmp_path: Path) -> None:
+    """A tokenizer's file may be exchanged after this process has read it and before the others do."""
+
+    class Exchanged(ByteTokenizer):
+        fingerprint = "of the file as it was"
+
+    with pytest.raises(DataInvalid, match="the tokenizer was changed while the corpus was tokenized: start again"):
+        open_files(expand(str(folder)), FileSetOptions(Exchanged(), "byte", tmp_path / "cache", processes=2))
+    assert not list((tmp_path / "cache").glob("*/meta.json"))

@@ -1,5 +1,6 @@
 """POST /jobs/plan: the estimate against the worker's own counts, the warnings, and that nothing is stored."""
 
+import gzip
 import json
 import math
 import random
@@ -24,6 +25,7 @@ from trainyard.service.planning import corpus_sample as glances
 from trainyard.service.planning.corpus_sample import SampledLines, other_format, sample_lines
 from trainyard.service.planning.estimate import RunSize, estimate_size
 from trainyard.service.planning.matrix_speed import EFFICIENCY, MatrixSpeed
+from trainyard.service.planning.preview import sample_corpus
 from trainyard.service.planning.token_count import longest_matches, token_counter
 from trainyard.service.planning.warnings import HostCapacity, warnings
 
@@ -412,3 +414,14 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     busy = rig.spec(resources={"nproc_per_node": 2})
     rig.running(resources=busy["resources"])
     assert make_preview(state, spec, host).eta_seconds is None
+
+
+def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n' * 9)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a text"}\n' * 9))
+    sample = sample_corpus(JobSpec.model_validate({"data": {"data_path": str(tmp_path)}}))
+    assert (sample.size, sample.other_format) == (None, "partly gzip")
+    (tmp_path / "b.jsonl.gz").unlink()
+    sample = sample_corpus(JobSpec.model_validate({"data": {"data_path": str(tmp_path)}}))
+    assert sample.size is not None
+    assert sample.other_format is None

@@ -167,7 +167,7 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
             rig.home / "folder"
         ): "is a directory without a corpus file: it needs files that end in .jsonl, .ndjson, .txt "
         "or .parquet, or one of the first three with .gz or .zst",
-        f"{rig.home}/folder/*.x": "matches no file",
+        f"{rig.home}/folder/*.x": "matches no file. Links to directories are not followed",
         str(empty): "is empty",
         str(link): outside,
         "/etc/passwd": outside,
@@ -480,3 +480,23 @@ def test_a_spec_and_a_tokenizer_with_a_byte_order_mark(rig: ServiceHarness) -> N
     answer = rig.client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 201, answer.text
     assert answer.json()["spec"]["model"]["vocab_size"] == 2
+
+
+def test_a_mistake_in_the_sources_is_no_mistake_in_data_path(rig: ServiceHarness) -> None:
+    path = rig.spec()["data"]["data_path"]
+    many = [{"name": f"s{number}", "path": path} for number in range(300)]
+    assert mistakes(rig, {"data": {"sources": many}}).keys() == {"/data/sources"}
+    wrong = [{"name": "a", "path": path, "weight": -1}]
+    assert mistakes(rig, {"data": {"sources": wrong}}).keys() == {"/data/sources/0/weight"}
+
+
+def test_a_file_of_a_directory_that_cannot_be_used_is_named(rig: ServiceHarness) -> None:
+    folder = rig.home / "folder"
+    folder.mkdir()
+    (folder / "good.jsonl").write_text('{"text": "a"}\n')
+    with open(os.path.join(os.fsencode(folder), b"\xff.jsonl"), "w") as file:
+        file.write("x")
+    (message,) = mistakes(rig, {"data": {"data_path": str(folder)}}).values()
+    assert message.endswith("/folder/\\udcff.jsonl', which has a name that is not UTF-8: rename it")
+    (message,) = mistakes(rig, {"data": {"data_path": f"{folder}/*/../../*"}}).values()
+    assert message == 'has ".." after a mark of a glob: name the directory'

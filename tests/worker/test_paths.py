@@ -39,3 +39,17 @@ def test_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
     for field, groups in bad:
         with pytest.raises(TrainingError, match=f"{field} lies outside"):
             check_allowed_paths(spec(**groups), run, roots)
+
+
+def test_a_directory_that_has_become_empty_is_left_to_the_opening_and_a_source_is_named(tmp_path: Path) -> None:
+    run, data, outside = RunDir(tmp_path / "home" / "runs" / "job"), tmp_path / "data", tmp_path / "outside"
+    for directory in (run.path, data / "empty", outside):
+        directory.mkdir(parents=True)
+    roots = {"TRAINYARD_DATA_ROOTS": str(data)}
+    (data / "empty" / "link").symlink_to(outside)
+    for path in (str(data / "empty"), f"{data}/*.jsonl"):
+        check_allowed_paths(spec(data={"data_path": path}), run, roots)
+    for path in (str(outside), f"{outside}/*", [str(data / "empty"), str(outside)]):
+        sources = {"data_path": None, "sources": [{"name": "web", "path": path}]}
+        with pytest.raises(TrainingError, match="source web lies outside"):
+            check_allowed_paths(spec(data=sources), run, roots)

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -28,12 +28,14 @@ import numpy as np
 import numpy.typing as npt
 
 from trainyard.contract.cache import CorpusCache, building_of
+from trainyard.contract.corpus_files import CorpusFilesInvalid, NamedFile, expand, shown
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
 from trainyard.worker.data.file import PrefixDiffers, open_regular
 from trainyard.worker.data.jsonl import (
+    MAX_BAD_LINE_EXAMPLES,
     BadLineGrouper,
     DataInvalid,
     Document,
@@ -235,11 +237,11 @@ def cache_key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: boo
 def require_usable(path: Path | str, stats: ParseStats, text_field: str, max_bad_lines: float) -> None:
     """Raise DataInvalid if there is nothing to train on, or if there are too many bad lines."""
     if stats.documents == 0:
-        raise DataInvalid(f"{path} {stats.empty_reason(text_field)}")
+        raise DataInvalid(f"{shown(path)} {stats.empty_reason(text_field)}")
     share = stats.bad_lines / (stats.bad_lines + stats.documents)
     if share > max_bad_lines:
         raise DataInvalid(
-            f"{path} has {stats.describe_bad()}. That is {share:.2%} of its lines, and max_bad_lines allows "
+            f"{shown(path)} has {stats.describe_bad()}. That is {share:.2%} of its lines, and max_bad_lines allows "
             f"{max_bad_lines:.2%}: mend the lines, or raise max_bad_lines"
         )
 
@@ -477,11 +479,11 @@ class TokenCounter:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``python -m trainyard.worker.data.corpus check FILE``. Exit code 1: a job would reject the file; 2: usage."""
+    """Run ``python -m trainyard.worker.data.corpus check PATH...``. Exit code 1: a job would refuse it; 2: usage."""
     parser = argparse.ArgumentParser(prog="trainyard corpus", description="Corpora for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="check")
     checking = command.add_parser("check", help="read a corpus as a job would, and name its bad lines")
-    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, compressed or parquet")
+    checking.add_argument("paths", nargs="+", metavar="PATH", help="file, directory or glob, as in data_path")
     checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
     checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
     checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_fraction, default=0.01, metavar="SHARE")
@@ -492,31 +494,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         tokenizer = load_tokenizer(options.tokenizer, options.special_tokens)
-        if options.json:
-            return check_corpus_json(options.file, tokenizer, options.text_field, options.max_bad_lines)
-        check_corpus(options.file, tokenizer, options.text_field, options.max_bad_lines)
-    except (DataInvalid, TokenizerInvalid, OSError) as error:
+        check = check_corpus_json if options.json else check_corpus
+        return check(expand(options.paths), tokenizer, options.text_field, options.max_bad_lines)
+    except (DataInvalid, CorpusFilesInvalid, TokenizerInvalid, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def check_corpus_json(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> int:
-    """Print the result of the check as one JSON document; return the exit code."""
-    counter = TokenCounter()
-    with open_reader(file) as reader:
-        stats = tokenize_file(reader, tokenizer, text_field, counter, no_progress)
+@dataclass
+class CheckedFiles:
+    """Counts of checked files. ``unreadable``: why a file cannot be read, for each such file."""
+
+    stats: ParseStats = field(default_factory=ParseStats)
+    tokens: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    def require_usable(self, label: str, text_field: str, max_bad_lines: float) -> None:
+        """Raise DataInvalid if a job would refuse the corpus."""
+        if self.unreadable:
+            raise DataInvalid("; ".join(self.unreadable[:MAX_BAD_LINE_EXAMPLES]))
+        require_usable(label, self.stats, text_field, max_bad_lines)
+
+
+def check_files(
+    files: Sequence[NamedFile],
+    tokenizer: Tokenizer,
+    text_field: str,
+    emit: Callable[[NamedFile, str], None],
+    done: Callable[[NamedFile, ParseStats, int, str | None], None],
+) -> CheckedFiles:
+    """Read ``files`` as a job would, and return the counts of all.
+
+    ``emit`` gets each bad line, ``done`` each file with its counts, its tokens and why it cannot be read. The check
+    continues after a file that cannot be read.
+    """
+    total = CheckedFiles()
+    for file in files:
+        grouper, counter, stats, why_not = BadLineGrouper(partial(emit, file)), TokenCounter(), ParseStats(), None
+        try:
+            with open_reader(file.path) as reader:
+                reader.stats = VerboseParseStats(grouper=grouper)
+                stats = tokenize_file(
+                    reader, tokenizer, text_field, counter, no_progress, VerboseParseStats(grouper=grouper)
+                )
+        except (DataInvalid, OSError) as error:
+            why_not = str(error)
+            total.unreadable.append(why_not)
+        grouper.end()
+        total.stats.add(stats)
+        total.tokens += counter.tokens
+        done(file, stats, counter.tokens, why_not)
+    return total
+
+
+def check_corpus_json(files: Sequence[NamedFile], tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> int:
+    """Print the result of the check as one JSON document; return the exit code. Several files are listed in it."""
+    listed: list[dict[str, Any]] = []
+
+    def add(file: NamedFile, stats: ParseStats, tokens: int, why_not: str | None) -> None:
+        listed.append({"path": str(file.path), "why_not": why_not, "tokens": tokens, **_counts(stats)})
+
+    total = check_files(files, tokenizer, text_field, lambda *_: None, add)
     why_not = None
     try:
-        require_usable(file, stats, text_field, max_bad_lines)
+        total.require_usable(files_label(files), text_field, max_bad_lines)
     except DataInvalid as error:
         why_not = str(error)
-    result = {"path": str(file), "usable": why_not is None, "why_not": why_not, "tokens": counter.tokens}
-    result["warning"] = read_as_text_warning(tokenizer, stats)
+    path = str(files[0].path) if len(files) == 1 else None
+    result = {"path": path, "usable": why_not is None, "why_not": why_not, "tokens": total.tokens}
+    result |= {"warning": read_as_text_warning(tokenizer, total.stats), **_counts(total.stats)}
+    print(json.dumps({**result, "files": listed} if len(files) > 1 else result))
+    return 0 if why_not is None else 1
+
+
+def _counts(stats: ParseStats) -> dict[str, Any]:
     counts = asdict(stats)
     named = [{"line": line, "why": reason} for line, reason in counts.pop("examples")]
-    print(json.dumps({**result, **counts, "named": named}))
-    return 0 if why_not is None else 1
+    return {**counts, "named": named}
+
+
+def files_label(files: Sequence[NamedFile]) -> str:
+    """Return what messages call the corpus: the path of its file, or its first file and how many there are."""
+    first = shown(files[0].path)
+    return first if len(files) == 1 else f"the corpus of {len(files):,} files from {first}"
 
 
 def _fraction(text: str) -> float:
@@ -536,23 +597,38 @@ def read_as_text_warning(tokenizer: Tokenizer, stats: ParseStats) -> str | None:
     return special_tokens_warning(stats.special_texts, stats.documents, stats.special_tokens)
 
 
-def check_corpus(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> None:
-    """Print every bad line and the counts of ``file``; store nothing. Raises what `open_corpus` raises."""
-    counter, grouper = TokenCounter(), BadLineGrouper(print)
-    with open_reader(file) as reader:
-        reader.stats = VerboseParseStats(grouper=grouper)
-        found = VerboseParseStats(grouper=grouper)
-        stats = tokenize_file(reader, tokenizer, text_field, counter, no_progress, found)
-    grouper.end()
-    print(f"{file}: {stats.documents:,} documents, {counter.tokens:,} tokens, {stats.lines:,} lines")
+def check_corpus(files: Sequence[NamedFile], tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> int:
+    """Print every bad line, the counts of each file and those of all; store nothing. Return the exit code.
+
+    Raises DataInvalid if a job would refuse the corpus.
+    """
+    several = len(files) > 1
+
+    def emit(file: NamedFile, text: str) -> None:
+        print(f"{shown(file.path)}: {text}" if several else text)
+
+    def done(file: NamedFile, stats: ParseStats, tokens: int, why_not: str | None) -> None:
+        if why_not is None:
+            _print_counts(shown(file.path), stats, tokens)
+        elif several:
+            print(why_not)
+
+    total = check_files(files, tokenizer, text_field, emit, done)
+    if several:
+        _print_counts(f"total of {len(files):,} files", total.stats, total.tokens)
+    if warning := read_as_text_warning(tokenizer, total.stats):
+        print(f"warning: {warning}")
+    total.require_usable(files_label(files), text_field, max_bad_lines)
+    return 0
+
+
+def _print_counts(label: str, stats: ParseStats, tokens: int) -> None:
+    print(f"{label}: {stats.documents:,} documents, {tokens:,} tokens, {stats.lines:,} lines")
     for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):
         if count:
             print(f"{count:,} {kind} line{'s' if count != 1 else ''}")
     if stats.special_tokens:
         print(f"{stats.special_tokens:,} special tokens in {stats.special_texts:,} texts")
-    if warning := read_as_text_warning(tokenizer, stats):
-        print(f"warning: {warning}")
-    require_usable(file, stats, text_field, max_bad_lines)
 
 
 if __name__ == "__main__":

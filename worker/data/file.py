@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trainyard.contract.allowed_paths import OutsideRoots, open_regular_inside
+from trainyard.contract.corpus_files import shown
 from trainyard.contract.file_identity import Compression, compression_of
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats, require_unchanged
 
@@ -109,8 +110,9 @@ class CorpusFile:
         """Raise DataInvalid if ``unpacked`` bytes are too many for ``read`` bytes of the file."""
         if unpacked > UNPACKED_FLOOR + UNPACKED_PER_BYTE * read:
             raise DataInvalid(
-                f"{self.path} unpacks to more than {UNPACKED_PER_BYTE} times its size: {unpacked:,} bytes of text from "
-                f"{read:,} bytes of {self.compression}. If this is intended, unpack it first and give the plain file"
+                f"{shown(self.path)} unpacks to more than {UNPACKED_PER_BYTE} times its size: {unpacked:,} bytes "
+                f"of text from {read:,} bytes of {self.compression}. If this is intended, unpack it first "
+                "and give the plain file"
             )
 
     def verified_blocks(self) -> "VerifiedBlocks":
@@ -132,7 +134,8 @@ class CorpusFile:
         except (EOFError, zlib.error, gzip.BadGzipFile, CorruptZstd) as error:
             self._require_same_file()
             raise DataInvalid(
-                f"{self.path} is damaged {self.compression} data near byte {self.bytes_read:,}: {error}. Make it again"
+                f"{shown(self.path)} is damaged {self.compression} data near byte {self.bytes_read:,}: {error}. "
+                "Make it again"
             ) from None
 
     def finish(self) -> None:
@@ -336,7 +339,7 @@ def import_optional(package: str, path: Path, module: str | None = None) -> Any:
     try:
         return importlib.import_module(module or package)
     except ImportError:
-        raise DataInvalid(f"{path} can only be read with {package}: pip install {package}") from None
+        raise DataInvalid(f"{shown(path)} can only be read with {package}: pip install {package}") from None
 
 
 def open_regular(path: Path, roots: Sequence[Path] = ()) -> io.BufferedReader:
@@ -350,8 +353,8 @@ def open_regular(path: Path, roots: Sequence[Path] = ()) -> io.BufferedReader:
         raise
     except OSError as error:
         if error.errno == errno.EINVAL:
-            raise DataInvalid(f"{path} is not a regular file: give a JSONL file, one document a line") from None
-        raise DataInvalid(f"{path} cannot be read: {error.strerror or error}") from error
+            raise DataInvalid(f"{shown(path)} is not a regular file: give a JSONL file, one document a line") from None
+        raise DataInvalid(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     try:
         head = file.peek(4096)[:4096]
         if compression_of(head) is Compression.NONE:
@@ -374,4 +377,4 @@ def require_utf8(path: Path, head: bytes) -> None:
     has_utf16_bom = head.startswith((b"\xff\xfe", b"\xfe\xff"))
     # JSON never holds a raw NUL; in UTF-16 about every second byte of it is one.
     if has_utf16_bom or head.count(0) > len(head) // 4:
-        raise DataInvalid(f"{path} is UTF-16 or binary: save it as UTF-8, one JSON object a line")
+        raise DataInvalid(f"{shown(path)} is UTF-16 or binary: save it as UTF-8, one JSON object a line")

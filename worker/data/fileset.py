@@ -26,10 +26,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.corpus_files import NamedFile, file_sketch, shown
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import read_json, write_json
+from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import (
     RECENT_CHANGE_SECONDS,
     Corpus,
@@ -37,6 +39,7 @@ from trainyard.worker.data.corpus import (
     ProgressCallback,
     cache_key,
     content_digest,
+    files_label,
     no_progress,
     open_built,
     open_corpus,
@@ -147,7 +150,7 @@ def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     )
     corpus.stats = _named_stats(files, corpus)
     corpus.sketches = [key.sketch for key in keys]
-    require_usable(_label(files), corpus.stats, options.text_field, options.max_bad_lines)
+    require_usable(files_label(files), corpus.stats, options.text_field, options.max_bad_lines)
     return corpus
 
 
@@ -155,10 +158,6 @@ def file_counts(corpus: Corpus) -> list[FileCounts] | None:
     """Return the counts of each file of a corpus, or None if it was made of one file."""
     raw = read_json(corpus.directory / FILES)
     return None if raw is None else [FileCounts.from_json(entry) for entry in raw["files"]]
-
-
-def _label(files: Sequence[NamedFile]) -> str:
-    return f"the corpus of {len(files):,} files from {shown(files[0].path)}"
 
 
 def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
@@ -176,10 +175,7 @@ def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
 
 def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileKey]:
     """Return the keys of ``files``. If no file has changed since the last time, only their times are read."""
-    try:
-        identities = [_stat_identity(file.path) for file in files]
-    except OSError as error:
-        raise DataInvalid(f"{shown(Path(error.filename or '?'))} cannot be read: {error.strerror}") from error
+    identities = [_stat_identity(file) for file in files]
     name = hashlib.sha256(json.dumps(identities).encode()).hexdigest()[:32]
     stored = options.cache / f"content-{name}.json"
     known = read_json(stored)
@@ -214,9 +210,20 @@ def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileK
     return keys
 
 
-def _stat_identity(path: Path) -> list[int]:
-    status = path.stat()
+def _stat_identity(file: NamedFile) -> list[int]:
+    status = _stat(file)
     return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _size(file: NamedFile) -> int:
+    return _stat(file).st_size
+
+
+def _stat(file: NamedFile) -> os.stat_result:
+    try:
+        return file.path.stat()
+    except OSError as error:
+        raise DataInvalid(f"{shown(file.path)} cannot be read: {error.strerror}") from error
 
 
 def _wait(future: Future[Result], waiting: Callable[[], None]) -> Result:
@@ -268,7 +275,7 @@ class _Build:
         self._finished: list[Path] = []
         self._journaled_at = time.monotonic()
         self._done_bytes = 0
-        self._total_bytes = sum(file.path.stat().st_size for file in files)
+        self._total_bytes = sum(_size(file) for file in files)
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -297,7 +304,7 @@ class _Build:
         parts: list[_Part] = []
         for index in range(start, len(self._files)):
             file, key = self._files[index], self._keys[index]
-            size = file.path.stat().st_size
+            size = _size(file)
             found = cached.find(key)
             last = parts[-1] if parts else None
             if last is not None and _continues(last, size, found):
@@ -595,6 +602,7 @@ class _TokenizerProcesses:
             "keys": [asdict(key) for key in part.keys],
             "tokenizer_path": options.tokenizer_path,
             "special_tokens": options.special_tokens,
+            "fingerprint": options.tokenizer.fingerprint,
             "text_field": options.text_field,
             "roots": [str(root) for root in options.roots],
         }
@@ -609,6 +617,8 @@ class _TokenizerProcesses:
                 return [FileCounts.from_json(entry) for entry in answer["files"]]
             if "invalid" in answer:
                 raise DataInvalid(answer["invalid"])
+            if "outside" in answer:
+                raise OutsideRoots(answer["path"], answer["outside"])
             if "failed" in answer:
                 raise OSError(answer["errno"], answer["failed"])
             self.bytes_done += answer["done"] - reported
@@ -634,7 +644,7 @@ def main() -> int:
     tokenizer: Tokenizer | None = None
     for line in sys.stdin:
         request = json.loads(line)
-        tokenizer = tokenizer or load_tokenizer(request["tokenizer_path"], request["special_tokens"])
+        roots = [Path(root) for root in request["roots"]]
         reported_at = 0.0
 
         def report(done: int) -> None:
@@ -646,13 +656,18 @@ def main() -> int:
         files = [NamedFile(name, Path(path)) for name, path in request["files"]]
         keys = [FileKey(**key) for key in request["keys"]]
         try:
-            roots = [Path(root) for root in request["roots"]]
+            if tokenizer is None:
+                tokenizer = load_tokenizer(request["tokenizer_path"], request["special_tokens"], roots)
+                if tokenizer.fingerprint != request["fingerprint"]:
+                    raise DataInvalid("the tokenizer was changed while the corpus was tokenized: start again")
             counts = tokenize_part(
                 Path(request["directory"]), files, keys, tokenizer, request["text_field"], report, roots
             )
             answer: dict[str, Any] = {"files": [asdict(entry) for entry in counts]}
-        except DataInvalid as error:
+        except (DataInvalid, TokenizerInvalid) as error:
             answer = {"invalid": str(error)}
+        except OutsideRoots as error:
+            answer = {"outside": error.reason, "path": str(error.filename)}
         except OSError as error:
             answer = {"failed": str(error), "errno": error.errno}
         print(json.dumps(answer), flush=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainyard.contract.corpus_files import shown
 from trainyard.contract.file_identity import MAX_NAME_LENGTH, MAX_NAMES
 
 MAX_LINE_BYTES = 8 << 20
@@ -138,7 +139,7 @@ class VerboseParseStats(ParseStats):
 
 def require_unchanged(path: Path) -> NoReturn:
     """Raise DataInvalid for a file that changed while it was read."""
-    raise DataInvalid(f"{path} changed while it was read: wait until it is complete, then start again")
+    raise DataInvalid(f"{shown(path)} changed while it was read: wait until it is complete, then start again")
 
 
 def text_of(raw: bytes | None, text_field: str) -> str:

@@ -282,7 +282,10 @@ class Holdout:
         if split.part == "all":
             return cls(split)
         if documents < 2:
-            raise DataInvalid("eval_fraction needs a corpus of at least two documents, and this one has one")
+            raise DataInvalid(
+                "eval_fraction needs a corpus of at least two documents, and this one has one: add documents, or "
+                "hold out another corpus with eval_data_path"
+            )
         lowest, highest = 2**64, -1
         for start in range(0, documents, cls.CHUNK):
             chunk = cls(split, hashes).hashes_of(start, min(start + cls.CHUNK, documents))

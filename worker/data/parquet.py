@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from trainyard.contract.corpus_files import shown
 from trainyard.worker.data import jsonl
 from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader, import_optional
 from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, ParseStats
@@ -70,7 +71,9 @@ class ParquetReader(SourceReader):
                 yield from self._decode(batch.column(0).slice(min(len(batch), max(0, skipped - self._rows_done))))
                 self._rows_done += len(batch)
         except (self._arrow.ArrowException, OSError) as error:
-            raise DataInvalid(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+            raise DataInvalid(
+                f"{shown(path)} cannot be read as parquet: {' '.join(str(error).split())[:200]}"
+            ) from None
 
     def _groups_after(self, metadata: Any, skipped: int) -> list[int]:
         """Return the row groups that hold a row after the first ``skipped``; count the rows before them as done."""
@@ -85,17 +88,19 @@ class ParquetReader(SourceReader):
         schema, path = file.schema_arrow, self.source.path
         if schema.names.count(text_field) != 1:
             listed = ", ".join(schema.names[:20])
-            raise DataInvalid(f"{path} has no single column {text_field!r} but {listed}: set text_field to one of them")
+            raise DataInvalid(
+                f"{shown(path)} has no single column {text_field!r} but {listed}: set text_field to one of them"
+            )
         kind, types = schema.field(text_field).type, self._arrow.types
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(kind) or types.is_large_string(kind)):
-            raise DataInvalid(f"{path}: column {text_field!r} holds {kind} and must hold strings")
+            raise DataInvalid(f"{shown(path)}: column {text_field!r} holds {kind} and must hold strings")
         column = file.metadata.schema.names.index(text_field)
         for number in range(file.metadata.num_row_groups):
             size = file.metadata.row_group(number).column(column).total_uncompressed_size
             if size > MAX_GROUP_BYTES:
                 raise DataInvalid(
-                    f"{path}: row group {number + 1} holds {size >> 20} MiB of {text_field!r}, and "
+                    f"{shown(path)}: row group {number + 1} holds {size >> 20} MiB of {text_field!r}, and "
                     f"{MAX_GROUP_BYTES >> 20} are read at most: write it with smaller row groups"
                 )
 

@@ -18,6 +18,7 @@ from trainyard.contract.corpus_files import (
     file_sketch,
     files_fingerprint,
     is_single_file,
+    shown,
 )
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
@@ -268,7 +269,8 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
         try:
             return open_files(files, options)
         except OutsideRoots as error:
-            raise outside_error(pointer, error.reason, DATA_ROOTS) from error
+            which = pointer if len(files) == 1 else f"{pointer}: {shown(str(error.filename))}"
+            raise outside_error(which, error.reason, DATA_ROOTS) from error
 
     def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
@@ -278,11 +280,14 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
     for source in data.training_sources:
         files = expand(source.path)
         corpus = open_shards(
-            "data.data_path" if data.sources is None else f"data.sources.{source.name}", files, source.text_field
+            "data.data_path" if data.sources is None else f"source {source.name}", files, source.text_field
         )
         if splits and data.sources is None and is_single_file(source.path):
             by = choose_split(corpus, tokenizer)
-        rows = open_rows(corpus, SplitSpec("train", data.eval_fraction, by) if splits else SplitSpec())
+        try:
+            rows = open_rows(corpus, SplitSpec("train", data.eval_fraction, by) if splits else SplitSpec())
+        except DataInvalid as error:
+            raise error if data.sources is None else DataInvalid(f"source {source.name}: {error}") from error
         sources.append(TrainingSource(source.name, files, corpus, rows, source.weight))
         if splits:
             held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction, by)))

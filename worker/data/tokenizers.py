@@ -23,6 +23,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from trainyard.contract.corpus_files import shown
 from trainyard.contract.rundir import write_atomically
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import (
@@ -148,7 +149,7 @@ class FileTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**described, "post_processor": None}))
         # The library raises plain Exception for any invalid file.
         except Exception as error:
-            raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
+            raise TokenizerInvalid(f"{shown(file)} is not a tokenizer.json: {error}") from error
         # A tokenizer for sentence pairs may truncate or pad what it encodes.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -318,7 +319,7 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
         tokenizer = _train_bpe(texts, vocab_size, show_progress=sys.stderr.isatty())
     stats = reader.stats
     if stats.documents == 0:
-        raise DataInvalid(f"{file} {stats.empty_reason(text_field)}")
+        raise DataInvalid(f"{shown(file)} {stats.empty_reason(text_field)}")
     size = _save(tokenizer, out)
     print(f"{out}: {size:,} tokens from {stats.documents:,} documents")
     if stats.bad_lines:

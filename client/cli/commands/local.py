@@ -39,7 +39,7 @@ def check_corpus(args: SimpleNamespace, _console: Console) -> int:
     options = ["--text-field", args.text_field, "--special-tokens", args.special_tokens, *_json(args)]
     if args.tokenizer_path is not None:
         options += ["--tokenizer", args.tokenizer_path]
-    return exec_module("trainyard.worker.data.corpus", ["check", args.file, *options], {})
+    return exec_module("trainyard.worker.data.corpus", ["check", *args.paths, *options], {})
 
 
 def list_corpora(args: SimpleNamespace, _console: Console) -> int:

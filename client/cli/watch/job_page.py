@@ -1,11 +1,14 @@
 """The page of `trainyard show`: summary, facts, alerts, error and allowed actions of a job, as lines of text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from trainyard.client.cli.formatting import ago, compact_number, count, duration, fixed, scientific, size, status_word
 from trainyard.client.cli.hints import error_card, next_actions
+
+MAX_LISTED = 5
+"""Files or sources of a corpus that are listed."""
 
 
 def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
@@ -33,7 +36,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("reason", f"{job['status']} by user" if job.get("reason") == "user" else _text(job.get("reason"))),
         ("submitted", f"by {job['submitted_by']}" if job.get("submitted_by") else ""),
         ("labels", " ".join(f"{key}={value}" for key, value in sorted((job.get("labels") or {}).items()))),
-        ("corpus", _text(((job.get("spec") or {}).get("data") or {}).get("data_path"))),
+        ("corpus", _corpus((job.get("spec") or {}).get("data") or {})),
         ("times", _times(job, now)),
         ("resume", _resume(job)),
     ]
@@ -42,6 +45,20 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
+
+
+def _corpus(data: Mapping[str, Any]) -> str:
+    sources = [f"{source['name']}: {_paths(source['path'])}" for source in data.get("sources") or ()]
+    return _listed(sources, "; ") or _paths(data.get("data_path"))
+
+
+def _paths(path: object) -> str:
+    return _listed(path, ", ") if isinstance(path, list) else _text(path)
+
+
+def _listed(texts: Sequence[object], separator: str) -> str:
+    more = [f"and {len(texts) - MAX_LISTED:,} more"] if len(texts) > MAX_LISTED else []
+    return separator.join([*map(str, texts[:MAX_LISTED]), *more])
 
 
 def _progress(progress: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ export const INVALID = Symbol("no value");
 
 /** Creates the input of a field; `id` matches its label; `onChange` is called after every change. */
 function createInput(field, id, onChange) {
-  return { switch: checkbox, choice: select, text: textInput, integer: numberInput, number: numberInput, numbers: numberTuple, texts: textRows, pairs: pairRows, json: jsonInput }[field.kind](field, id, onChange);
+  return { switch: checkbox, choice: select, text: textInput, paths: pathLines, integer: numberInput, number: numberInput, numbers: numberTuple, texts: textRows, pairs: pairRows, json: jsonInput }[field.kind](field, id, onChange);
 }
 
 const emptyValue = (field) => (field.nullable ? null : INVALID);
@@ -27,6 +27,18 @@ function textInput(field, id, onChange) {
     get: () => (control.value === "" && field.nullable ? null : control.value),
     set: (value) => (value === null || typeof value === "string") && ((control.value = value ?? ""), true),
   };
+}
+
+/** A text, or a list of texts: one a line. */
+function pathLines(field, id, onChange) {
+  const control = h("textarea", { id, rows: "1", placeholder: nullLabel(field), spellcheck: "false", class: "mono", oninput: onChange });
+  const get = () => {
+    const lines = control.value.split("\n").filter((line) => line.trim() !== "");
+    return lines.length > 1 ? lines : lines[0] ?? emptyValue(field);
+  };
+  const isLine = (text) => typeof text === "string" && !text.includes("\n");
+  const set = (value) => (value === null || [value].flat().every(isLine)) && ((control.value = [value ?? ""].flat().join("\n")), true);
+  return { node: control, control, get, set };
 }
 
 function numberInput(field, id, onChange) {
@@ -134,7 +146,7 @@ function jsonInput(field, id, onChange) {
 
 // One setting of a form: label, input, unit, help, reset button and error.
 
-const WIDE_KINDS = new Set(["texts", "pairs", "json"]);
+const WIDE_KINDS = new Set(["paths", "texts", "pairs", "json"]);
 const ROW_KINDS = new Set(["texts", "pairs"]);
 const WIDE_TEXT_LENGTH = 500; // Longer texts are paths, which need a wide input.
 const NOT_A_NUMBER = "must be a number";

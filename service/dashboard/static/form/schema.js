@@ -116,6 +116,7 @@ export function describeField(described, path, schemas, required = false) {
 
 function inputKind(form) {
   if (form.enum || "const" in form) return "choice";
+  if (form.oneOf?.some(isText) && form.oneOf.every((one) => isText(one) || isText(one.items ?? {}))) return "paths";
   const type = [form.type].flat().find((name) => name !== "null");
   if (type === "boolean") return "switch";
   if (type === "integer" || type === "number") return type;
@@ -125,6 +126,8 @@ function inputKind(form) {
   if (type === "object" && form.additionalProperties?.type === "string") return "pairs";
   return "json";
 }
+
+const isText = (form) => form.type === "string";
 
 function emptyDefault(kind, nullable) {
   if (nullable) return null;
