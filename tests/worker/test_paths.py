@@ -49,8 +49,7 @@ def test_a_directory_that_has_become_empty_is_left_to_the_opening_and_a_source_i
     (data / "empty" / "link").symlink_to(outside)
     for path in (str(data / "empty"), f"{data}/*.jsonl"):
         check_allowed_paths(spec(data={"data_path": path}), run, roots)
-    paths: list[str | list[str]] = [str(outside), f"{outside}/*", [str(data / "empty"), str(outside)]]
-    for given in paths:
-        sources = {"data_path": None, "sources": [{"name": "web", "path": given}]}
+    for corpus in (str(outside), f"{outside}/*", [str(data / "empty"), str(outside)]):
+        sources = {"data_path": None, "sources": [{"name": "web", "path": corpus}]}
         with pytest.raises(TrainingError, match="source web lies outside"):
             check_allowed_paths(spec(data=sources), run, roots)

@@ -109,7 +109,7 @@ export function describeField(described, path, schemas, required = false) {
   return {
     path, pointer: jsonPointer(path), name: path.at(-1), kind, nullable, required,
     choices: form.enum ?? ("const" in form ? [form.const] : null), min: form.minimum, exclusiveMin: form.exclusiveMinimum, max: form.maximum, exclusiveMax: form.exclusiveMaximum,
-    maxLength: form.maxLength, tupleLength: form.prefixItems?.length, defaultValue: "default" in described ? described.default : emptyDefault(kind, nullable),
+    maxLength: form.maxLength, tupleLength: form.prefixItems?.length, defaultValue: "default" in described ? described.default : emptyDefault(kind, nullable, form.type),
     help: described.description ?? form.description ?? "", unit: described["x-unit"] ?? "", none: described["x-none"], aliases: described["x-aliases"] ?? [],
   };
 }
@@ -129,9 +129,9 @@ function inputKind(form) {
 
 const isText = (form) => form.type === "string";
 
-function emptyDefault(kind, nullable) {
+function emptyDefault(kind, nullable, type) {
   if (nullable) return null;
-  return { text: "", texts: [], pairs: {} }[kind] ?? null;
+  return { text: "", texts: [], pairs: {} }[kind] ?? (type === "array" ? [] : null);
 }
 
 function resolveRef(described, schemas) {
