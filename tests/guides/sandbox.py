@@ -45,7 +45,7 @@ class Box:
         return {
             "name": name,
             "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-            "data": {"data_path": str(self.folder / "corpus.jsonl"), "max_seq_len": 64},
+            "data": {"data_path": str(self.folder / "corpus.jsonl"), "tokenizer_path": "byte", "max_seq_len": 64},
             "training": {"max_steps": STEPS, "batch_size": 4, "accumulation_steps": 2},
             "checkpoint": {"save_interval": 10, "keep_last": 4},
             "reporting": {"log_interval": 1, "sample_prompts": ["Return the"]},
