@@ -24,7 +24,7 @@ def commands_in(page: Path) -> list[str]:
 def misunderstood(command: str) -> str:
     """Why the command line would refuse its options; "" where it would not. Missing operands are fine in a sentence."""
     words = _words(command)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "--version"):
         return ""
     name, *rest = words
     known = _options(name, rest)

@@ -159,6 +159,7 @@ def test_another_run_s_checkpoint_is_refused_by_name(text: Path, tmp_path: Path)
     assert failed.reason == "checkpoint_invalid"
     for part in ("model.hidden_size is 48 and was 32", "the corpus is another one", "seed is 43 and was 42"):
         assert part in str(failed.message)
+    assert run.artifacts(None).checkpoint(2).is_dir(), "it is not set aside: the next attempt may undo the change"
 
 
 def test_the_service_sees_in_a_checkpoint_what_the_worker_would_refuse(text: Path, tmp_path: Path) -> None:

@@ -175,15 +175,21 @@ def fail_save(run: RunDir, fail_at: int, code: int) -> None:
     """Make each save of one step fail half way."""
     from trainyard.worker.checkpoint import files as checkpoint
 
-    write = checkpoint.write_tensors
+    write, write_checkpoint = checkpoint.write_tensors, checkpoint.write_checkpoint
+    steps: list[int] = []
 
     def full(path: Path, tensors: Any) -> FileDigest:
         written = write(path, tensors)
-        if f"{fail_at:08d}" in str(path) and path.name == OPTIMIZER_FILE:
+        if steps[-1] == fail_at and path.name == OPTIMIZER_FILE:
             raise OSError(code, "No space left on device", str(path))
         return written
 
+    def note_step(artifacts: Any, state: Any, *tensors: Any) -> Any:
+        steps.append(state.step)
+        return write_checkpoint(artifacts, state, *tensors)
+
     mock.patch.object(checkpoint, "write_tensors", full).start()
+    mock.patch.object(checkpoint, "write_checkpoint", note_step).start()
 
 
 def test_a_failed_save_is_a_warning_and_the_next_one_works(text: Path, tmp_path: Path) -> None:

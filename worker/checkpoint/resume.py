@@ -64,6 +64,8 @@ def find_resume_point(
     if from_step is not None:
         own = rewind_to(artifacts, from_step, identity, emit, shapes)
         return ResumePoint(own, own)
+    for _, path in artifacts.published()[:1]:
+        _require_same_model(path, identity)
     newest = newest_own_checkpoint(artifacts, emit, shapes)
     if newest is not None:
         require_compatible(newest, identity)
@@ -103,6 +105,7 @@ def rewind_to(
     Raises TrainingError if it cannot be resumed from; then nothing is changed.
     """
     path = artifacts.checkpoint(step)
+    _require_same_model(path, identity)
     problem = files.verify(path, shapes=shapes) if path.is_dir() else "there is none"
     if problem is not None:
         steps = ", ".join(str(number) for number, _ in artifacts.published()[:10]) or "none"
@@ -136,6 +139,19 @@ def newest_own_checkpoint(
         hint = f"{where} Resume once more to begin at step 0, or bring back a copy."
         raise TrainingError(Reason.CHECKPOINT_INVALID, message, hint)
     return newest
+
+
+def _require_same_model(path: Path, identity: RunIdentity) -> None:
+    """Raise TrainingError if the checkpoint is valid, but of another model.
+
+    Checked before the shapes of its tensors: a model that was changed by mistake must not set good checkpoints aside.
+    """
+    try:
+        model = files.read_state(path).identity.model
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    if model != identity.model and files.verify(path) is None:
+        require_compatible(path, identity)
 
 
 def require_compatible(path: Path, identity: RunIdentity) -> None:
