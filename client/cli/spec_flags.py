@@ -123,11 +123,13 @@ def _option(name: str, section: str, description: str, flag: bool) -> Option:
 def given_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return the leaves and aliases that were given on the command line -> their text, or list of texts."""
     leaves = {name: value for name, value in params.items() if name in GROUP_OF_LEAF or name in ALIASES}
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in leaves.items()
-        if value not in (None, ())
-    }
+    return {name: _texts(name, value) for name, value in leaves.items() if value not in (None, ())}
+
+
+def _texts(name: str, value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    return value[0] if name in REPEATABLE and len(value) == 1 else list(value)
 
 
 def repeat_flags(words: Iterable[str]) -> list[str]:
@@ -187,8 +189,6 @@ def _typed(name: str, value: Any) -> Any:
         return read_leaf(name, value) if isinstance(value, str) else value
     if len(value) == 1 and isinstance(_json(value[0]), list):
         return _json(value[0])
-    if len(value) == 1 and name in REPEATABLE:
-        return read_leaf(name, value[0])
     return [_number(text, whole=False) for text in value] if name == "betas" else value
 
 

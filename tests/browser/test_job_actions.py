@@ -82,7 +82,8 @@ def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig
     expect(page.locator(".job-title .status")).to_contain_text("queued")
     assert rig.job(job_id)["spec"]["training"]["max_steps"] == 100
     messages = [event["message"] for event in rig.data(job_id, "events") if event["data"].get("changes")]
-    assert messages == ["asked to resume; goes back to step 20; newer checkpoints are set aside"]
+    said = "asked to resume; goes back to step 20; newer checkpoints are set aside"
+    assert messages == [f"{said}; the learning rate is 0.001 before and 0.000906 after"]
 
 
 @pytest.mark.soak
