@@ -49,7 +49,7 @@ PARAMETERS = {
     "listJobs.discarded": "`true`: only discarded jobs. They are not listed otherwise.",
     "listJobs.parent": "Only forks of the job with this id.",
     "listJobs.search": "A part of the name, ignoring case, or the beginning of the id.",
-    "listJobs.fields": "`summary` leaves out `spec`, `plan` and `allowed_actions`.",
+    "listJobs.fields": "`summary` leaves out `spec`, `plan`, `allowed_actions` and `weights_path`.",
     "readLog.limit": "Size of the part in bytes, at most.",
     "readLogLines.first": "Number of the first line, counted from 1.",
     "readLogLines.count": "Number of lines at most.",

@@ -106,6 +106,8 @@ def backup(database: Path, target: Path) -> None:
     """Write a complete, checked copy of a SQLite database that may be in use. Raises BackupError."""
     if not database.is_file():
         raise BackupError(f"there is no database at {database}")
+    if not target.parent.is_dir():
+        raise BackupError(f"{target.parent} is not a directory; create it first")
     if target.exists():
         raise BackupError(f"{target} exists already; name a new file")
     unfinished = target.with_name(f".{target.name}.unfinished")
