@@ -113,7 +113,7 @@ def test_a_stranger_with_the_agent_s_pid_is_never_signalled(
 
 @pytest.mark.parametrize("roles", [("agent", "torchrun"), soak("agent"), soak("torchrun"), soak("rank")])
 def test_whatever_is_killed_the_run_goes_on_and_ends_the_same(home: Home, roles: tuple[str, ...]) -> None:
-    job_id = home.submit(steps="150")
+    job_id = home.submit(steps="400")
     until(lambda: home.step(job_id) >= 12)
     victims = [home.named(job_id, role)[0] for role in roles]
     others = [member.process for member in home.processes(job_id)]
@@ -122,8 +122,8 @@ def test_whatever_is_killed_the_run_goes_on_and_ends_the_same(home: Home, roles:
     until(lambda: not [process for process in others if process.alive()], 20, "no orphan")
     job = home.wait(job_id, "succeeded")
     assert job["attempt"] == 2
-    assert [row["step"] for row in home.metrics(job_id)] == list(range(1, 151))
-    check_weights(home, job_id, 150)
+    assert [row["step"] for row in home.metrics(job_id)] == list(range(1, 401))
+    check_weights(home, job_id, 400)
 
 
 def test_agent_and_server_killed_leaves_no_orphan(home: Home) -> None:

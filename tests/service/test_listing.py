@@ -138,7 +138,8 @@ def test_the_page_holds_no_name_at_all(rig: ServiceHarness) -> None:
 def test_the_document_describes_every_route(rig: ServiceHarness) -> None:
     document = rig.get("/openapi.json")
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert described == {route for route, need in NEEDS.items() if need != ATTEMPT}
+    itself = ("GET", "/openapi.json")
+    assert described == {route for route, need in NEEDS.items() if need != ATTEMPT} - {itself}
     assert "learning_rate" in document["components"]["schemas"]["TrainingSpec"]["properties"]
     assert "summary" in document["components"]["schemas"]["Job"]["properties"]
 

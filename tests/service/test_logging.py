@@ -79,7 +79,7 @@ def test_the_route_and_never_the_address(rig: ServiceHarness, log: Log) -> None:
     rig.client.request("BREW", "/jobs")
     routes = [(line["route"], line.get("job_id"), line["status"]) for line in log.lines("request")][1:]
     assert routes == [
-        ("/jobs/{job_id}", job_id, 200),
+        ("/jobs/{job_id}", job_id, 422),
         ("/jobs/{job_id}", None, 404),
         ("none", None, 404),
         ("/jobs", None, 405),

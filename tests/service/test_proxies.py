@@ -59,7 +59,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Any:
 def test_the_client_is_the_last_one_that_is_no_proxy_of_ours(
     rig: ServiceHarness, caplog: pytest.LogCaptureFixture, proxies: str, peer: str, chain: str, seen: str
 ) -> None:
-    caplog.set_level(logging.INFO, "trainyard")
+    caplog.set_level(logging.DEBUG, "trainyard")
     client(rig, proxies, peer).get("/health", headers={"X-Forwarded-For": chain})
     assert logged(caplog) == seen
 
