@@ -88,7 +88,7 @@ def test_a_broken_kernel_is_found_in_every_type(broken: Any, trial: Trial, monke
     assert "offsets in bfloat16" in result.message
 
 
-@pytest.mark.long
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("default::DeprecationWarning:torch.*")
 @pytest.mark.filterwarnings("default::FutureWarning:torch.*")
@@ -107,7 +107,8 @@ def test_whole_runs_hold_their_promise_on_a_cpu(promise: Any, trial: Trial) -> N
     assert result.health is OK, (result.line(), result.data)
 
 
-@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(900)
 def test_the_command_tries_all_promises(tmp_path: Path) -> None:
     command = [sys.executable, "-P", "-m", "trainyard.worker.doctor", "--device", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

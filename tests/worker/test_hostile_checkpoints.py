@@ -338,7 +338,9 @@ def try_mutation(trained: Trained, number: int, index: int) -> bool:
             and chooser.random() < 0.9
             and all((newer / each).is_file() for each in CHECKPOINT_FILES)
         ):
-            sign(newer)
+            # An earlier change may have put a folder in the manifest's place.
+            with contextlib.suppress(OSError):
+                sign(newer)
     found, warnings = trained.resume()
     assert found is not None
     passed_over = found == trained.artifacts.checkpoint(OLDER)
