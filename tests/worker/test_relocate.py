@@ -77,7 +77,7 @@ def test_a_resumed_run_goes_on_below_the_new_save_dir(finished: Path, tmp_path: 
 def test_everything_is_moved_and_reported(moved_from: Path, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:
 
-        def no_link(*_: object) -> None:
+        def no_link(*_: object, **__: object) -> None:
             raise OSError(errno.EXDEV, "Invalid cross-device link")
 
         monkeypatch.setattr(os, "link", no_link)
