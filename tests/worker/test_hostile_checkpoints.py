@@ -37,6 +37,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState, TensorShapes
 from trainyard.worker.checkpoint.resume import find_resume_point
+from trainyard.worker.errors import TrainingError
 from trainyard.worker.training.nonfinite import NonFiniteCounters
 from trainyard.worker.training.state import TrainProgress
 
