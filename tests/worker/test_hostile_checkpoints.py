@@ -376,6 +376,6 @@ def test_mutated_checkpoints_are_passed_over_or_harmless(trained: Trained) -> No
     fuzz(trained, 20261130, 150)
 
 
-@pytest.mark.long
+@pytest.mark.soak
 def test_a_thousand_mutated_checkpoints(trained: Trained) -> None:
     fuzz(trained, seed(), 1000)
