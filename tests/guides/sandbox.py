@@ -98,7 +98,7 @@ class Box:
         environment = {**os.environ, **self._settings(), **(more or {})}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         return subprocess.run(
-            program, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=200, check=False
+            program, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600, check=False
         )
 
     def _settings(self) -> dict[str, str]:

@@ -64,6 +64,7 @@ def postgres(page: Path, libpq: Mapping[str, str]) -> Mapping[str, str]:
     return libpq
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is missing")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_command_of_a_guide_works(page: Path, box: Box, request: pytest.FixtureRequest) -> None:
