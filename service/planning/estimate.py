@@ -49,6 +49,32 @@ class PlannedSource:
     passes: float | None
 
 
+@dataclass(frozen=True)
+class PlannedEvalSet:
+    """A held-out set in the plan. ``tokens``: those that are predicted. None: unknown."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+
+
+def plan_eval_set(name: str, files: int, size: RunSize | None, max_tokens: int | None) -> PlannedEvalSet:
+    """Return a held-out set whose files have this size together, and of which at most ``max_tokens`` are evaluated."""
+    if size is None:
+        return PlannedEvalSet(name, files, None, None)
+    share = min(1.0, max_tokens / size.targets) if max_tokens is not None else 1.0
+    return PlannedEvalSet(name, files, max(1, round(share * size.documents)), round(share * size.targets))
+
+
+def plan_split(name: str, files: int, size: RunSize | None, fraction: float) -> PlannedEvalSet:
+    """Return the held-out documents of a source of this size."""
+    if size is None:
+        return PlannedEvalSet(name, files, None, None)
+    targets = size.targets / (1 - fraction) * fraction
+    return PlannedEvalSet(name, files, max(1, round(fraction * size.documents)), round(targets))
+
+
 def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None:
     """Return the size of a run over all sources, or None if that of a source is unknown."""
     known = [size for size in sizes if size is not None]

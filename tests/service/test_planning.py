@@ -341,6 +341,32 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     assert any_rig.get("/jobs")["data"] == []
 
 
+def test_the_plan_has_the_held_out_sets(any_rig: ServiceHarness) -> None:
+    write_corpus(any_rig.corpus, 300, seed=5)
+    folder = any_rig.home / "held-out"
+    folder.mkdir()
+    for number in range(3):
+        write_corpus(folder / f"{number}.jsonl", 100, seed=number)
+    (any_rig.home / "book.txt").write_text("one\n\ntwo\n")
+    whole = plan(any_rig, data={"data_path": str(folder)})
+    data = {"data_path": str(any_rig.corpus)}
+    sets = [
+        {"name": "all", "path": str(folder)},
+        {"name": "part", "path": str(folder), "max_tokens": 500},
+        {"name": "book", "path": str(any_rig.home / "book.txt")},
+    ]
+    every, part, book = plan(any_rig, data={**data, "eval_sources": sets})["eval_sets"]
+    predicted = whole["tokens"] - whole["documents"]
+    assert every == {"name": "all", "files": 3, "documents": 300, "tokens": predicted, "duplicates": None}
+    assert part == {**every, "name": "part", "tokens": 500, "documents": round(300 * 500 / predicted)}
+    assert book == {**every, "name": "book", "files": 1, "tokens": None, "documents": None}, "not JSONL"
+    (one,) = plan(any_rig, data={**data, "eval_data_path": str(folder)})["eval_sets"]
+    assert one == {**every, "name": "eval"}
+    (split,) = plan(any_rig, data={**data, "eval_fraction": 0.1})["eval_sets"]
+    assert (split["name"], split["files"], split["documents"]) == ("data", 1, 30)
+    assert plan(any_rig)["eval_sets"] == []
+
+
 def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:
     body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
     answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]
