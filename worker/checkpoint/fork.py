@@ -109,6 +109,7 @@ def _restart_data(state: RunState, identity: RunIdentity, spec: JobSpec, world: 
         base_step=state.step,
         base_tokens=state.tokens,
         interval=[],
+        interval_bytes=[],
         trouble={},
         probe=state.probe if is_comparable else {},
     )
