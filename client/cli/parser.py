@@ -260,6 +260,7 @@ COMMANDS = (
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
+        Option("--max_tokens", type=int, help="raise the number of trained tokens"),
         Option("--schedule", type=click.Choice(["extend", "continue"]),
             help="learning rate of a longer run: schedule of the new length, or decay from the current rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),

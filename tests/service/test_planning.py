@@ -203,6 +203,9 @@ def test_steps_follow_epochs_or_max_steps() -> None:
     assert (size().samples, size().steps_per_epoch, size().steps) == (18, 5, 5)
     assert size(epochs=3).steps == 15
     assert size(max_steps=7).steps == 7
+    tokens_per_step = 18 * 9 / 5
+    assert [size(max_tokens=tokens).steps for tokens in (1, 32, 33, 324, 325)] == [1, 1, 2, 10, 11]
+    assert size(max_tokens=1000).trained_tokens - 1000 < tokens_per_step
     assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
     spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
     half = estimate_size(spec, [10.0] * 10, 0, 1.0)

@@ -29,7 +29,7 @@ def resume(args: SimpleNamespace, console: Console) -> int:
     changes = _changes(args)
     with connect(args) as trainyard:
         job = trainyard.resume(_id(trainyard, args, console), **changes)
-    if not args.json and {"epochs", "max_steps"} & changes.keys():
+    if not args.json and {"epochs", "max_steps", "max_tokens"} & changes.keys():
         _report_rates(job, console)
     return _report(job, args, console)
 
@@ -43,8 +43,8 @@ def _report_rates(job: ResumedJob, console: Console) -> None:
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
-    options |= {"save_dir": args.save_dir, "schedule": args.schedule}
+    names = ("epochs", "max_steps", "max_tokens", "step", "save_dir", "schedule")
+    options = {name: getattr(args, name) for name in names}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
