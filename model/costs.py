@@ -61,24 +61,39 @@ def flops_per_token(config: ModelConfig, attention_length: float) -> float:
 
 
 def memory_bytes(
-    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw"
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: Dtype = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    gradient_checkpointing: bool = False,
 ) -> MemoryEstimate:
     """Return the bytes of one rank at the peak of a step. Weights, gradients and optimizer state are float32.
 
     Weights include autocast's copies of the matrices in ``dtype``. Activations are what the layers keep for backward,
     the gradient of the output matrix, which is computed with the loss, and in float32 the experts' stacked matrices,
     which backward needs. Temporary buffers of single operations and the libraries' own memory are not counted.
+
+    With ``gradient_checkpointing`` the layers keep their inputs alone. Copies, activations and stacks are those of the
+    one layer that is computed again; the peak is there, or at the end of the forward pass.
     """
-    count = parameters(config)
-    copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
+    count, layers, width = parameters(config), config.num_hidden_layers, DTYPE_BYTES[dtype]
+    copies = 0 if dtype == "float32" else width * _matrices(config, config.num_experts)
     stacks = FLOAT32 * _stacked(config) if dtype == "float32" else 0
+    head = FLOAT32 * _vocabulary(config) * config.hidden_size
+    tokens, layer, tail = batch_size * seq_len, _layer_bytes(config, width), _tail_bytes(config, width)
+    if gradient_checkpointing:
+        inputs, copies = tokens * layers * FLOAT32 * config.hidden_size, copies // layers
+        recomputed = tokens * (layer - FLOAT32 * config.hidden_size) + stacks // layers
+        activations = inputs + max(tokens * tail + head, recomputed)
+    else:
+        activations = tokens * (layers * layer + tail) + head + stacks
     return MemoryEstimate(
         weights=FLOAT32 * count + copies,
         gradients=FLOAT32 * count,
         optimizer=optimizer_bytes(config, optimizer),
-        activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
-        + FLOAT32 * _vocabulary(config) * config.hidden_size
-        + stacks,
+        activations=activations,
     )
 
 
@@ -136,16 +151,19 @@ def _matrices(config: ModelConfig, experts: int) -> int:
     return config.num_hidden_layers * (attention + feed_forward)
 
 
-def _activation_bytes(config: ModelConfig, width: int) -> int:
-    """Bytes kept for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
-    C, L = config.hidden_size, config.num_hidden_layers
+def _layer_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes that a layer keeps for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
+    C = config.hidden_size
     feed_forward = (
         _expert_bytes(config, width) if config.use_moe else _feed_forward_bytes(config.intermediate_size, width)
     )
-    # In each layer: both norms' inputs, the inputs of the first products, attention, feed-forward.
-    layer = 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
-    # After them: the last norm's input and output, and the gradient of the output, which is computed with the loss.
-    return L * layer + FLOAT32 * (C + 1) + 2 * width * C
+    # Both norms' inputs, the inputs of the first products, attention, feed-forward.
+    return 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
+
+
+def _tail_bytes(config: ModelConfig, width: int) -> int:
+    """The same for the last norm's input and output, and the gradient of the output, computed with the loss."""
+    return FLOAT32 * (config.hidden_size + 1) + 2 * width * config.hidden_size
 
 
 def _attention_bytes(config: ModelConfig, width: int) -> int:

@@ -1,5 +1,6 @@
 """The loss on the evaluation split, summed over all ranks, and text samples of what the model generates."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,14 +38,14 @@ class Evaluator:
         All ranks call it together and get the same number. A stop request that any rank sees before a batch raises
         StopRequested on all of them.
         """
-        loss_sum, tokens = state.loss_sum(self._batches())
+        loss_sum, tokens = state.loss_sum(self._batches(all_ranks_run=state.gathers_weights))
         loss_sum, tokens_of_all = (
             sum(column) for column in zip(*self.ranks.gather([loss_sum, float(tokens)]), strict=True)
         )
         loss = loss_sum / max(1.0, tokens_of_all)
         return loss if math.isfinite(loss) else None
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self, *, all_ranks_run: bool) -> Iterator[Batch]:
         share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
         parts = list(split_microbatches(share, self.batch_size))
         # A rank may have one batch less than another, but all must take part in the same number of all-reduces.
@@ -53,22 +54,36 @@ class Evaluator:
             hit("evaluation.batch", index)
             if any(requested for (requested,) in self.ranks.gather([float(self.stop_requested())])):
                 raise StopRequested
-            if index < len(parts):
-                yield to_device(self.dataset.batch(parts[index]), self.ranks.device)
+            # A rank without a batch takes padding if all must run the model together.
+            if index < len(parts) or all_ranks_run:
+                part = parts[index] if index < len(parts) else parts[0][:0]
+                yield to_device(self.dataset.batch(part), self.ranks.device)
 
 
 def generate_samples(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    step: int,
+    precision: Precision,
+    limit: int,
+    *,
+    in_step: bool = False,
 ) -> Iterator[SampleEvent]:
-    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
+    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions.
+
+    ``in_step``: all ranks generate together, so every one runs the model equally often, also after the last token.
+    """
     for prompt in prompts:
         hit("samples.prompt", prompt)
         all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
         ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_id)
-        text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
+            eos_id = tokenizer.eos_id if not in_step else None
+            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=eos_id)
+        new_ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, output[0, len(ids) :].tolist())
+        text = tokenizer.decode(list(new_ids))
         # A lone surrogate cannot be written as JSON.
         yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode(), note=note)
 
