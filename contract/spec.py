@@ -367,6 +367,18 @@ class ResourcesSpec(Group):
         return self.nproc_per_node * self.max_nodes
 
 
+def next_memory_saving(training: TrainingSpec, resources: ResourcesSpec) -> dict[str, dict[str, Any]] | None:
+    """Return the next setting with which a rank needs less memory, as {group: {field: value}}; None if all are set.
+
+    First the one without communication, then those that split more and more over the ranks, if there are several.
+    """
+    if not training.gradient_checkpointing:
+        return {"training": {"gradient_checkpointing": True}}
+    if resources.parallelism == "fsdp" or resources.ranks == 1:
+        return None
+    return {"resources": {"parallelism": "zero1" if resources.parallelism == "ddp" else "fsdp"}}
+
+
 class JobSpec(Group):
     """One pretraining run. Every field has a default, except that ``data`` needs ``data_path`` or ``sources``."""
 

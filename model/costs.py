@@ -14,6 +14,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw", "muon"]
+Parallelism = Literal["ddp", "zero1", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def memory_bytes(
     dtype: Dtype = "bfloat16",
     optimizer: Optimizer = "adamw",
     gradient_checkpointing: bool = False,
+    parallelism: Parallelism = "ddp",
+    world: int = 1,
 ) -> MemoryEstimate:
     """Return the bytes of one rank at the peak of a step. Weights, gradients and optimizer state are float32.
 
@@ -77,6 +80,9 @@ def memory_bytes(
 
     With ``gradient_checkpointing`` the layers keep their inputs alone. Copies, activations and stacks are those of the
     one layer that is computed again; the peak is there, or at the end of the forward pass.
+
+    On ``world`` ranks, ``zero1`` splits the optimizer state and ``fsdp`` also weights and gradients; then the weights
+    include what is whole for the moment, see `gathered_bytes`, instead of copies.
     """
     count, layers, width = parameters(config), config.num_hidden_layers, DTYPE_BYTES[dtype]
     copies = 0 if dtype == "float32" else width * _matrices(config, config.num_experts)
@@ -89,12 +95,38 @@ def memory_bytes(
         activations = inputs + max(tokens * tail + head, recomputed)
     else:
         activations = tokens * (layers * layer + tail) + head + stacks
+    is_fsdp = parallelism == "fsdp" and world > 1
+    share = -(-count // world) if is_fsdp else count
     return MemoryEstimate(
-        weights=FLOAT32 * count + copies,
-        gradients=FLOAT32 * count,
-        optimizer=optimizer_bytes(config, optimizer),
+        weights=FLOAT32 * share + (gathered_bytes(config, dtype) if is_fsdp else copies),
+        gradients=FLOAT32 * share,
+        optimizer=-(-optimizer_bytes(config, optimizer) // (1 if parallelism == "ddp" else world)),
         activations=activations,
     )
+
+
+def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:
+    """Return the bytes of weights and gradients that are whole for the moment with FSDP.
+
+    Embedding, head and last norm are float32, and whole for the whole step, as are their gradients. Of the layers these
+    are, in ``dtype``, the one that runs, the next one, the buffer of their exchange and the gradients of one, which are
+    summed in float32.
+    """
+    layers = _layers(config, config.num_experts) - config.hidden_size
+    layer, rest = layers // config.num_hidden_layers, parameters(config) - layers
+    return 2 * FLOAT32 * rest + (4 * DTYPE_BYTES[dtype] + FLOAT32) * layer
+
+
+def snapshot_bytes(
+    config: ModelConfig, optimizer: Optimizer = "adamw", parallelism: Parallelism = "ddp", ranks: int = 1
+) -> int:
+    """Return the bytes of the copies in the memory of a host from which a save is written.
+
+    Rank 0 has a copy of everything. With ``zero1`` and ``fsdp`` the other ``ranks`` of its host copy their parts first.
+    """
+    whole = checkpoint_bytes(config, optimizer)
+    split = {"ddp": 0, "zero1": optimizer_bytes(config, optimizer), "fsdp": whole}[parallelism]
+    return whole + split * (ranks - 1) // ranks
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
@@ -104,10 +136,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
-    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers.
-
-    The copy in host memory that a save is written from has the same size.
-    """
+    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers."""
     return FLOAT32 * parameters(config) + optimizer_bytes(config, optimizer)
 
 

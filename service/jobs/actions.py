@@ -325,6 +325,7 @@ RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
     "max_steps": ("training", "max_steps"),
     "save_dir": ("checkpoint", "save_dir"),
+    "gradient_checkpointing": ("training", "gradient_checkpointing"),
     "resources": ("resources",),
     "step": (),
     "schedule": (),
@@ -377,7 +378,7 @@ class ResumeBody(OptionalBody):
     """Changes to a run that is resumed.
 
     ``step``: the checkpoint to resume from, the newest if None. ``save_dir``: the next attempt moves the checkpoints
-    and weights there.
+    and weights there. ``gradient_checkpointing`` does not change the result.
     """
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
@@ -385,6 +386,7 @@ class ResumeBody(OptionalBody):
     epochs: Any = _spec_field(TrainingSpec, "epochs")
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
     save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
+    gradient_checkpointing: Any = _spec_field(TrainingSpec, "gradient_checkpointing")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
     schedule: Schedule = Field(

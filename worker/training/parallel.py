@@ -8,6 +8,7 @@ The optimizer gets plain tensors that share the memory of the model: it knows no
 nothing to split.
 """
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class SplitModel(ABC):
     def orthogonalizer(self) -> NewtonSchulz:
         """Return how Muon makes the matrices orthogonal of which this rank has parts."""
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - only FSDP gathers anything
         """Free what forward passes without a backward pass have gathered."""
 
     def gradient_norm(self) -> Tensor:
@@ -216,6 +217,9 @@ class FsdpModel(SplitModel):
         policy = MixedPrecisionPolicy(
             param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
+        if compiled:
+            # The compiler itself reads the gradients of a layer's inputs.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
         for layer in model.model.layers:
             if compiled:
                 layer.compile(dynamic=False)
