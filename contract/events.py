@@ -25,6 +25,21 @@ class EventBase(BaseModel):
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
+class HeldOutFacts(BaseModel):
+    """Size of a held-out set. ``tokens``: those that are predicted. ``documents``: null if unknown.
+
+    ``duplicates``: documents of its source with the text of an earlier one, counted if ``eval_fraction`` is used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int
+    duplicates: int | None = None
+
+
 class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
@@ -61,6 +76,7 @@ class Started(EventBase):
     flops_per_token: float
     base_step: Step = 0
     duplicates: int | None = None
+    eval_sets: list[HeldOutFacts] = Field(default_factory=list)
     resumed_from: str | None = None
 
 
@@ -74,10 +90,21 @@ class PhaseChanged(EventBase):
     total: int | None = None
 
 
+class HeldOutResult(BaseModel):
+    """The evaluation of a held-out set. ``loss``: in nats per token. ``bpb``: in bits per byte of text."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    loss: float | None = None
+    bpb: float | None = None
+
+
 class MetricEvent(EventBase):
     """One point of the curve, at an optimizer step.
 
-    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``tokens``: trained tokens of the
+    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``bpb``: the same in bits per byte of
+    text; null if the bytes of a token are unknown. ``eval``: the results of each held-out set, by its name;
+    ``eval_loss``, ``eval_bpb``: over all sets together, each token counting once. ``tokens``: trained tokens of the
     whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
     since the previous point, over all layers; null for a dense model. Times are in seconds.
     """
@@ -98,6 +125,9 @@ class MetricEvent(EventBase):
     eval_loss: float | None = None
     expert_load: list[float] | None = None
     nonfinite: bool = False
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
 
 
 class CheckpointSaved(EventBase):

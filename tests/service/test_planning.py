@@ -407,6 +407,7 @@ def test_a_run_that_does_not_fit_names_the_settings_with_which_it_does(make_rig:
     rig.close()
 
 
+@pytest.mark.long
 def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
     spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
     assert MatrixSpeed(tmp_path, wait_seconds=0.0).estimate(spec, "cpu", 340) is None, "a plan does not wait for it"

@@ -58,7 +58,7 @@ def test_matrices_lie_in_one_region_each_and_the_regions_are_balanced(world: int
 def train_state(ranks: DistributedContext, shape: ModelConfig, parallelism: Parallelism, **training: Any) -> TrainState:
     spec = TrainingSpec.model_validate({"dtype": "float32", **training})
     model = initial_model(shape, spec.seed, ranks.device)
-    return build_train_state(model, spec, shape.router_aux_loss_coef, ranks, parallelism)
+    return build_train_state(model, spec, shape.router_aux_loss_coef, ranks, parallelism=parallelism)
 
 
 def own_share(ranks: DistributedContext, seed: int) -> list[MicroBatch]:
