@@ -58,6 +58,7 @@ NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Nodes = Annotated[int, Field(ge=1, le=4096)]
+Parallelism = Literal["ddp", "zero1", "fsdp"]
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_.,:+-]{0,99}$")]
 SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%@/+*&|()\[\]-]{1,200})?$")]
 
@@ -235,6 +236,11 @@ class TrainingSpec(Group):
         False, description="use only deterministic CUDA kernels; CPU runs are always deterministic"
     )
     use_compile: bool = Field(False, description="compile the model with torch.compile")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of the layers, and compute each layer again in the backward pass: less "
+        "memory, about a third more computation, the same gradients",
+    )
     loss_normalization: Literal["global_tokens", "micro_batch_mean"] = Field(
         "global_tokens",
         description="global_tokens: mean over all tokens of a step; "
@@ -379,6 +385,11 @@ class ResourcesSpec(Group):
         description="number of nodes; more than 1 needs a cluster launcher; "
         '`{"min": 1, "max": 2}`: as many as are available',
     )
+    parallelism: Parallelism = Field(
+        "ddp",
+        description="what each rank holds. ddp: everything; zero1: its share of the optimizer state; "
+        "fsdp: its share of weights, gradients and optimizer state",
+    )
     launcher: Literal["local", "slurm"] | None = Field(None, description="null: the default of the service")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
         0, description="jobs with a higher priority start earlier"
@@ -407,6 +418,18 @@ class ResourcesSpec(Group):
     def ranks(self) -> int:
         """Ranks over all nodes, the most there may be."""
         return self.nproc_per_node * self.max_nodes
+
+
+def next_memory_saving(training: TrainingSpec, resources: ResourcesSpec) -> dict[str, dict[str, Any]] | None:
+    """Return the next setting with which a rank needs less memory, as {group: {field: value}}; None if all are set.
+
+    First the one without communication, then those that split more and more over the ranks, if there are several.
+    """
+    if not training.gradient_checkpointing:
+        return {"training": {"gradient_checkpointing": True}}
+    if resources.parallelism == "fsdp" or resources.ranks == 1:
+        return None
+    return {"resources": {"parallelism": "zero1" if resources.parallelism == "ddp" else "fsdp"}}
 
 
 class JobSpec(Group):

@@ -95,7 +95,9 @@ def train(
     # random weights.
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
-    model = initial_model(spec.model, spec.training.seed, ranks.device)
+    # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
+    is_fsdp = spec.resources.parallelism == "fsdp"
+    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_fsdp else ranks.device)
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(
@@ -118,7 +120,7 @@ def train(
     lengths = data.byte_lengths
     byte_counter = ByteCounter.of(lengths, ranks.device) if isinstance(lengths, ByteLengths) else None
     aux_coefficient = spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0
-    state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter)
+    state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
@@ -142,6 +144,7 @@ def train(
             spec.training.loss_normalization,
             # The model is compiled for each shape that it sees, so it must see one only.
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
+            equal_counts=state.gathers_weights,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
         intervals=StepIntervals.from_spec(spec, steps, evaluates=bool(data.eval_sets)),
@@ -170,7 +173,7 @@ def train(
         emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
-    if resume_from is not None and ranks.is_main_process:
+    if resume_from is not None and (ranks.is_main_process or state.gathers_weights):
         for event in compare_scores(progress.step, saved_score, resume_check.score(state)):
             emit(event)
 
@@ -463,7 +466,7 @@ class Trainer:
 
     def _roll_back(self, progress: TrainProgress, reason: str) -> TrainProgress:
         """Reload the newest valid checkpoint. The data from there to the bad step is skipped from now on."""
-        shapes = TensorShapes.of(self.state.model)
+        shapes = self.state.shapes
         with self.phases.during(Phase.LOADING):
             hit("train.roll_back")
             self.checkpointer.wait()
@@ -562,7 +565,8 @@ class Trainer:
         with self.phases.during(Phase.SAVING):
             hit("train.save")
             self.checkpointer.save(self.state, progress, self.metrics, required=required)
-        if self.ranks.is_main_process and self.intervals.is_save_step(progress.step):
+        takes_part = self.ranks.is_main_process or self.state.gathers_weights
+        if takes_part and self.intervals.is_save_step(progress.step):
             self._emit_samples(progress.step)
         self.ranks.barrier()
 
@@ -571,10 +575,19 @@ class Trainer:
         prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
         model, tokenizer = self.state.model, self.data.tokenizer
         with self.phases.during(Phase.EVALUATING) if prompts else contextlib.nullcontext():
-            for sample in generate_samples(model, tokenizer, prompts, step, self.state.precision, limit):
+            for sample in generate_samples(
+                model, tokenizer, prompts, step, self.state.precision, limit, in_step=self.state.gathers_weights
+            ):
                 self.emit(sample)
-                if self.stop.requested():
+                if self._stops_samples():
                     break
+        if self.state.split is not None:
+            self.state.split.release()
+
+    def _stops_samples(self) -> bool:
+        if not self.state.gathers_weights:
+            return self.stop.requested()
+        return any(requested for (requested,) in self.ranks.gather([float(self.stop.requested())]))
 
 
 def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:

@@ -265,7 +265,7 @@ COMMANDS = (
             help="learning rate of a longer run: schedule of the new length, or decay from the current rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
-        _several("--set", "resources.FIELD=JSON", "change resources, or checkpoint.save_dir"),
+        _several("--set", "resources.FIELD=JSON", "also checkpoint.save_dir or training.gradient_checkpointing"),
         context_settings=BOTH_SPELLINGS),
     _of_job("save", "cli.commands.actions:save", "write a checkpoint at the next step, and continue"),
     _of_job("fork", "cli.commands.actions:fork", "start a new job from a checkpoint of this one",

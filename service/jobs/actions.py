@@ -346,6 +346,7 @@ RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "max_steps": ("training", "max_steps"),
     "max_tokens": ("training", "max_tokens"),
     "save_dir": ("checkpoint", "save_dir"),
+    "gradient_checkpointing": ("training", "gradient_checkpointing"),
     "resources": ("resources",),
     "step": (),
     "schedule": (),
@@ -398,7 +399,7 @@ class ResumeBody(OptionalBody):
     """Changes to a run that is resumed.
 
     ``step``: the checkpoint to resume from, the newest if None. ``save_dir``: the next attempt moves the checkpoints
-    and weights there.
+    and weights there. ``gradient_checkpointing`` does not change the result.
     """
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
@@ -407,6 +408,7 @@ class ResumeBody(OptionalBody):
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
     max_tokens: Any = _spec_field(TrainingSpec, "max_tokens")
     save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
+    gradient_checkpointing: Any = _spec_field(TrainingSpec, "gradient_checkpointing")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
     schedule: Schedule = Field(
