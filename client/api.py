@@ -106,13 +106,22 @@ class Client:
         limit: int | None = None,
         group: str | None = None,
         discarded: bool = False,
+        owner: str | None = None,
     ) -> Iterator[Job]:
         """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``.
 
         ``order``: "newest" (the default), "oldest", "score" (the best first) or "-score". ``discarded``: list only the
-        jobs that were discarded, which are left out otherwise.
+        jobs that were discarded, which are left out otherwise. ``owner``: the name of the token that submitted them, or
+        "local".
         """
-        params = {"status": status, "label": list(labels) or None, "name": name, "order": order, "group": group}
+        params = {
+            "status": status,
+            "label": list(labels) or None,
+            "name": name,
+            "order": order,
+            "group": group,
+            "owner": owner,
+        }
         params["discarded"] = "true" if discarded else None
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 

@@ -203,6 +203,7 @@ class Job(TypedDict, total=False):
     weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
+    owner: NotRequired[str]
     submitted_by: str | None
     allowed_actions: list[Action]
     summary: str

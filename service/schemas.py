@@ -253,6 +253,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -503,7 +504,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 

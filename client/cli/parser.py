@@ -229,6 +229,7 @@ COMMANDS = (
         _several("--label", "K=V", "only jobs with this label"),
         Option("--name", help="only jobs with this name"),
         Option("--group", help="only jobs of this group"),
+        Option("--owner", help="only jobs that this token submitted; local: without a token"),
         Option("--order", type=click.Choice(["newest", "oldest", "score", "-score"]),
             help="score: best score first; jobs without one are last"),
         _flag("--discarded", help="only discarded jobs, which are left out otherwise"), LIMIT),

@@ -46,6 +46,7 @@ PARAMETERS = {
     "listJobs.order": "`newest` or `oldest` first, by the time of submission; `score` from the best score to the "
     "worst, `-score` the other way. Jobs without a score are last.",
     "listJobs.group": "Only jobs of this group.",
+    "listJobs.owner": "Only jobs that the token of this name submitted, or `local`: those submitted without a token.",
     "listJobs.discarded": "`true`: only discarded jobs. They are not listed otherwise.",
     "listJobs.parent": "Only forks of the job with this id.",
     "listJobs.search": "A part of the name, ignoring case, or the beginning of the id.",
@@ -132,6 +133,7 @@ FIELDS = {
     "checkpoint": "Its newest full checkpoint that is on disk, or null.",
     "queue": "Its place in the queue, or null if it is not queued.",
     "parent": "The job that this one is a fork of, or null.",
+    "owner": "Name of the token that submitted it, or `local`. A token of scope `submit` changes its own jobs only.",
     "submitted_by": "Name of the token that submitted it, `admin` or `local`.",
     "summary": "Its state in one sentence.",
     "alerts": "Problems that the user should know about.",

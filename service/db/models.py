@@ -83,6 +83,7 @@ class JobRow(Base):
         Index("ix_jobs_status", "status", "priority", "queued_at"),
         Index("ix_jobs_name", "name"),
         Index("ix_jobs_queued_by", "queued_by", "status"),
+        Index("ix_jobs_submitted_by", "submitted_by", "discarded", "number"),
         Index("ix_jobs_discarded", "discarded", "number"),
         Index("ix_jobs_discarded_score", "discarded", "score", "number"),
         Index("ix_jobs_group_name", "group_name", "discarded", "number"),
