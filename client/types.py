@@ -118,6 +118,15 @@ class EvalSet(TypedDict):
     duplicates: int | None
 
 
+class MemoryOption(TypedDict):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing; ``fits``: None if unknown."""
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: dict[str, int | None]
+    fits: bool | None
+
+
 class Plan(TypedDict, total=False):
     """Size and cost of a run. ``estimated``: the numbers that depend on the corpus come from a sample of it."""
 
@@ -138,6 +147,8 @@ class Plan(TypedDict, total=False):
     world_size: int | None
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
+    memory_options: list[MemoryOption]
+    settings_that_fit: dict[str, dict[str, Any]] | None
     checkpoint_bytes: int | None
     snapshot_bytes: int | None
     disk_free_bytes: int | None

@@ -47,6 +47,18 @@ class EvalSet(ResponseModel):
     duplicates: int | None = None
 
 
+class MemoryOption(ResponseModel):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing.
+
+    ``fits``: null if the memory of the device is unknown.
+    """
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: MemoryPlan
+    fits: bool | None
+
+
 class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
@@ -139,12 +151,15 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
-    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown. ``settings_that_fit``:
+    changes of the spec, by group and field, with which a run fits that does not; null if it fits, or if none do.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
+    memory_options: list[MemoryOption] = []
+    settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 

@@ -89,7 +89,7 @@ def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None
         samples=samples,
         targets=sum(size.targets for size in known),
         steps_per_epoch=steps_per_epoch,
-        steps=_steps(spec, steps_per_epoch),
+        steps=_steps(spec, steps_per_epoch, sum(size.targets for size in known)),
         attention_length=sum(size.attention_length * size.targets for size in known) / sum(s.targets for s in known),
         special_tokens=sum(size.special_tokens for size in known),
         special_texts=sum(size.special_texts for size in known),
@@ -111,9 +111,8 @@ def plan_sources(
         yield PlannedSource(source.name, count, documents, tokens, share, passes)
 
 
-def _steps(spec: JobSpec, steps_per_epoch: int) -> int:
-    training = spec.training
-    return training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch
+def _steps(spec: JobSpec, steps_per_epoch: int, targets: int) -> int:
+    return spec.training.run_steps(steps_per_epoch, targets / steps_per_epoch) or 1
 
 
 def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> RunSize | None:
@@ -139,7 +138,7 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
         samples=samples,
         targets=round(scale * train_fraction * targets),
         steps_per_epoch=steps_per_epoch,
-        steps=_steps(spec, steps_per_epoch),
+        steps=_steps(spec, steps_per_epoch, round(scale * train_fraction * targets)),
         attention_length=sum(_squares(length, spec.data.max_seq_len) for length in lengths) / targets,
     )
 

@@ -12,6 +12,7 @@ from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, spec
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
+from trainyard.service.jobs import memory
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.planning.corpus_sample import SAMPLE_BYTES, other_format, sample_files, sampled_paths
@@ -167,6 +168,8 @@ def preview(
             "eos_token": sample.tokens.eos if sample.tokens is not None else None,
             **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
+            "memory_options": list(memory.options(spec, kind, host.memory_limit)),
+            "settings_that_fit": host.settings_that_fit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
@@ -224,14 +227,14 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
 def _host_capacity(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], settings: Settings
 ) -> HostCapacity:
-    on_cluster = spec.resources.launcher == SLURM
+    limit = None if spec.resources.launcher == SLURM else memory_limit(kind, devices)
     return HostCapacity(
         kind=kind,
-        memory_needed=sum(facts["memory_bytes"].values()),
-        memory_limit=None if on_cluster else memory_limit(kind, devices),
+        memory_needed=memory.needed(spec, kind),
+        memory_limit=limit,
+        settings_that_fit=memory.settings_that_fit(spec, kind, limit),
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or settings.home)),
-        snapshot=facts["snapshot_bytes"],
     )
 
 

@@ -72,6 +72,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "held-out": _held_out(plan.get("eval_sets") or []),
         "run": _run(plan),
         "memory": _memory(plan),
+        "options": _memory_options(plan),
         "disk": _disk(plan),
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
@@ -140,6 +141,19 @@ def _memory(plan: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
     return f"{size(sum(parts.values()))} per rank ({listed}){_fits(plan, sum(parts.values()))}"
+
+
+def _memory_options(plan: Mapping[str, Any]) -> str:
+    """Return the memory per rank with other settings; those that do not fit are marked."""
+    texts: dict[str, list[str]] = {}
+    for option in plan.get("memory_options") or []:
+        total = size(sum(value or 0 for value in option["memory_bytes"].values()))
+        checkpointing = "gradient_checkpointing " if option["gradient_checkpointing"] else ""
+        too_much = " (does not fit)" if option["fits"] is False else ""
+        texts.setdefault(option["parallelism"], []).append(f"{checkpointing}{total}{too_much}")
+    if (plan.get("world_size") or 1) == 1:
+        texts = {name: listed for name, listed in texts.items() if name == "ddp"}
+    return "; ".join(f"{name} {', with '.join(listed)}" for name, listed in texts.items())
 
 
 def _fits(plan: Mapping[str, Any], per_rank: int) -> str:
