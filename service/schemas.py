@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
@@ -401,13 +402,6 @@ class Version(ResponseModel):
     api: int
     python: str
     database: str
-
-
-class HeldOutResult(ResponseModel):
-    """The evaluation of a held-out set. A value that is not finite, or bytes that are unknown, are null."""
-
-    loss: float | None
-    bpb: float | None
 
 
 class Metric(ResponseModel):
