@@ -149,9 +149,9 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir`` (the checkpoints
-        and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length from the start)
-        or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources``, ``gradient_checkpointing`` and
+        ``save_dir`` (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had
+        this length from the start) or "continue" (decays from the current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
