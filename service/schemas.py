@@ -63,7 +63,7 @@ class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
-    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``snapshot_bytes``: memory of rank 0's host for the copies of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
     speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """

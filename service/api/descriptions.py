@@ -200,7 +200,7 @@ FIELDS = {
     "optimizer": "Memory of the optimizer's state, in bytes.",
     "activations": "Memory of the activations, in bytes.",
     "checkpoint_bytes": "Size of one checkpoint in bytes.",
-    "snapshot_bytes": "Host memory of rank 0 for the copy that a save is written from, in bytes.",
+    "snapshot_bytes": "Memory of rank 0's host for the copies that a save is written from, in bytes.",
     "disk_free_bytes": "Free space of the disk for checkpoints, in bytes.",
     "flops": "Number of floating-point operations of the whole run.",
     "eta_basis": "What the expected time was calculated from.",
