@@ -274,6 +274,9 @@ class MetricRow(Base):
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
     expert_load: Mapped[list[Any] | None]
+    bpb: Mapped[float | None]
+    eval_bpb: Mapped[float | None]
+    eval: Mapped[dict[str, Any] | None]
 
 
 class MetricRollupRow(Base):
