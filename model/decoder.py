@@ -89,7 +89,7 @@ class TransformerBlock(nn.Module):
         rotary: RotaryTables,
         mask: AttentionMask,
         segments: Segments | None,
-        cache: LayerKVCache | None,
+        cache: LayerCache | None,
         cached: int,
     ) -> tuple[Tensor, RouterStats | None]:
         # The residual stream x keeps its dtype (float32 under autocast). Inputs of products are cast once, here.
