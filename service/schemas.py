@@ -340,6 +340,75 @@ class Export(ResponseModel):
     files: list[ExportedFile]
 
 
+class GeneratedText(ResponseModel):
+    """The continuation of a prompt by a checkpoint. ``tokens``: how many new tokens it has."""
+
+    object: Literal["generation"] = "generation"
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    chat_template: bool
+    device: str
+
+
+class OpenAIModel(ResponseModel):
+    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    step: int
+
+
+class OpenAIModels(ResponseModel):
+    """All models, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAILogprobs(ResponseModel):
+    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class OpenAIChoice(ResponseModel):
+    """One continuation, in OpenAI's shape."""
+
+    text: str
+    index: int
+    logprobs: OpenAILogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OpenAIUsage(ResponseModel):
+    """Numbers of tokens, in OpenAI's shape."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class OpenAICompletion(ResponseModel):
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[OpenAIChoice]
+    usage: OpenAIUsage | None = None
+
+
 class Sample(ResponseModel):
     """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
