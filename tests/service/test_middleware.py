@@ -119,7 +119,7 @@ def test_foreign_origins(rig: ServiceHarness) -> None:
 
 
 def test_pages_of_other_sites_only_link_here(rig: ServiceHarness) -> None:
-    """A browser names the site of the page that makes a request, also with GET and EventSource, which send no Origin."""
+    """A browser names the site that makes a request, also with GET and EventSource, which send no Origin."""
     job_id = rig.submit()
     cross = {"Sec-Fetch-Site": "cross-site"}
     for mode in ("cors", "no-cors", "navigate"):
