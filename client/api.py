@@ -179,10 +179,10 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
-        ``gradient_checkpointing`` and ``save_dir``
-        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
-        from the start) or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``max_minutes``, ``target_loss``,
+        ``resources``, ``gradient_checkpointing`` and ``save_dir`` (the checkpoints and weights are moved there).
+        ``schedule`` of a longer run: "extend" (as if it had this length from the start) or "continue" (decays from the
+        current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 

@@ -190,6 +190,13 @@ class Score(TypedDict):
     step: int
 
 
+class LimitsLeft(TypedDict):
+    """What is left of ``limits.max_minutes`` and ``training.max_tokens``; null if not limited."""
+
+    seconds: float | None
+    tokens: int | None
+
+
 class Job(TypedDict, total=False):
     """One pretraining run."""
 
@@ -201,6 +208,7 @@ class Job(TypedDict, total=False):
     group: str | None
     discarded: bool
     score: Score | None
+    limits_left: LimitsLeft | None
     status: str
     desired: str
     phase: str | None

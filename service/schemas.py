@@ -127,6 +127,7 @@ class Progress(ResponseModel):
     eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
+    train_seconds: float | None = None
 
 
 class Queue(ResponseModel):
@@ -229,6 +230,13 @@ class Score(ResponseModel):
     step: int
 
 
+class LimitsLeft(ResponseModel):
+    """What is left of ``limits.max_minutes`` and ``training.max_tokens``, at the last report; null if not limited."""
+
+    seconds: float | None
+    tokens: int | None
+
+
 class JobSummary(ResponseModel):
     """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
 
@@ -240,6 +248,7 @@ class JobSummary(ResponseModel):
     group: str | None
     discarded: bool
     score: Score | None
+    limits_left: LimitsLeft | None
     status: JobStatus
     desired: Desired
     phase: str | None
@@ -495,6 +504,7 @@ class Metric(ResponseModel):
     bpb: float | None = None
     eval_bpb: float | None = None
     eval: dict[str, HeldOutResult] | None = None
+    train_seconds: float | None = None
     at: datetime | None = None
     job_id: str | None = None
 

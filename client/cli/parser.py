@@ -271,6 +271,8 @@ COMMANDS = (
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
         Option("--max_tokens", type=int, help="raise the number of trained tokens"),
+        Option("--max_minutes", metavar="MINUTES", help="another limit of training time; none: no limit"),
+        Option("--target_loss", metavar="LOSS", help="another loss at which the run ends; none: no target"),
         Option("--schedule", type=click.Choice(["extend", "continue"]),
             help="learning rate of a longer run: schedule of the new length, or decay from the current rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),

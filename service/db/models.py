@@ -278,6 +278,7 @@ class MetricRow(Base):
     bpb: Mapped[float | None]
     eval_bpb: Mapped[float | None]
     eval: Mapped[dict[str, Any] | None]
+    train_seconds: Mapped[float | None]
 
 
 class MetricRollupRow(Base):

@@ -29,7 +29,7 @@ from trainyard.service.planning.estimate import (
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
-from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
+from trainyard.service.planning.warnings import HostCapacity, limit_warnings, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
 from trainyard.service.settings import Settings
 
@@ -175,7 +175,11 @@ def preview(
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
             "sources": list(sample.sources),
             "eval_sets": list(sample.eval_sets),
-            "warnings": [*warnings(spec, size, host), *source_warnings(sample.sources)],
+            "warnings": [
+                *warnings(spec, size, host),
+                *source_warnings(sample.sources),
+                *limit_warnings(spec, size, throughput.tokens_per_second if throughput else None),
+            ],
         }
     )
 
@@ -206,6 +210,12 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
     if size is None:
         return {"estimated": True}
     flops_per_token = costs.flops_per_token(spec.model, size.attention_length)
+    seconds, minutes = (
+        size.trained_tokens / throughput.tokens_per_second if throughput else None,
+        spec.limits.max_minutes,
+    )
+    if seconds is not None and minutes is not None:
+        seconds = min(seconds, 60 * minutes)
     return {
         "estimated": True,
         "tokens": size.tokens,
@@ -219,7 +229,7 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
         "tokens_per_step": size.tokens_per_step,
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * size.trained_tokens,
-        "eta_seconds": size.trained_tokens / throughput.tokens_per_second if throughput else None,
+        "eta_seconds": seconds,
         "eta_basis": str(throughput) if throughput else None,
     }
 

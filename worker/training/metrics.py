@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from trainyard.contract.events import MetricEvent
+from trainyard.contract.smoothing import HALF_LIFE, Ema
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.training.bits_per_byte import bits_per_byte
 from trainyard.worker.training.step import StepMetrics
@@ -115,7 +116,8 @@ def restore_window(
 class MetricsProcessor:
     """Sums up this rank's steps, and makes metric lines from the sums of all ranks.
 
-    ``unevaluated``: the line of the current step, if its evaluation is still to be done.
+    ``unevaluated``: the line of the current step, if its evaluation is still to be done. ``smoothed``: the moving
+    average of the losses of all lines.
     """
 
     def __init__(
@@ -124,6 +126,7 @@ class MetricsProcessor:
         self.window = window
         self.last_loss: float | None = None
         self.unevaluated: MetricEvent | None = None
+        self.smoothed = Ema(HALF_LIFE)
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
@@ -171,6 +174,8 @@ class MetricsProcessor:
         steps, seconds = self._steps, self._seconds
         tokens_per_second = self._timed_tokens / seconds if seconds else None
         self.last_loss = loss
+        if loss is not None and math.isfinite(loss):
+            self.smoothed.add(step, loss)
         self.rewind(MetricsWindow())
         return MetricEvent(
             step=step,

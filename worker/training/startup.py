@@ -25,6 +25,7 @@ def started_event(
     progress: TrainProgress,
     steps: int,
     resume_from: ResumePoint | None,
+    train_seconds: float,
 ) -> Started:
     spec = data.spec
     assert spec.model.vocab_size is not None
@@ -32,6 +33,7 @@ def started_event(
         start_step=progress.step,
         base_step=progress.base_step,
         base_tokens=progress.base_tokens,
+        train_seconds=train_seconds,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,
