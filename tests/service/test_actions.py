@@ -51,7 +51,8 @@ def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
     there = (
-        "those here are epochs, max_steps, max_tokens, max_minutes, target_loss, save_dir, gradient_checkpointing, resources, step, schedule"
+        "those here are epochs, max_steps, max_tokens, max_minutes, target_loss, save_dir, gradient_checkpointing, "
+        "resources, step, schedule"
         if verb == "resume"
         else "there are none here"
     )
