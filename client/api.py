@@ -38,6 +38,7 @@ from trainyard.client.types import (
     Metric,
     NewToken,
     Plan,
+    Proposal,
     ResumedJob,
     Token,
     Version,
@@ -96,6 +97,17 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
+
+    def propose(self, depth: int, spec: Mapping[str, Any] | None = None) -> Proposal:
+        """Return a spec for a model of ``depth`` layers by published rules, to be edited, and the reason of each value.
+
+        ``spec``: the part that is decided, which stays as it is; it may lack the corpus. Nothing is stored.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the spec.
+        """
+        body = {"depth": depth, "spec": spec or {}}
+        return cast(Proposal, self._connection.call("POST", "/jobs/proposal", body=body))
 
     def plan(self, spec: Mapping[str, Any]) -> Plan:
         """Return the size, memory, disk, time and warnings of a run of ``spec``. Nothing is stored.

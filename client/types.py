@@ -162,6 +162,7 @@ class Plan(TypedDict, total=False):
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
     memory_options: list[MemoryOption]
+    suggested_batch_size: int | None
     settings_that_fit: dict[str, dict[str, Any]] | None
     checkpoint_bytes: int | None
     snapshot_bytes: int | None
@@ -177,6 +178,25 @@ class Plan(TypedDict, total=False):
     warnings: list[str]
     sources: list[PlanSource]
     queue: Queue
+
+
+class ProposedSetting(TypedDict):
+    """One proposed value, its place in the spec, and why. ``source``: a publication, or None."""
+
+    pointer: str
+    value: int | float | str
+    reason: str
+    source: str | None
+
+
+class Proposal(TypedDict):
+    """A spec to edit, see `Client.propose`. ``parameters``: those of the proposed model."""
+
+    object: str
+    depth: int
+    parameters: int
+    spec: dict[str, Any]
+    settings: list[ProposedSetting]
 
 
 class Score(TypedDict):

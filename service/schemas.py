@@ -160,9 +160,29 @@ class PlanPreview(Plan):
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
     memory_options: list[MemoryOption] = []
+    suggested_batch_size: int | None = None
     settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
+
+
+class ProposedSetting(ResponseModel):
+    """One proposed value, where it is in the spec, and why. ``source``: a publication, or null."""
+
+    pointer: str
+    value: int | float | str
+    reason: str
+    source: str | None
+
+
+class Proposal(ResponseModel):
+    """A spec for a run of some depth, by published rules, to be edited. What the client gave is unchanged."""
+
+    object: Literal["proposal"] = "proposal"
+    depth: int
+    parameters: int
+    spec: dict[str, Any]
+    settings: list[ProposedSetting]
 
 
 class Parent(ResponseModel):

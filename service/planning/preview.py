@@ -11,7 +11,7 @@ from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
-from trainyard.service.devices.memory import disk_free, memory_limit
+from trainyard.service.devices.memory import disk_free, free_memory, memory_limit
 from trainyard.service.jobs import memory
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
@@ -170,6 +170,7 @@ def preview(
             "memory_limit_bytes": host.memory_limit,
             "memory_options": list(memory.options(spec, kind, host.memory_limit)),
             "settings_that_fit": host.settings_that_fit,
+            "suggested_batch_size": largest_batch_size(spec, kind, devices),
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
@@ -182,6 +183,14 @@ def preview(
             ],
         }
     )
+
+
+def largest_batch_size(spec: JobSpec, kind: str, devices: Sequence[Device]) -> int | None:
+    """Return the largest batch_size that fits into the free memory of this host, or None if that is unknown."""
+    if spec.resources.launcher == SLURM:
+        return None
+    free = free_memory(kind, devices, spec.resources.nproc_per_node)
+    return memory.suggested_batch_size(spec, kind, free)
 
 
 def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | None) -> PlanPreview:
