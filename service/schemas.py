@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
@@ -36,6 +37,16 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class EvalSet(ResponseModel):
+    """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None = None
+
+
 class MemoryOption(ResponseModel):
     """Memory of each rank with one parallelism, with or without gradient checkpointing.
 
@@ -64,6 +75,7 @@ class Plan(ResponseModel):
     documents: int | None = None
     bad_lines: int | None = None
     duplicates: int | None = None
+    eval_sets: list[EvalSet] = []
     special_tokens: int | None = None
     special_texts: int | None = None
     bos_token: str | None = None
@@ -103,12 +115,16 @@ class Progress(ResponseModel):
     epoch: float | None = None
     tokens: int | None = None
     loss: float | None = None
+    bpb: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
     percent: float | None = None
+    eval_loss: float | None = None
+    eval_bpb: float | None = None
+    eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
 
@@ -203,12 +219,12 @@ class Checkpoint(ResponseModel):
 
 
 class Score(ResponseModel):
-    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+    """What a job is ranked by; less is better. ``step``: the step that ``value`` is of.
 
-    ``step``: the step that ``value`` is of.
+    ``metric``: bpb, the best held-out bits per byte; eval_loss, the best one; or loss, the newest smoothed one.
     """
 
-    metric: Literal["eval_loss", "loss"]
+    metric: Literal["bpb", "eval_loss", "loss"]
     value: float
     step: int
 
@@ -238,6 +254,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -323,6 +340,75 @@ class Export(ResponseModel):
     files: list[ExportedFile]
 
 
+class GeneratedText(ResponseModel):
+    """The continuation of a prompt by a checkpoint. ``tokens``: how many new tokens it has."""
+
+    object: Literal["generation"] = "generation"
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    chat_template: bool
+    device: str
+
+
+class OpenAIModel(ResponseModel):
+    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    step: int
+
+
+class OpenAIModels(ResponseModel):
+    """All models, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAILogprobs(ResponseModel):
+    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class OpenAIChoice(ResponseModel):
+    """One continuation, in OpenAI's shape."""
+
+    text: str
+    index: int
+    logprobs: OpenAILogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OpenAIUsage(ResponseModel):
+    """Numbers of tokens, in OpenAI's shape."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class OpenAICompletion(ResponseModel):
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[OpenAIChoice]
+    usage: OpenAIUsage | None = None
+
+
 class Sample(ResponseModel):
     """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
@@ -406,6 +492,9 @@ class Metric(ResponseModel):
     eval_loss: float | None = None
     expert_load: list[Any] | None = None
     nonfinite: bool | None = None
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
     at: datetime | None = None
     job_id: str | None = None
 
@@ -478,7 +567,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 

@@ -46,7 +46,7 @@ from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, r
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import StepIntervals, total_steps
+from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
 from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
@@ -93,9 +93,6 @@ def train(
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
-    def run_length(rows_per_step: int) -> int:
-        return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
-
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
@@ -104,7 +101,17 @@ def train(
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(
-            spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world, shapes
+            spec,
+            attempt.run,
+            artifacts,
+            data.identity,
+            lambda saved: is_finished(
+                spec.training, TrainProgress.from_state(saved), -(-len(data.train_set) // saved.rows_per_step)
+            ),
+            emit,
+            from_step,
+            ranks.world,
+            shapes,
         )
     )
     untrained = resume_from is None and spec.training.from_weight is None
@@ -120,7 +127,8 @@ def train(
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
     sampler = data.sampler(rows_per_step, spec.training.seed)
-    steps = progress.base_step + run_length(rows_per_step)
+    # With ``max_tokens``, counting the tokens of the rows may take seconds, so only rank 0 does it.
+    steps = ranks.broadcast_from_rank0(lambda: last_step(spec.training, progress, sampler, data.train_set.targets_of))
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
     started = started_event(data, ranks, sampler, progress, steps, resume_from)
     trainer = Trainer(
@@ -174,7 +182,7 @@ def train(
         trainer.warm_up()
         phases.enter(Phase.TRAINING)
         try:
-            progress, stopped = trainer.run(progress, steps)
+            progress, stopped = trainer.run(progress)
         finally:
             phases.enter(Phase.SAVING)
             hit("train.close")
@@ -183,7 +191,7 @@ def train(
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
         )
-    return Outcome(outcome="completed", step=progress.step, message=f"all {steps} steps done")
+    return Outcome(outcome="completed", step=progress.step, message=f"all {trainer.intervals.steps} steps done")
 
 
 def _restore(
@@ -266,7 +274,7 @@ class Trainer:
             self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
-    def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
+    def run(self, progress: TrainProgress) -> tuple[TrainProgress, bool]:
         """Run all steps after ``progress``. Return the progress, and whether a stop request ended the run early.
 
         A step that is to be saved and evaluated is saved first: an evaluation may be long, and a stop request or a
@@ -274,9 +282,9 @@ class Trainer:
         """
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self._save_at_start(progress, steps)
+        self._save_at_start(progress)
         stopped = not self._evaluate(progress)
-        while not stopped and progress.step < steps:
+        while not stopped and progress.step < self.intervals.steps:
             previous_step, progress = progress.step, self.train_step(progress)
             if progress.step <= previous_step:
                 continue  # rolled back
@@ -284,9 +292,9 @@ class Trainer:
             # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
             flags = control.exchange(self._own_flags())
             if flags.settings is not None:
-                self._apply_settings(flags.settings, progress.step, steps)
+                self._apply_settings(flags.settings, progress.step)
             self._logs_next_step = flags.log
-            is_last = progress.step == steps
+            is_last = progress.step == self.intervals.steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
@@ -305,12 +313,12 @@ class Trainer:
         control.finish()
         return progress, stopped
 
-    def _save_at_start(self, progress: TrainProgress, steps: int) -> None:
+    def _save_at_start(self, progress: TrainProgress) -> None:
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
             # A bad step before the first regular save also needs a checkpoint to roll back to.
             with self.phases.during(Phase.SAVING):
                 self.checkpointer.save(self.state, progress, self.metrics, required=True)
-        if progress.step >= steps:
+        if progress.step >= self.intervals.steps:
             # All steps are done, but the attempt that did them may have died before its final weights were written.
             self._save(progress, required=True)
 
@@ -351,10 +359,13 @@ class Trainer:
         if warning is not None:
             self.emit(warning)
 
-    def _apply_settings(self, settings: RunSettings, step: int, steps: int) -> None:
+    def _apply_settings(self, settings: RunSettings, step: int) -> None:
         """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
+        self._set_last_step(self.intervals.steps)
+
+    def _set_last_step(self, steps: int) -> None:
         self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=bool(self.data.eval_sets))
 
     def _should_save_now(self) -> bool:
@@ -470,12 +481,22 @@ class Trainer:
         message = (
             f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
         )
-        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data={"to_step": saved.step}))
         self.trackers.start_at(saved.step)
         self.heartbeat.beat(saved.step)
         # Keep the current counters: with the checkpoint's, a run could roll back for ever.
         offset = progress.data_offset + bad_step - saved.step
-        return replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        progress = replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        self._set_schedule(progress)
+        data = {"to_step": saved.step, "steps": self.intervals.steps}
+        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data=data))
+        return progress
+
+    def _set_schedule(self, progress: TrainProgress) -> None:
+        """Adapt the length of the run to the data that a rollback has skipped."""
+        training, sampler, targets_of = self.spec.training, self.loader.sampler, self.data.train_set.targets_of
+        steps = self.ranks.broadcast_from_rank0(lambda: last_step(training, progress, sampler, targets_of))
+        self._set_last_step(steps)
+        self.lr_schedule = LRSchedule.from_spec(training, steps, progress.base_step)
 
     def _log_metrics(self, progress: TrainProgress) -> None:
         """Emit the metric line that is due. If an evaluation is due too, hold the line until `_evaluate`."""

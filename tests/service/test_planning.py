@@ -204,6 +204,9 @@ def test_steps_follow_epochs_or_max_steps() -> None:
     assert (size().samples, size().steps_per_epoch, size().steps) == (18, 5, 5)
     assert size(epochs=3).steps == 15
     assert size(max_steps=7).steps == 7
+    tokens_per_step = 18 * 9 / 5
+    assert [size(max_tokens=tokens).steps for tokens in (1, 32, 33, 324, 325)] == [1, 1, 2, 10, 11]
+    assert size(max_tokens=1000).trained_tokens - 1000 < tokens_per_step
     assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
     spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
     half = estimate_size(spec, [10.0] * 10, 0, 1.0)
@@ -340,6 +343,32 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     assert found["queue"] == {"position": 1, "waiting_for": "nothing: it would start immediately"}
     assert set(found["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
     assert any_rig.get("/jobs")["data"] == []
+
+
+def test_the_plan_has_the_held_out_sets(any_rig: ServiceHarness) -> None:
+    write_corpus(any_rig.corpus, 300, seed=5)
+    folder = any_rig.home / "held-out"
+    folder.mkdir()
+    for number in range(3):
+        write_corpus(folder / f"{number}.jsonl", 100, seed=number)
+    (any_rig.home / "book.txt").write_text("one\n\ntwo\n")
+    whole = plan(any_rig, data={"data_path": str(folder)})
+    data = {"data_path": str(any_rig.corpus)}
+    sets = [
+        {"name": "all", "path": str(folder)},
+        {"name": "part", "path": str(folder), "max_tokens": 500},
+        {"name": "book", "path": str(any_rig.home / "book.txt")},
+    ]
+    every, part, book = plan(any_rig, data={**data, "eval_sources": sets})["eval_sets"]
+    predicted = whole["tokens"] - whole["documents"]
+    assert every == {"name": "all", "files": 3, "documents": 300, "tokens": predicted, "duplicates": None}
+    assert part == {**every, "name": "part", "tokens": 500, "documents": round(300 * 500 / predicted)}
+    assert book == {**every, "name": "book", "files": 1, "tokens": None, "documents": None}, "not JSONL"
+    (one,) = plan(any_rig, data={**data, "eval_data_path": str(folder)})["eval_sets"]
+    assert one == {**every, "name": "eval"}
+    (split,) = plan(any_rig, data={**data, "eval_fraction": 0.1})["eval_sets"]
+    assert (split["name"], split["files"], split["documents"]) == ("data", 1, 30)
+    assert plan(any_rig)["eval_sets"] == []
 
 
 def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:

@@ -94,7 +94,7 @@ def test_each_set_is_as_computed_by_hand_on_one_rank_and_on_two(data: Path, tmp_
     texts = {"chinese": texts_of(CHINESE, 23, 2), "code": texts_of(CODE, 5, 3), "one": ["\U0001f600"]}
     cut = texts_of(["word "], 40, 4)
     write(tmp_path / "cut.jsonl", cut)
-    sources = [
+    sources: list[dict[str, Any]] = [
         {"name": name, "path": str(write(tmp_path / f"{name}.jsonl", found, "content")), "text_field": "content"}
         for name, found in texts.items()
     ]

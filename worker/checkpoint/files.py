@@ -73,9 +73,9 @@ MIN_WINDOW_NUMBERS = 4
 class RunState:
     """Everything a resume needs besides the tensors. Stored as the JSON object state.json, so field names are fixed.
 
-    ``data_offset``, ``base_step``: see `worker.training.state.TrainProgress`. ``interval``: the metrics window of each
-    rank; ``interval_bytes``: the bytes of text in it, None if unknown, [] in checkpoints of 0.1. ``trouble``: the
-    `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
+    ``data_offset``, ``base_step``, ``base_tokens``: see `worker.training.state.TrainProgress`. ``interval``: the
+    metrics window of each rank; ``interval_bytes``: the bytes of text in it, None if unknown, [] in checkpoints of 0.1.
+    ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
     `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its evaluation
     was still to be done; None also in checkpoints of 0.1.
     """
@@ -90,6 +90,7 @@ class RunState:
     identity: RunIdentity
     data_offset: Annotated[int, Ge(-(2**53)), Le(2**53)] = 0
     base_step: Count = 0
+    base_tokens: Count = 0
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
     interval_bytes: list[float | None] = field(default_factory=list)
@@ -116,6 +117,8 @@ class RunState:
 def _state_problem(state: RunState) -> str | None:
     if state.base_step > state.step or state.step + state.data_offset < 0:
         return "base_step and data_offset do not belong to step"
+    if state.base_tokens > state.tokens:
+        return "base_tokens does not belong to tokens"
     if not set(state.trouble) <= COUNTERS:
         return f"trouble: must hold {', '.join(sorted(COUNTERS))}"
     widths = {len(row) for row in state.interval}

@@ -31,6 +31,7 @@ def started_event(
     return Started(
         start_step=progress.step,
         base_step=progress.base_step,
+        base_tokens=progress.base_tokens,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,
@@ -81,7 +82,7 @@ def schedule_warnings(training: TrainingSpec, steps: int) -> Iterator[WarningEve
             "the full learning rate is never reached; lower warmup_steps, or train longer"
         )
         yield WarningEvent(code="warmup_beyond_run", message=message)
-    if training.max_steps is not None and training.epochs != 1:
+    if (training.max_steps is not None or training.max_tokens is not None) and training.epochs != 1:
         yield WarningEvent(code="epochs_ignored", message=epochs_ignored(training))
 
 

@@ -34,14 +34,15 @@ class TrainProgress:
     """How far the run is.
 
     ``data_offset``: step + data_offset is the step of the data order; rollbacks skip data and add to it, a fork that
-    restarts its data makes it negative. ``base_step``: schedule and length of the run count from here; not 0 only for
-    forks.
+    restarts its data makes it negative. ``base_step``, ``base_tokens``: schedule and length of the run count from here;
+    not 0 only for forks.
     """
 
     step: int = 0
     tokens: int = 0
     data_offset: int = 0
     base_step: int = 0
+    base_tokens: int = 0
     nonfinite: NonFiniteCounters = field(default_factory=NonFiniteCounters)
 
     def next_step(self, step_tokens: int) -> Self:
@@ -49,7 +50,8 @@ class TrainProgress:
 
     @classmethod
     def from_state(cls, state: RunState) -> Self:
-        return cls(state.step, state.tokens, state.data_offset, state.base_step, NonFiniteCounters(**state.trouble))
+        counters = NonFiniteCounters(**state.trouble)
+        return cls(state.step, state.tokens, state.data_offset, state.base_step, state.base_tokens, counters)
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class TrainState:
             identity=identity,
             data_offset=progress.data_offset,
             base_step=progress.base_step,
+            base_tokens=progress.base_tokens,
             loss=loss,
             interval=interval,
             interval_bytes=interval_bytes or [],

@@ -1,6 +1,6 @@
 """`trainyard plan`: size, cost and warnings of a run. Nothing is stored and no device is reserved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,8 @@ from trainyard.client.exit_codes import Exit
 from trainyard.contract.parsing import parse_spec
 
 NOT_ALLOWED = 405
+MAX_SETS = 5
+"""Held-out sets that are listed."""
 
 
 def plan(args: SimpleNamespace, console: Console) -> int:
@@ -67,6 +69,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "model": _model(plan),
         "corpus": _corpus(plan),
         "document": _separators(plan),
+        "held-out": _held_out(plan.get("eval_sets") or []),
         "run": _run(plan),
         "memory": _memory(plan),
         "options": _memory_options(plan),
@@ -99,6 +102,20 @@ def _corpus(plan: Mapping[str, Any]) -> str:
     return (
         f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{special}{unreadable}"
     )
+
+
+def _held_out(sets: Sequence[Mapping[str, Any]]) -> str:
+    texts = [
+        f"{each['name']}: {count(each['files'])} {'file' if each['files'] == 1 else 'files'}{_tokens_of(each)}"
+        for each in sets[:MAX_SETS]
+    ]
+    return "; ".join([*texts, *([f"and {len(sets) - MAX_SETS:,} more"] if len(sets) > MAX_SETS else [])])
+
+
+def _tokens_of(held_out: Mapping[str, Any]) -> str:
+    if held_out.get("tokens") is None:
+        return ""
+    return f", {count(held_out.get('documents'))} documents, {compact_number(held_out['tokens'])} tokens"
 
 
 def _separators(plan: Mapping[str, Any]) -> str:
