@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.lifecycle import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
@@ -120,7 +121,7 @@ def load_snapshot(
         live=_live(session, memory),
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
         leases={row.device: row.job_id for row in leases},
-        devices=devices,
+        devices=xids.marked(devices, xids.uncleared(session, now)),
         preempts=preempts,
     )
 

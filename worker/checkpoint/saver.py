@@ -23,6 +23,8 @@ from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
+from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck
+from trainyard.worker.checkpoint.update_gate import UpdateGate
 from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
@@ -43,25 +45,21 @@ class StateDicts(NamedTuple):
 class StagingBuffers:
     """Host buffers, allocated at the first save and reused by every later one.
 
-    Only the optimizer's update changes weights and moments. So they are copied during the forward and backward passes
-    that follow, and the next update waits if the copy is not complete by then. On a CPU the writer thread copies. On
-    CUDA the device copies into pinned memory, on a stream of its own, and the update waits on the device.
-    ``blocked_seconds``: how long updates have waited on the host.
+    Weights and moments are copied during the forward and backward passes that follow, and the next update waits if the
+    copy is not complete by then. On a CPU the writer thread copies. On CUDA the device copies into pinned memory, on a
+    stream of its own, and the update waits on the device.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.blocked_seconds = 0.0
         self._model = model
         self._optimizer = optimizer
         self._buffers: dict[str, Tensor] = {}
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._copied = threading.Event()
-        self._copied.set()
         self._device = next(model.parameters()).device
         cuda: Any = torch.cuda  # its streams and events are unannotated
         self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copy_event: Any = None
-        self._hook = optimizer.register_step_pre_hook(self._delay_update)
+        self.gate = UpdateGate(optimizer, self._device)
 
     def stage(self) -> StateDicts:
         """Start copying the current step. The copies are valid after `fill` has returned, until the next `stage`.
@@ -75,18 +73,19 @@ class StagingBuffers:
             weights.update(dict.fromkeys(names, self._buffer(f"model.{names[0]}", live.model[names[0]])))
         moments = {name: self._buffer(f"optimizer.{name}", tensor) for name, tensor in live.optimizer.items()}
         if self._stream is None:
-            self._copied.clear()
+            self.gate.close()
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
                 for buffer, tensor in self._pairs:
                     buffer.copy_(tensor, non_blocking=True)
             self._copy_event = self._stream.record_event()
+            self.gate.close_until(self._copy_event)
         return StateDicts({name: weights[name] for name in live.model}, moments)
 
     def release(self) -> None:
         """Free the buffers and remove the hook from the optimizer."""
-        self._hook.remove()
+        self.gate.remove()
         self._buffers, self._pairs = {}, []
 
     def fill(self) -> None:
@@ -99,21 +98,13 @@ class StagingBuffers:
                 # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
                 np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
-            self._copied.set()
+            self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self._buffers:
             self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
         self._pairs.append((self._buffers[name], tensor.detach()))
         return self._buffers[name]
-
-    def _delay_update(self, *_: object) -> None:
-        if self._copy_event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copy_event)
-        elif not self._copied.is_set():
-            start = time.perf_counter()
-            self._copied.wait()
-            self.blocked_seconds += time.perf_counter() - start
 
 
 def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
@@ -156,6 +147,11 @@ class BackgroundTask:
             self._thread.join()
             self._thread = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the work has ended with an error that `wait` has not raised yet."""
+        return self._error is not None
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
@@ -172,7 +168,10 @@ GONE = "the directory of the run is gone; if it was moved, stop the run, and mov
 
 @dataclass
 class Checkpointer:
-    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too."""
+    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too.
+
+    ``replicas``: compares the weights of all ranks at each save; None if there is nothing to compare.
+    """
 
     spec: JobSpec
     artifacts: ArtifactDir
@@ -182,8 +181,11 @@ class Checkpointer:
     emit: Callable[[Event], None]
     saved_at: float = 0.0
     resume_check: "ResumeCheck | None" = None
+    replicas: ReplicaCheck | None = None
     _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
+    _comparison: BackgroundTask = field(default_factory=lambda: BackgroundTask("compare"))
     _staging: StagingBuffers | None = None
+    _digests: DigestSender | None = None
     _had_directory: bool = False
 
     def __post_init__(self) -> None:
@@ -221,12 +223,27 @@ class Checkpointer:
             line = metrics.unevaluated
             unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
             self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
+        elif self.replicas is not None:
+            if self._digests is None:
+                self._digests = DigestSender(self.ranks, train_state.model, train_state.optimizer)
+            self._digests.start()
+            self._writer.start(self._digests.send)
         if required:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the current save, if any. All ranks call it together. Raises TrainingError if it was required."""
+        """Wait for the current save, if any. All ranks call it together.
+
+        Raises TrainingError if it was required and has failed, or if the weights of the ranks differ.
+        """
+        if not self.ranks.is_main_process:
+            self._writer.wait()
         self.ranks.broadcast_from_rank0(self._writer.wait)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` will raise an error on this rank."""
+        return self._writer.failed
 
     def close(self) -> None:
         """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
@@ -257,6 +274,22 @@ class Checkpointer:
         self._writer.join()
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
+        try:
+            if self.replicas is not None:
+                # Beside the writing of the files: `_write` waits for it before it publishes them.
+                self._comparison.start(lambda: self._compare(tensors.model, state.step))
+            self._publish(tensors, state, required)
+        finally:
+            self._comparison.join()
+
+    def _compare(self, weights: Mapping[str, Tensor], step: int) -> None:
+        assert self.replicas is not None
+        problem = self.replicas.compare(weights, step)
+        if problem is not None:
+            message = f"the weights of the ranks could not be compared at step {step}: {problem}"
+            self.emit(WarningEvent(code="weights_not_compared", message=message, step=step))
+
+    def _publish(self, tensors: StateDicts, state: RunState, required: bool) -> None:
         # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
         if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
             what = f"the weights file in {self.artifacts.out}"
@@ -288,8 +321,9 @@ class Checkpointer:
     def _write(self, tensors: StateDicts, state: RunState) -> None:
         start = time.monotonic()
         saved = self._already_published(state.step) or files.write_checkpoint(
-            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
+            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer, self._comparison.wait
         )
+        self._comparison.wait()  # also if this step was published before
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:
