@@ -225,6 +225,7 @@ def fingerprint_inputs(
     """
     paths: dict[str, str | list[str] | None] = {"data_path": data.data_path, "eval_data_path": data.eval_data_path}
     paths |= {f"sources/{source.name}": source.path for source in data.sources or ()}
+    paths |= {f"eval_sources/{source.name}": source.path for source in data.eval_sources or ()}
     paths["tokenizer_path"] = None if tokenizer is None else str(tokenizer)
     found = {}
     for name, path in paths.items():

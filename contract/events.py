@@ -41,6 +41,21 @@ class RankInfo(BaseModel):
         return f"rank {self.rank} (host {self.host}, {self.device} {self.name}{bus})"
 
 
+class HeldOutFacts(BaseModel):
+    """Size of a held-out set. ``tokens``: those that are predicted. ``documents``: null if unknown.
+
+    ``duplicates``: documents of its source with the text of an earlier one, counted if ``eval_fraction`` is used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int
+    duplicates: int | None = None
+
+
 class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
@@ -78,6 +93,7 @@ class Started(EventBase):
     flops_per_token: float
     base_step: Step = 0
     duplicates: int | None = None
+    eval_sets: list[HeldOutFacts] = Field(default_factory=list)
     resumed_from: str | None = None
     ranks: list[RankInfo] = Field(default_factory=list)
 
@@ -92,10 +108,21 @@ class PhaseChanged(EventBase):
     total: int | None = None
 
 
+class HeldOutResult(BaseModel):
+    """The evaluation of a held-out set. ``loss``: in nats per token. ``bpb``: in bits per byte of text."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    loss: float | None = None
+    bpb: float | None = None
+
+
 class MetricEvent(EventBase):
     """One point of the curve, at an optimizer step.
 
-    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``tokens``: trained tokens of the
+    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``bpb``: the same in bits per byte of
+    text; null if the bytes of a token are unknown. ``eval``: the results of each held-out set, by its name;
+    ``eval_loss``, ``eval_bpb``: over all sets together, each token counting once. ``tokens``: trained tokens of the
     whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
     since the previous point, over all layers; null for a dense model. ``step_seconds_max_rank``: the rank that computed
     longest in a step, and ``step_seconds_spread`` its time over the median of all ranks, both without the time that a
@@ -120,6 +147,9 @@ class MetricEvent(EventBase):
     eval_loss: float | None = None
     expert_load: list[float] | None = None
     nonfinite: bool = False
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
 
 
 class CheckpointSaved(EventBase):

@@ -91,6 +91,19 @@ class SourceSpec(Group):
     text_field: Name | None = Field(None, description="null: data.text_field")
 
 
+class EvalSourceSpec(Group):
+    """One held-out set."""
+
+    name: SourceName = Field(description="name in metrics and charts; unique")
+    path: DataPath = Field(description="as data_path")
+    text_field: Name | None = Field(None, description="null: data.text_field")
+    max_tokens: Positive | None = Field(
+        None,
+        description="evaluate only the first documents, whole, that have at most so many tokens together; "
+        "at least one document; null: all",
+    )
+
+
 class DataSpec(Group):
     """Corpus and tokenizer."""
 
@@ -121,10 +134,15 @@ class DataSpec(Group):
     max_bad_lines: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="maximum fraction of invalid documents; above it the run fails"
     )
-    eval_data_path: DataPath | None = Field(None, description="held-out data, in the same forms as data_path")
+    eval_data_path: DataPath | None = Field(
+        None, description="held-out data, in the same forms as data_path: one held-out set, called eval"
+    )
+    eval_sources: Annotated[list[EvalSourceSpec], Field(min_length=1, max_length=MAX_SOURCES)] | None = Field(
+        None, description="several held-out sets instead of eval_data_path, each with its own loss and bits per byte"
+    )
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="fraction of the documents that is held out if eval_data_path is null; "
+        description="fraction of the documents of each source that is held out, if there is no other held-out data; "
         "documents with the same text are held out together",
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
@@ -138,6 +156,15 @@ class DataSpec(Group):
             return self.sources
         assert self.data_path is not None, "parsing requires one of the two"
         return [SourceSpec(name="data", path=self.data_path)]
+
+    @property
+    def held_out_sources(self) -> list[EvalSourceSpec]:
+        """The held-out sets that have files of their own: none with ``eval_fraction``."""
+        if self.eval_sources is not None:
+            return self.eval_sources
+        if self.eval_data_path is not None:
+            return [EvalSourceSpec(name="eval", path=self.eval_data_path)]
+        return []
 
     @property
     def is_mixture(self) -> bool:

@@ -22,6 +22,7 @@ from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
+from trainyard.worker.data.byte_lengths import ByteLengths
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.prepare import TrainingData, prepare_data
@@ -30,6 +31,7 @@ from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths, weight_roots
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
@@ -38,7 +40,8 @@ from trainyard.worker.training.control import (
     settings_changed_event,
     with_settings,
 )
-from trainyard.worker.training.evaluate import Evaluator, generate_samples
+from trainyard.worker.training.evaluate import generate_samples
+from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, StragglerMonitor, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
@@ -113,9 +116,10 @@ def train(
     untrained = resume_from is None and spec.training.from_weight is None
     if resume_from is None and spec.training.from_weight is not None:
         load_weights(model, spec, artifacts, weight_roots(attempt.run))
-    state = build_train_state(
-        model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks
-    )
+    lengths = data.byte_lengths
+    byte_counter = ByteCounter.of(lengths, ranks.device) if isinstance(lengths, ByteLengths) else None
+    aux_coefficient = spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0
+    state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter)
     progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
@@ -142,7 +146,7 @@ def train(
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
-        intervals=StepIntervals.from_spec(spec, steps, evaluates=data.eval_set is not None),
+        intervals=StepIntervals.from_spec(spec, steps, evaluates=bool(data.eval_sets)),
         metrics=MetricsProcessor(
             ranks,
             window,
@@ -165,7 +169,7 @@ def train(
         straggler_monitor=StragglerMonitor(places),
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
     )
-    trainer.metrics.unevaluated = unevaluated if data.eval_set is not None else None
+    trainer.metrics.unevaluated = unevaluated if data.eval_sets else None
     emit(started)
     for warning in (*replica_warnings, *schedule_warnings(spec.training, steps - progress.base_step)):
         emit(warning)
@@ -208,7 +212,7 @@ def _restore(
         return TrainProgress(), MetricsWindow(), rows_per_step, {}, None
     saved = state.load(resume_from.checkpoint)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved.unevaluated is not None else None
-    window = restore_window(saved.interval, ranks)
+    window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved.probe, unevaluated
 
 
@@ -366,7 +370,7 @@ class Trainer:
         """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
-        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=self.data.eval_set is not None)
+        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=bool(self.data.eval_sets))
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
@@ -483,7 +487,7 @@ class Trainer:
                 raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
             saved = self.state.load(path)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self.metrics.rewind(restore_window(saved.interval, self.ranks))
+        self.metrics.rewind(restore_window(saved.interval, self.ranks, saved.interval_bytes))
         bad_step = progress.step + 1
         message = (
             f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
@@ -524,19 +528,21 @@ class Trainer:
 
         Return False if a stop was requested meanwhile: then the evaluation is given up, and the step is saved.
         """
-        metric, eval_set = self.metrics.unevaluated, self.data.eval_set
-        if metric is None or eval_set is None:
+        metric = self.metrics.unevaluated
+        if metric is None or not self.data.eval_sets:
             return True
+        batch_size, counter = self.spec.training.batch_size, self.state.train_step.byte_counter
         with self.phases.during(Phase.EVALUATING):
-            evaluator = Evaluator(eval_set, self.ranks, self.spec.training.batch_size, self.stop.requested)
+            evaluator = HeldOutEvaluator(self.data.eval_sets, self.ranks, batch_size, counter, self.stop.requested)
             try:
-                eval_loss = evaluator.loss(self.state)
+                found = evaluator.evaluate(self.state)
             except StopRequested:
                 self._give_up_evaluation()
                 self._save_once(progress)
                 return False
         self.metrics.unevaluated = None
-        self._emit_metric(metric.model_copy(update={"eval_loss": eval_loss, "at": datetime.now(UTC)}))
+        results = {"eval_loss": found.loss, "eval_bpb": found.bpb, "eval": found.sets, "at": datetime.now(UTC)}
+        self._emit_metric(metric.model_copy(update=results))
         return True
 
     def _give_up_evaluation(self) -> None:

@@ -12,7 +12,7 @@ from trainyard.contract.allowed_paths import outside_files, outside_reason
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, fingerprint_inputs, glob_base, is_glob, shown
 from trainyard.contract.parsing import PLACEHOLDER, ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, TokenizerTooLarge, tokenizer_file, vocabulary_size
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
@@ -174,12 +174,14 @@ class _SpecValidator:
         for leaf, given in (("data_path", data_path), ("eval_data_path", data.eval_data_path)):
             if given is not None:
                 self.data[leaf] = yield from self._corpus(f"/data/{leaf}", given)
-        if data.sources is not None:
-            sources = []
-            for index, source in enumerate(data.sources):
-                path = yield from self._corpus(f"/data/sources/{index}/path", source.path)
-                sources.append(source.model_copy(update={"path": path}))
-            self.data["sources"] = sources
+        named: dict[str, Sequence[SourceSpec | EvalSourceSpec] | None]
+        named = {"sources": data.sources, "eval_sources": data.eval_sources}
+        for leaf, sources in named.items():
+            if sources is not None:
+                self.data[leaf] = []
+                for index, source in enumerate(sources):
+                    path = yield from self._corpus(f"/data/{leaf}/{index}/path", source.path)
+                    self.data[leaf].append(source.model_copy(update={"path": path}))
 
     def _corpus(self, pointer: str, given: str | list[str]) -> Generator[Finding, None, str | list[str]]:
         """Yield what is wrong with a corpus's path, and return it with its links resolved."""

@@ -382,6 +382,7 @@ def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig.close()
 
 
+@pytest.mark.long
 def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
     spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
     assert MatrixSpeed(tmp_path, wait_seconds=0.0).estimate(spec, "cpu", 340) is None, "a plan does not wait for it"

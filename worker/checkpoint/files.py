@@ -73,9 +73,10 @@ class RunState:
     """Everything a resume needs besides the tensors. Stored as the JSON object state.json, so field names are fixed.
 
     ``data_offset``, ``base_step``: see `worker.training.state.TrainProgress`. ``interval``: the metrics window of each
-    rank. ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the
-    score of `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its
-    evaluation was still to be done; None also in checkpoints of 0.1.
+    rank; ``interval_bytes``: the bytes of text in it, None if unknown, [] in checkpoints of 0.1. ``trouble``: the
+    `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
+    `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its evaluation
+    was still to be done; None also in checkpoints of 0.1.
     """
 
     # Without an annotation, because it is no field. Pydantic reads it in `from_json`.
@@ -90,6 +91,7 @@ class RunState:
     base_step: Count = 0
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
+    interval_bytes: list[float | None] = field(default_factory=list)
     trouble: dict[str, Count] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +120,8 @@ def _state_problem(state: RunState) -> str | None:
     widths = {len(row) for row in state.interval}
     if len(widths) > 1 or any(width < MIN_WINDOW_NUMBERS for width in widths):
         return f"interval: must hold rows of one length, at least {MIN_WINDOW_NUMBERS}"
+    if len(state.interval_bytes) not in (0, len(state.interval)):
+        return "interval_bytes: must hold a number for each row of interval"
     if state.scaler and (set(state.scaler) != SCALER_KEYS or not all(map(_is_positive, state.scaler.values()))):
         return f"scaler: must hold positive numbers: {', '.join(sorted(SCALER_KEYS))}"
     if "loss" in state.probe and not _is_finite(state.probe["loss"]):

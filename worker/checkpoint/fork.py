@@ -108,6 +108,7 @@ def _restart_data(state: RunState, identity: RunIdentity, spec: JobSpec, world: 
         data_offset=-state.step,
         base_step=state.step,
         interval=[],
+        interval_bytes=[],
         trouble={},
         probe=state.probe if is_comparable else {},
     )

@@ -210,12 +210,14 @@ class Checkpointer:
         every rank raises TrainingError.
         """
         self.wait()
+        interval, interval_bytes = metrics.gather_windows()
         state = train_state.run_state(
             progress,
             self.identity,
             rows_per_step=self.rows_per_step,
-            interval=self.ranks.gather(metrics.window.to_row()),
+            interval=interval,
             loss=metrics.last_loss,
+            interval_bytes=interval_bytes,
         )
         self.saved_at = time.monotonic()
         if self.ranks.is_main_process:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from trainyard.contract.corpus_files import fingerprint_inputs
-from trainyard.contract.events import RankInfo, Started, WarningEvent
+from trainyard.contract.events import HeldOutFacts, RankInfo, Started, WarningEvent
 from trainyard.contract.spec import JobSpec, TrainingSpec, epochs_ignored
 from trainyard.contract.tokenizer_info import BYTE, tokenizer_file
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
@@ -58,6 +58,16 @@ def started_event(
         steps_per_epoch=sampler.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, data.train_set.attention_length),
         duplicates=data.train_set.duplicates,
+        eval_sets=[
+            HeldOutFacts(
+                name=held_out.name,
+                files=held_out.files,
+                documents=held_out.rows.documents,
+                tokens=held_out.rows.tokens,
+                duplicates=held_out.rows.duplicates,
+            )
+            for held_out in data.eval_sets
+        ],
         resumed_from=str(resume_from.source) if resume_from is not None else None,
         ranks=list(places),
     )

@@ -1,7 +1,8 @@
 """The state of training: model, optimizer and scaler in `TrainState`, and how far the run is in `TrainProgress`."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,13 +15,13 @@ from trainyard.contract.spec import TrainingSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.model.loss import IGNORED
 from trainyard.model.muon import Muon, matrix_parameters
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
 from trainyard.worker.data.microbatch import ModelInputs
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard, NonFiniteCounters
 from trainyard.worker.training.step import Precision, TrainStep, forward
 
@@ -67,22 +68,22 @@ class TrainState:
         """Return True if metric reads may be deferred: on CUDA, if the device guard latches after a bad step."""
         return self.train_step.guard.is_latching and self.train_step.guard.device.type == "cuda"
 
-    @torch.no_grad()
-    def loss_sum(self, batches: Iterable[ModelInputs]) -> tuple[float, int]:
-        """Return the summed cross-entropy of ``batches``, without dropout, and the number of their labels."""
+    @contextmanager
+    def scoring(self) -> Iterator[Callable[[ModelInputs], torch.Tensor]]:
+        """Yield a function that returns the summed cross-entropy of a batch, without dropout: float64 scalar."""
+
+        def loss_sum(batch: ModelInputs) -> torch.Tensor:
+            with self.precision.autocast():
+                loss: torch.Tensor = forward(self.model, batch).loss_sum.double()
+            return loss
+
         was_training = self.model.training
         self.model.eval()
         try:
-            # In float64: the sum over a whole evaluation split would lose digits in float32.
-            total: torch.Tensor | float = 0.0
-            labels = 0
-            for batch in batches:
-                with self.precision.autocast():
-                    total = total + forward(self.model, batch).loss_sum.double()
-                labels += int((batch.labels != IGNORED).sum())
+            with torch.no_grad():
+                yield loss_sum
         finally:
             self.model.train(was_training)
-        return float(total), labels
 
     def loss_scale(self) -> float | None:
         """Return the fp16 loss scale, or None without a scaler."""
@@ -96,8 +97,12 @@ class TrainState:
         rows_per_step: int,
         interval: list[FloatRow],
         loss: float | None,
+        interval_bytes: list[float | None] | None = None,
     ) -> RunState:
-        """Return all that a checkpoint holds besides the tensors. ``interval``: the metrics window of each rank."""
+        """Return all that a checkpoint holds besides the tensors.
+
+        ``interval``: the metrics window of each rank; ``interval_bytes``: the bytes of text in it.
+        """
         return RunState(
             step=progress.step,
             tokens=progress.tokens,
@@ -108,6 +113,7 @@ class TrainState:
             base_step=progress.base_step,
             loss=loss,
             interval=interval,
+            interval_bytes=interval_bytes or [],
             trouble=dataclasses.asdict(progress.nonfinite),
             scaler=self.scaler.state_dict(),
         )
@@ -127,7 +133,11 @@ def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decod
 
 
 def build_train_state(
-    model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: DistributedContext
+    model: Decoder,
+    training: TrainingSpec,
+    aux_coefficient: float,
+    ranks: DistributedContext,
+    byte_counter: ByteCounter | None = None,
 ) -> TrainState:
     """Build optimizer, scaler and train step for ``model``."""
     dtype = DTYPES[training.dtype]
@@ -142,6 +152,7 @@ def build_train_state(
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
         guard=DeviceNonFiniteGuard(training.on_nonfinite, is_latching=not scaler.is_enabled(), device=ranks.device),
+        byte_counter=byte_counter,
     )
     return TrainState(model, optimizer, scaler, train_step)
 

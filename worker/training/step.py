@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from torch import nn
 from trainyard.contract.failpoints import hit
 from trainyard.worker.data.microbatch import MicroBatch, ModelInputs
 from trainyard.worker.splitmix import GAMMA, splitmix64
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard
 from trainyard.worker.training.verify import StepVerifier
 
@@ -37,7 +38,7 @@ class StepMetrics:
 
     ``grad_norm`` is the norm of the summed gradient, equal on all ranks. ``nonfinite_rows``: rows of the micro-batches
     whose loss was not finite. ``max_loss_rows``: rows of the micro-batch with the highest mean loss. ``experts``:
-    tokens per expert, () for a dense model.
+    tokens per expert, () for a dense model. ``text_bytes``: of the text that the tokens stand for, 0 if unknown.
     """
 
     grad_norm: float
@@ -45,6 +46,7 @@ class StepMetrics:
     aux_sum: float
     tokens: int
     applied: bool
+    text_bytes: float = 0.0
     nonfinite_rows: tuple[int, ...] = ()
     max_loss_rows: tuple[int, ...] = ()
     experts: tuple[float, ...] = ()
@@ -65,7 +67,7 @@ class PendingMetrics:
     """The metrics of a step, still on the device: reading them waits until the step is done.
 
     ``values`` float64: loss sum and auxiliary loss sum of each micro-batch, then the gradient norm, 1 if the update was
-    skipped, and the tokens of each expert. ``micro_batches``: (rows, tokens) of each.
+    skipped, the bytes of text, and the tokens of each expert. ``micro_batches``: (rows, tokens) of each.
     """
 
     values: torch.Tensor
@@ -78,7 +80,7 @@ class PendingMetrics:
     def parse(self, values: list[float]) -> StepMetrics:
         """Return the metrics, given ``values`` on the host."""
         count = 2 * len(self.micro_batches)
-        sums, (grad_norm, skipped, *experts) = values[:count], values[count:]
+        sums, (grad_norm, skipped, text_bytes, *experts) = values[:count], values[count:]
         losses, aux = sums[::2], sums[1::2]
         bad = [rows for (rows, _), loss in zip(self.micro_batches, losses, strict=True) if not math.isfinite(loss)]
         means = [loss / max(1, tokens) for (_, tokens), loss in zip(self.micro_batches, losses, strict=True)]
@@ -88,6 +90,7 @@ class PendingMetrics:
             aux_sum=sum(aux),
             tokens=sum(tokens for _, tokens in self.micro_batches),
             applied=not skipped,
+            text_bytes=text_bytes,
             nonfinite_rows=tuple(row for rows in bad for row in rows),
             max_loss_rows=self.micro_batches[means.index(max(means))][0],
             experts=tuple(experts),
@@ -111,7 +114,10 @@ class Verification(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Runs optimizer steps. ``module`` is ``model`` as it is called: compiled, or wrapped in DDP."""
+    """Runs optimizer steps. ``module`` is ``model`` as it is called: compiled, or wrapped in DDP.
+
+    ``byte_counter``: None if the bytes of the tokens are unknown.
+    """
 
     module: nn.Module
     model: nn.Module
@@ -121,6 +127,7 @@ class TrainStep:
     aux_coefficient: float
     grad_clip: float
     guard: DeviceNonFiniteGuard
+    byte_counter: ByteCounter | None = None
 
     def run(
         self,
@@ -149,7 +156,7 @@ class TrainStep:
             self.scaler.update()  # unscale_ has recorded whether the gradient overflowed
         # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
         self.optimizer.zero_grad(set_to_none=not self.is_ddp)
-        scalars = torch.stack([*sums, norm.to(torch.float64), found_inf.to(torch.float64)])
+        scalars = torch.stack([*sums, norm.to(torch.float64), found_inf.to(torch.float64), self._text_bytes(done)])
         experts = [sum(expert_counts[1:], start=expert_counts[0]).double()] if expert_counts else []
         return PendingMetrics(torch.cat([scalars, *experts]), [(micro.rows, micro.tokens) for micro in done])
 
@@ -160,6 +167,14 @@ class TrainStep:
         # bit-identical to an uninterrupted one.
         self._accumulate([micro_batch], lambda _: None)
         self.optimizer.zero_grad(set_to_none=not self.is_ddp)
+
+    def _text_bytes(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Return the bytes of text that the step predicts: float64 scalar on the device."""
+        total = torch.zeros((), dtype=torch.float64, device=self.guard.device)
+        if self.byte_counter is not None:
+            for micro in micro_batches:
+                total += self.byte_counter.count(micro.batch)
+        return total
 
     @property
     def is_ddp(self) -> bool:
