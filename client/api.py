@@ -21,7 +21,19 @@ from trainyard.client.download import download_checkpoint, download_export
 from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
-from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, ResumedJob, Token, Version
+from trainyard.client.types import (
+    Checkpoint,
+    Export,
+    HeldOutResult,
+    Job,
+    LogChunk,
+    Metric,
+    NewToken,
+    Plan,
+    ResumedJob,
+    Token,
+    Version,
+)
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -149,9 +161,9 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir`` (the checkpoints
-        and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length from the start)
-        or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources`` and ``save_dir``
+        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
+        from the start) or "continue" (decays from the current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
@@ -255,6 +267,12 @@ class Client:
             if not page["has_more"] or not page["data"]:
                 return
             after_step = page["data"][-1]["step"]
+
+    def held_out(self, job_id: str) -> dict[str, HeldOutResult]:
+        """Return the newest loss and bits per byte of each held-out set, by its name; {} before an evaluation."""
+        params = {"max_points": 1, "fields": "eval"}
+        page = self._connection.call("GET", _path(job_id, "metrics"), params=params)
+        return page["data"][-1].get("eval") or {} if page["data"] else {}
 
     def metric_stream(
         self, job_id: str, *, after_step: int = 0, last_event_id: str | None = None

@@ -60,6 +60,7 @@ class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
+    ``base_tokens``: tokens trained in them.
     ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
     ``bos_token``, ``eos_token``: the tokens before and after each document. ``inputs``: the files that were read, see
     `contract.file_identity.fingerprint_inputs`.
@@ -92,6 +93,7 @@ class Started(EventBase):
     steps_per_epoch: int
     flops_per_token: float
     base_step: Step = 0
+    base_tokens: int = Field(default=0, ge=0)
     duplicates: int | None = None
     eval_sets: list[HeldOutFacts] = Field(default_factory=list)
     resumed_from: str | None = None

@@ -255,6 +255,9 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
         yield Problem("/training/warmup_steps", message), ("/training/warmup_steps", "/training/max_steps")
+    if steps is not None and spec.training.max_tokens is not None:
+        message = "cannot be combined with max_steps: give one of them"
+        yield Problem("/training/max_tokens", message), ("/training/max_tokens", "/training/max_steps")
     yield from _decay_conflicts(spec.training)
     resources = spec.resources
     if resources.min_nodes > resources.max_nodes:
@@ -297,9 +300,10 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
     if 0 < len(unweighted) < len(data.sources):
         message = "is required, because other sources have a weight"
         yield from ((Problem(f"/data/sources/{index}/weight", message), ("/data/sources",)) for index in unweighted)
-    if data.is_mixture and spec.training.max_steps is None:
-        message = "is required: a weighted mixture has no epochs"
-        yield Problem("/training/max_steps", message), ("/training/max_steps", "/data/sources")
+    if data.is_mixture and spec.training.max_steps is None and spec.training.max_tokens is None:
+        message = "is required, or max_tokens: a weighted mixture has no epochs"
+        lengths = ("/training/max_steps", "/training/max_tokens")
+        yield Problem("/training/max_steps", message), (*lengths, "/data/sources")
 
 
 def _held_out_conflicts(data: DataSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:

@@ -46,6 +46,28 @@ class RankPlace(ResponseModel):
     pci_bus_id: str | None = None
 
 
+class EvalSet(ResponseModel):
+    """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None = None
+
+
+class MemoryOption(ResponseModel):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing.
+
+    ``fits``: null if the memory of the device is unknown.
+    """
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: MemoryPlan
+    fits: bool | None
+
+
 class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
@@ -62,6 +84,7 @@ class Plan(ResponseModel):
     documents: int | None = None
     bad_lines: int | None = None
     duplicates: int | None = None
+    eval_sets: list[EvalSet] = []
     special_tokens: int | None = None
     special_texts: int | None = None
     bos_token: str | None = None
@@ -102,6 +125,7 @@ class Progress(ResponseModel):
     epoch: float | None = None
     tokens: int | None = None
     loss: float | None = None
+    bpb: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
@@ -110,6 +134,9 @@ class Progress(ResponseModel):
     step_seconds_max_rank: int | None = None
     step_seconds_spread: float | None = None
     percent: float | None = None
+    eval_loss: float | None = None
+    eval_bpb: float | None = None
+    eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
 
@@ -136,12 +163,15 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
-    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown. ``settings_that_fit``:
+    changes of the spec, by group and field, with which a run fits that does not; null if it fits, or if none do.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
+    memory_options: list[MemoryOption] = []
+    settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 
@@ -201,12 +231,12 @@ class Checkpoint(ResponseModel):
 
 
 class Score(ResponseModel):
-    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+    """What a job is ranked by; less is better. ``step``: the step that ``value`` is of.
 
-    ``step``: the step that ``value`` is of.
+    ``metric``: bpb, the best held-out bits per byte; eval_loss, the best one; or loss, the newest smoothed one.
     """
 
-    metric: Literal["eval_loss", "loss"]
+    metric: Literal["bpb", "eval_loss", "loss"]
     value: float
     step: int
 
@@ -385,6 +415,13 @@ class Version(ResponseModel):
     database: str
 
 
+class HeldOutResult(ResponseModel):
+    """The evaluation of a held-out set. A value that is not finite, or bytes that are unknown, are null."""
+
+    loss: float | None
+    bpb: float | None
+
+
 class Metric(ResponseModel):
     """A point of the curve. ``fields`` selects all but the first two. A value not measured or not finite is null."""
 
@@ -406,6 +443,9 @@ class Metric(ResponseModel):
     eval_loss: float | None = None
     expert_load: list[Any] | None = None
     nonfinite: bool | None = None
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
     at: datetime | None = None
     job_id: str | None = None
 

@@ -37,6 +37,8 @@ class DistributedContext:
     local_world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    preparing_timeout: timedelta | None = None
+    """How long a rank waits for another one that prepares data or saves; None: torch's default."""
     background: dist.ProcessGroup | None = None
 
     @property
@@ -124,10 +126,9 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
     except (ValueError, dist.DistError) as error:
         message = f"rank {rank} of {world} did not meet the other ranks: {str(error).splitlines()[0]}"
         raise TrainingError(Reason.LAUNCH_FAILED, message, BY_HAND, rank) from error
-    control, background = (
-        dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing)) for _ in range(2)
-    )
-    return DistributedContext(rank, world, local_rank, local_world, own, control, background)
+    preparing = timedelta(seconds=timeouts.preparing)
+    control, background = (dist.new_group(backend="gloo", timeout=preparing) for _ in range(2))
+    return DistributedContext(rank, world, local_rank, local_world, own, control, preparing, background)
 
 
 BY_HAND = (

@@ -268,6 +268,9 @@ class MetricRow(Base):
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
     expert_load: Mapped[list[Any] | None]
+    bpb: Mapped[float | None]
+    eval_bpb: Mapped[float | None]
+    eval: Mapped[dict[str, Any] | None]
     step_seconds_max_rank: Mapped[int | None]
     step_seconds_spread: Mapped[float | None]
 

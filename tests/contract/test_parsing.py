@@ -156,6 +156,15 @@ def test_leaf_names_are_unique_so_flat_flags_have_one_place() -> None:
     assert all(leaf in GROUPS[group] for group, leaf in ALIASES.values())
 
 
+def test_a_run_has_one_length() -> None:
+    assert pointers({**MINIMAL, "training": {"max_tokens": 10**9}}) == []
+    assert pointers({**MINIMAL, "training": {"max_tokens": 10**9, "max_steps": 5}}) == ["/training/max_tokens"]
+    assert pointers({**MINIMAL, "training": {"max_tokens": 0, "max_steps": 5}}) == ["/training/max_tokens"]
+    sources = [{"name": name, "path": f"/{name}", "weight": 1} for name in "ab"]
+    assert pointers({"data": {"sources": sources}}) == ["/training/max_steps"]
+    assert pointers({"data": {"sources": sources}, "training": {"max_tokens": 10**9}}) == []
+
+
 def test_held_out_data_is_given_in_one_way() -> None:
     sets = [{"name": "web", "path": "/w"}, {"name": "books", "path": ["/a", "/b/*"], "max_tokens": 10}]
     given: dict[str, Any] = {"eval_data_path": "/e", "eval_sources": sets, "eval_fraction": 0.1}

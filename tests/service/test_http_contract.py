@@ -99,7 +99,15 @@ def test_changes_are_described_by_the_job_spec(rig: ServiceHarness) -> None:
     assert patch["additionalProperties"] is False
     resume = paths["/jobs/{job_id}/resume"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     resume = schemas[resume["$ref"].rpartition("/")[2]]
-    assert set(resume["properties"]) == {"epochs", "max_steps", "resources", "step", "save_dir", "schedule"}
+    assert set(resume["properties"]) == {
+        "epochs",
+        "max_steps",
+        "max_tokens",
+        "resources",
+        "step",
+        "save_dir",
+        "schedule",
+    }
 
 
 # What an API is sent

@@ -92,7 +92,7 @@ def test_on_a_gpu_the_digests_are_of_the_step() -> None:
             weight.grad = torch.ones_like(weight)
         sender.start()
         optimizer.step()
-        sender.send()
+        sender.send(sender.read())
         assert ranks.sent.pop() == expected
 
 
@@ -120,7 +120,7 @@ def test_an_update_waits_until_the_weights_are_read() -> None:
     update.start()
     update.join(0.05)
     assert update.is_alive(), "it waits"
-    sender.send()
+    sender.send(sender.read())
     update.join(10)
     assert ranks.sent == [expected]
     assert [int(tensor_digest(weight)) for weight in model.state_dict().values()] != expected
@@ -310,22 +310,40 @@ FLIPPED = "model.layers.1.mlp.down_proj.weight"
 def flip_at(step: int) -> None:
     """Flip a bit of a weight of rank 1 before ``step``."""
 
-    def action(trainer: Any, progress: Any) -> None:
+    def before_step(trainer: Any, progress: Any) -> None:
         if trainer.ranks.rank == 1 and progress.step == step - 1:
-            flip(trainer.state.model.get_parameter(FLIPPED), 5, 13)
+            if trainer.state.split is None:
+                flip(trainer.state.model.get_parameter(FLIPPED), 5, 13)
+            else:  # zero1 gives all ranks the updated weights in each step, so only a flip after that stays
+                arm("replicas.read", before_read)
 
-    arm("train.step", action)
+    def before_read(model: Any) -> None:
+        flip(model.get_parameter(FLIPPED), 5, 13)
+
+    arm("train.step", before_step)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("saved_while_training", [pytest.param(True, marks=pytest.mark.long), False])
+@pytest.mark.parametrize(
+    ("saved_while_training", "parallelism"),
+    [
+        pytest.param(True, "ddp", marks=pytest.mark.long),
+        (False, "ddp"),
+        pytest.param(True, "zero1", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_with_a_flipped_bit_fails_and_resumes_from_the_save_before(
-    saved_while_training: bool, tmp_path: Path
+    saved_while_training: bool, parallelism: str, tmp_path: Path
 ) -> None:
     """The save at step 16 is not required, so training goes on beside it; without one, the last save finds the flip."""
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     interval = 8 if saved_while_training else 100
-    described = rank_runner.spec(text, checkpoint={"save_interval": interval}, training={"dtype": "float32"})
+    described = rank_runner.spec(
+        text,
+        checkpoint={"save_interval": interval},
+        training={"dtype": "float32"},
+        resources={"parallelism": parallelism},
+    )
     run = rank_runner.new_run(tmp_path / "run", described)
     outcome = rank_runner.run_to_end(run, 2, partial(flip_at, 11))
     assert (outcome.outcome, outcome.reason) == ("failed", Reason.SILENT_CORRUPTION)
@@ -413,22 +431,33 @@ def flip_gradient_in_second_pass() -> None:
     def action(verifier: Any) -> None:
         passes[0] += 1
         if verifier.ranks.rank == 1 and passes[0] == 5:  # steps 2 and 4 were verified before
-            verifier.model.get_parameter(FLIPPED).register_hook(flipped_gradient)
+            verifier.model.get_parameter(FLIPPED).register_hook(FlippedOnce())
 
     arm("verify.pass_done", action)
 
 
-def flipped_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    wrong = gradient.clone()
-    flip(wrong, 7, 3)
-    return wrong
+class FlippedOnce:
+    """Flips a bit of the first gradient that comes: that of a micro-batch."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        wrong = gradient.clone()
+        if not self.is_done:
+            flip(wrong, 7, 20)
+        self.is_done = True
+        return wrong
 
 
 @pytest.mark.long
-def test_a_verified_run_names_the_rank_that_computes_wrongly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallelism", ["ddp", "zero1"])
+def test_a_verified_run_names_the_rank_that_computes_wrongly(parallelism: str, tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     training = {"dtype": "float32", "verify_every": 2, "max_steps": 8}
-    described = rank_runner.spec(text, checkpoint={"save_interval": 4}, training=training)
+    described = rank_runner.spec(
+        text, checkpoint={"save_interval": 4}, training=training, resources={"parallelism": parallelism}
+    )
     run = rank_runner.new_run(tmp_path / "run", described)
     outcome = rank_runner.run_to_end(run, 2, flip_gradient_in_second_pass)
     assert (outcome.outcome, outcome.reason, outcome.step) == ("failed", Reason.SILENT_CORRUPTION, 5)
@@ -443,3 +472,27 @@ def test_a_verified_run_names_the_rank_that_computes_wrongly(tmp_path: Path) -> 
     plain = rank_runner.new_run(tmp_path / "plain", described)
     rank_runner.run_to_end(plain, 2)
     assert dict(rank_runner.outputs(run)) == dict(rank_runner.outputs(plain)), "verification changes no bit"
+
+
+@pytest.mark.long
+def test_with_fsdp_there_is_nothing_to_compare_at_a_save_and_a_verified_step_finds_the_fault(tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    training = {"dtype": "float32", "verify_every": 2, "max_steps": 6}
+    described = rank_runner.spec(text, training=training, resources={"parallelism": "fsdp"})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    outcome = rank_runner.run_to_end(run, 2, wrong_loss_in_second_pass)
+    assert (outcome.outcome, outcome.reason, outcome.step) == ("failed", Reason.SILENT_CORRUPTION, 3)
+    assert rank_runner.run_to_end(run, 2).outcome == "completed"
+
+
+def wrong_loss_in_second_pass() -> None:
+    """Flip a bit of rank 1's part of a weight between the passes of step 4."""
+    passes = [0]
+
+    def action(verifier: Any) -> None:
+        passes[0] += 1
+        if verifier.ranks.rank == 1 and passes[0] == 3:  # both of step 2 are done, and the first of step 4
+            weight: Any = verifier.model.get_parameter(FLIPPED)
+            flip(weight.to_local(), 3, 20)
+
+    arm("verify.pass_done", action)

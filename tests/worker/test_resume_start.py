@@ -242,7 +242,9 @@ class Yard:
         self.said: list[Event] = []
 
     def begin(self, *, steps: int = 100) -> Path | None:
-        found = find_resume_point(self.spec, self.run, self.artifacts, IDENTITY, lambda _: steps, self.said.append)
+        found = find_resume_point(
+            self.spec, self.run, self.artifacts, IDENTITY, lambda state: state.step >= steps, self.said.append
+        )
         return found.source if found is not None else None
 
     def warnings(self) -> list[str]:

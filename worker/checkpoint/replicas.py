@@ -5,6 +5,7 @@ a product that one of them computes wrongly, stays in its weights and is not see
 of their weights while training continues, and rank 0 compares them before it publishes the checkpoint.
 """
 
+import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class DigestSender:
         self._digests: Tensor | None = None
 
     def start(self) -> None:
-        """Start reading the weights. `send` must follow, or the next update waits for ever."""
+        """Start reading the weights. `read` must follow, or the next update waits for ever."""
         if self._stream is None:
             self._gate.close()
             return
@@ -68,24 +69,23 @@ class DigestSender:
             self._digests = torch.stack([tensor_digest(tensor) for tensor in self._tensors()])
         self._gate.close_until(self._stream.record_event())
 
-    def send(self) -> None:
-        """Send the digests to rank 0. Called by a background thread."""
+    def read(self) -> list[int]:
+        """Return the digests. Called by a background thread."""
+        hit("replicas.read", self._model)
         try:
-            own = self._read()
+            if self._digests is None:
+                return [int(tensor_digest(tensor)) for tensor in self._tensors()]
+            with torch.cuda.stream(self._stream):  # the default stream has training's kernels in its queue
+                digests: list[int] = self._digests.tolist()
+            return digests
         finally:
             self._gate.open()
-        try:
-            self._ranks.gather_in_background(own)
-        except RuntimeError:
-            return  # rank 0 has died, and its death ends the run
 
-    def _read(self) -> list[int]:
-        hit("replicas.read", self._model)
-        if self._digests is None:
-            return [int(tensor_digest(tensor)) for tensor in self._tensors()]
-        with torch.cuda.stream(self._stream):  # the default stream has training's kernels in its queue
-            digests: list[int] = self._digests.tolist()
-        return digests
+    def send(self, digests: list[int]) -> None:
+        """Send the digests to rank 0. Called by a background thread."""
+        # If rank 0 has died, its death ends the run.
+        with contextlib.suppress(RuntimeError):
+            self._ranks.gather_in_background(digests)
 
     def _tensors(self) -> list[Tensor]:
         return list(unique_tensors(self._model.state_dict()).values())

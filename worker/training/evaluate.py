@@ -1,5 +1,6 @@
 """Text samples of what the model generates."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,17 +16,29 @@ MIN_NEW_TOKENS = 16
 
 
 def generate_samples(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    step: int,
+    precision: Precision,
+    limit: int,
+    *,
+    in_step: bool = False,
 ) -> Iterator[SampleEvent]:
-    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
+    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions.
+
+    ``in_step``: all ranks generate together, so every one runs the model equally often, also after the last token.
+    """
     for prompt in prompts:
         hit("samples.prompt", prompt)
         all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
         ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_id)
-        text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
+            eos_id = tokenizer.eos_id if not in_step else None
+            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=eos_id)
+        new_ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, output[0, len(ids) :].tolist())
+        text = tokenizer.decode(list(new_ids))
         # A lone surrogate cannot be written as JSON.
         yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode(), note=note)
 

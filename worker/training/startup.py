@@ -9,7 +9,7 @@ import torch
 
 from trainyard.contract.corpus_files import fingerprint_inputs
 from trainyard.contract.events import HeldOutFacts, RankInfo, Started, WarningEvent
-from trainyard.contract.spec import JobSpec, TrainingSpec, epochs_ignored
+from trainyard.contract.spec import JobSpec, Parallelism, TrainingSpec, epochs_ignored
 from trainyard.contract.tokenizer_info import BYTE, tokenizer_file
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
 from trainyard.worker.checkpoint.replicas import ReplicaCheck
@@ -35,6 +35,7 @@ def started_event(
     return Started(
         start_step=progress.step,
         base_step=progress.base_step,
+        base_tokens=progress.base_tokens,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,
@@ -101,14 +102,14 @@ def host_device(index: int, visible: str | None) -> str:
 
 
 def replica_check(
-    ranks: DistributedContext, places: Sequence[RankInfo]
+    ranks: DistributedContext, places: Sequence[RankInfo], parallelism: Parallelism = "ddp"
 ) -> tuple[ReplicaCheck | None, list[WarningEvent]]:
     """Return the comparison of the ranks' weights, or None if there is nothing to compare, and a warning if so.
 
     Unlike devices may round a sum differently, so only like ones must have equal bits. All ranks call it together.
     """
-    if ranks.world == 1:
-        return None, []
+    if ranks.world == 1 or parallelism == "fsdp":
+        return None, []  # no rank has the weights of another one
     threads = torch.get_num_threads() if ranks.device.type == "cpu" else 0
     kinds = ranks.gather_objects((places[ranks.rank].name, torch.__version__, threads))
     if len(set(kinds)) == 1:
@@ -136,7 +137,7 @@ def schedule_warnings(training: TrainingSpec, steps: int) -> Iterator[WarningEve
             "the full learning rate is never reached; lower warmup_steps, or train longer"
         )
         yield WarningEvent(code="warmup_beyond_run", message=message)
-    if training.max_steps is not None and training.epochs != 1:
+    if (training.max_steps is not None or training.max_tokens is not None) and training.epochs != 1:
         yield WarningEvent(code="epochs_ignored", message=epochs_ignored(training))
 
 

@@ -16,6 +16,7 @@ from trainyard.worker.data.microbatch import MicroBatch, ModelInputs
 from trainyard.worker.splitmix import GAMMA, splitmix64
 from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard
+from trainyard.worker.training.parallel import SplitModel
 from trainyard.worker.training.verify import StepVerifier
 
 
@@ -26,10 +27,11 @@ class Precision:
     device_type: str
     dtype: torch.dtype
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, *, keep_copies: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a forward pass. ``keep_copies``: keep the weights in ``dtype`` until its end."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=self.dtype)
+        return torch.autocast(self.device_type, dtype=self.dtype, cache_enabled=keep_copies)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Verification(NamedTuple):
 class TrainStep:
     """Runs optimizer steps. ``module`` is ``model`` as it is called: compiled, or wrapped in DDP.
 
-    ``byte_counter``: None if the bytes of the tokens are unknown.
+    ``split``: how the ranks share the update, None if each rank does all of it. ``recomputes``: the layers do, so the
+    copies of the weights in half precision are not kept for the backward pass. ``byte_counter``: None if the bytes of
+    the tokens are unknown.
     """
 
     module: nn.Module
@@ -128,6 +132,8 @@ class TrainStep:
     grad_clip: float
     guard: DeviceNonFiniteGuard
     byte_counter: ByteCounter | None = None
+    split: SplitModel | None = None
+    recomputes: bool = False
 
     def run(
         self,
@@ -147,15 +153,16 @@ class TrainStep:
         else:
             sums, expert_counts, done = self._accumulate_twice(micro_batches, seed_micro_batch, verification)
         hit("step.accumulated")
+        if self.split is not None:
+            self.split.attach_gradients()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        norm = self._gradient_norm()
         found_inf = self.guard.found_inf(norm)
         self._update(norm, learning_rate, found_inf)
         hit("step.updated")
         if self.scaler.is_enabled():
             self.scaler.update()  # unscale_ has recorded whether the gradient overflowed
-        # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
-        self.optimizer.zero_grad(set_to_none=not self.is_ddp)
+        self._clear_gradients()
         scalars = torch.stack([*sums, norm.to(torch.float64), found_inf.to(torch.float64), self._text_bytes(done)])
         experts = [sum(expert_counts[1:], start=expert_counts[0]).double()] if expert_counts else []
         return PendingMetrics(torch.cat([scalars, *experts]), [(micro.rows, micro.tokens) for micro in done])
@@ -166,7 +173,14 @@ class TrainStep:
         # depend on that order. So every attempt makes its first pass with the same batch: a resumed run is then
         # bit-identical to an uninterrupted one.
         self._accumulate([micro_batch], lambda _: None)
-        self.optimizer.zero_grad(set_to_none=not self.is_ddp)
+        self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        if self.split is not None:
+            self.split.clear_gradients()
+        else:
+            # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
+            self.optimizer.zero_grad(set_to_none=not self.is_ddp)
 
     def _text_bytes(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Return the bytes of text that the step predicts: float64 scalar on the device."""
@@ -190,7 +204,7 @@ class TrainStep:
         # Only dropout draws random numbers, and it is seeded for each micro-batch. So both passes draw the same ones.
         first = self._accumulate(micro_batches, seed_micro_batch, verification.verifier)
         digests = verification.verifier.take_digests(first[0])
-        self.optimizer.zero_grad(set_to_none=not self.is_ddp)
+        self._clear_gradients()
         second = self._accumulate(first[2], seed_micro_batch, verification.verifier)
         verification.verifier.require_equal(verification.step, digests, verification.verifier.take_digests(second[0]))
         return second
@@ -201,7 +215,7 @@ class TrainStep:
         seed_micro_batch: Callable[[int], None],
         verifier: StepVerifier | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
-        """Run forward and backward of all micro-batches. Ranks exchange gradients only in the last one.
+        """Run forward and backward of all micro-batches. Ranks exchange gradients only in the last one, but for FSDP.
 
         Return loss sum and auxiliary loss sum of each, tokens per expert of each (MoE only), and the micro-batches.
         """
@@ -212,7 +226,7 @@ class TrainStep:
             seed_micro_batch(index)
             hit("step.micro_batch")
             with self._no_sync_unless(is_last):
-                with self.precision.autocast():
+                with self.precision.autocast(keep_copies=not self.recomputes):
                     output = forward(self.module, micro.batch)
                     loss = (output.loss_sum + self.aux_coefficient * output.aux_sum) * micro.factor
                 if is_last and verifier is not None:
@@ -228,14 +242,22 @@ class TrainStep:
             return contextlib.nullcontext()
         return self.module.no_sync()
 
+    def _gradient_norm(self) -> torch.Tensor:
+        if self.split is not None:
+            return self.split.gradient_norm()
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
     def _update(self, norm: torch.Tensor, learning_rate: float, found_inf: torch.Tensor) -> None:
         if self.grad_clip > 0:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, norm)
+            updated = self.split.updated if self.split is not None else self.model.parameters()
+            nn.utils.clip_grads_with_norm_(updated, self.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # GradScaler passes this to fused optimizers: if it is 1, their kernels change nothing. No sync is needed.
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self.split is not None:
+            self.split.exchange_weights()
 
 
 def forward(module: nn.Module, batch: ModelInputs) -> Any:

@@ -293,7 +293,7 @@ def resume_job(
         with state.database.read() as session:
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
-        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits(caller))
+        spec = actions.resumed_spec(job, changes, state.host_limits(caller))
         at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
         spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
         with state.database.write() as session:
