@@ -115,13 +115,22 @@ class Client:
         limit: int | None = None,
         group: str | None = None,
         discarded: bool = False,
+        owner: str | None = None,
     ) -> Iterator[Job]:
         """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``.
 
         ``order``: "newest" (the default), "oldest", "score" (the best first) or "-score". ``discarded``: list only the
-        jobs that were discarded, which are left out otherwise.
+        jobs that were discarded, which are left out otherwise. ``owner``: the name of the token that submitted them, or
+        "local".
         """
-        params = {"status": status, "label": list(labels) or None, "name": name, "order": order, "group": group}
+        params = {
+            "status": status,
+            "label": list(labels) or None,
+            "name": name,
+            "order": order,
+            "group": group,
+            "owner": owner,
+        }
         params["discarded"] = "true" if discarded else None
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 
@@ -170,7 +179,8 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources`` and ``save_dir``
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
+        ``gradient_checkpointing`` and ``save_dir``
         (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
         from the start) or "continue" (decays from the current learning rate).
         """
@@ -419,6 +429,10 @@ class Client:
     def devices(self) -> list[dict[str, Any]]:
         """Return the devices, each with its model, memory and the job that leases it."""
         return list(self._pages("/devices"))
+
+    def clear_device(self, device_id: str) -> dict[str, Any]:
+        """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
+        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""

@@ -217,6 +217,7 @@ class Job(TypedDict, total=False):
     weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
+    owner: NotRequired[str]
     submitted_by: str | None
     allowed_actions: list[Action]
     summary: str
@@ -286,6 +287,8 @@ class Metric(TypedDict, total=False):
     tokens_per_second: float | None
     mfu: float | None
     step_seconds: float | None
+    step_seconds_max_rank: int | None
+    step_seconds_spread: float | None
     data_seconds: float | None
     memory_bytes: int | None
     eval_loss: float | None

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
@@ -36,6 +37,16 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class RankPlace(ResponseModel):
+    """Where a rank runs. ``name``: the model of its device."""
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
+
+
 class EvalSet(ResponseModel):
     """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
 
@@ -62,7 +73,7 @@ class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
-    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``snapshot_bytes``: memory of rank 0's host for the copies of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
     speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
@@ -87,6 +98,7 @@ class Plan(ResponseModel):
     world_size: int | None = None
     device: str | None = None
     device_name: str | None = None
+    ranks: list[RankPlace] = []
     dtype: str | None = None
     torch_version: str | None = None
     vocab_size: int | None = None
@@ -120,6 +132,8 @@ class Progress(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     percent: float | None = None
     eval_loss: float | None = None
     eval_bpb: float | None = None
@@ -253,6 +267,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -471,13 +486,6 @@ class Version(ResponseModel):
     database: str
 
 
-class HeldOutResult(ResponseModel):
-    """The evaluation of a held-out set. A value that is not finite, or bytes that are unknown, are null."""
-
-    loss: float | None
-    bpb: float | None
-
-
 class Metric(ResponseModel):
     """A point of the curve. ``fields`` selects all but the first two. A value not measured or not finite is null."""
 
@@ -492,6 +500,8 @@ class Metric(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
@@ -572,7 +582,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 
@@ -609,6 +619,13 @@ class NewToken(Token):
     token: str
 
 
+class XidErrorResponse(ResponseModel):
+    """An error that the driver reported for a GPU, and the time of it."""
+
+    xid: int
+    at: datetime
+
+
 class DeviceResponse(ResponseModel):
     """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
@@ -619,6 +636,12 @@ class DeviceResponse(ResponseModel):
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: Literal["nvlink", "pcie"] | None = None
+    nvlink_peers: list[str] = Field(default_factory=list)
+    xid_errors: list[XidErrorResponse] = Field(default_factory=list)
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

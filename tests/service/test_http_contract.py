@@ -144,7 +144,9 @@ def test_an_unknown_query_parameter_is_named(rig: ServiceHarness, query: str, me
     assert {error.pointer for error in found.errors} == set(messages)
     for error in found.errors:
         wanted = messages[error.pointer]
-        listed = "those here are after, discarded, fields, group, label, limit, name, order, parent, search, status"
+        listed = (
+            "those here are after, discarded, fields, group, label, limit, name, order, owner, parent, search, status"
+        )
         assert error.message == wanted or (wanted is None and listed in error.message)
 
 
