@@ -430,6 +430,10 @@ class Client:
         """Return the devices, each with its model, memory and the job that leases it."""
         return list(self._pages("/devices"))
 
+    def clear_device(self, device_id: str) -> dict[str, Any]:
+        """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
+        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
+
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""
         return cast(dict[str, Any], self._connection.call("GET", "/health"))

@@ -287,6 +287,8 @@ class Metric(TypedDict, total=False):
     tokens_per_second: float | None
     mfu: float | None
     step_seconds: float | None
+    step_seconds_max_rank: int | None
+    step_seconds_spread: float | None
     data_seconds: float | None
     memory_bytes: int | None
     eval_loss: float | None

@@ -41,6 +41,7 @@ from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
+from trainyard.service.devices.xids import XidWatcher
 from trainyard.service.errors import ServiceError, error_response, from_exception
 from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
@@ -97,10 +98,17 @@ def build_state(
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
-    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices(), settings.excluded_devices)
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database, launcher, host_inventory, lease=lease, enabled=schedules, preempts=settings.preemption, timing=timing
+        database,
+        launcher,
+        host_inventory,
+        lease=lease,
+        enabled=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+        xid_watcher=XidWatcher(),
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)

@@ -70,6 +70,12 @@ class JobNotFound(ServiceError):
     status, code = 404, "job_not_found"
 
 
+class DeviceNotFound(ServiceError):
+    """The service has no such device."""
+
+    status, code = 404, "device_not_found"
+
+
 class WebhookNotFound(ServiceError):
     """No webhook has this id."""
 

@@ -37,6 +37,16 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class RankPlace(ResponseModel):
+    """Where a rank runs. ``name``: the model of its device."""
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
+
+
 class EvalSet(ResponseModel):
     """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
 
@@ -88,6 +98,7 @@ class Plan(ResponseModel):
     world_size: int | None = None
     device: str | None = None
     device_name: str | None = None
+    ranks: list[RankPlace] = []
     dtype: str | None = None
     torch_version: str | None = None
     vocab_size: int | None = None
@@ -121,6 +132,8 @@ class Progress(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     percent: float | None = None
     eval_loss: float | None = None
     eval_bpb: float | None = None
@@ -487,6 +500,8 @@ class Metric(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
@@ -604,6 +619,13 @@ class NewToken(Token):
     token: str
 
 
+class XidErrorResponse(ResponseModel):
+    """An error that the driver reported for a GPU, and the time of it."""
+
+    xid: int
+    at: datetime
+
+
 class DeviceResponse(ResponseModel):
     """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
@@ -614,6 +636,12 @@ class DeviceResponse(ResponseModel):
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: Literal["nvlink", "pcie"] | None = None
+    nvlink_peers: list[str] = Field(default_factory=list)
+    xid_errors: list[XidErrorResponse] = Field(default_factory=list)
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

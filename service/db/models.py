@@ -278,6 +278,8 @@ class MetricRow(Base):
     bpb: Mapped[float | None]
     eval_bpb: Mapped[float | None]
     eval: Mapped[dict[str, Any] | None]
+    step_seconds_max_rank: Mapped[int | None]
+    step_seconds_spread: Mapped[float | None]
 
 
 class MetricRollupRow(Base):
@@ -440,3 +442,16 @@ class RuleStateRow(Base):
     seq: Mapped[int]
     seen: Mapped[dict[str, Any]]
     final: Mapped[bool]
+
+
+class XidErrorRow(Base):
+    """An XID error of a GPU, as its driver reported it. It counts for 24 hours, or until it is cleared."""
+
+    __tablename__ = "xid_errors"
+    __table_args__ = (Index("ix_xid_errors_at", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    gpu_uuid: Mapped[str] = mapped_column(String(80))
+    xid: Mapped[int]
+    at: Mapped[datetime]
+    cleared_at: Mapped[datetime | None]

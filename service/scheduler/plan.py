@@ -7,7 +7,8 @@ from itertools import islice
 from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
-from trainyard.service.devices.inventory import kind_for
+from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.devices.placement import choose, has_neighbours
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
@@ -133,19 +134,23 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind, taken in the inventory's order. ``lent``: those that side processes have."""
+    """Free devices by kind. A device with XID errors is not free. ``lent``: those that side processes have."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.leases = dict(snapshot.leases)
         self.total: dict[str, int] = {}
-        self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
+        self.free: dict[str, dict[str, Device]] = {"cpu": {}, "cuda": {}}
         self.lent: dict[str, None] = {}
+        self.faulty = [device.id for device in snapshot.devices if device.xid_errors]
+        self.has_places = any(map(has_neighbours, snapshot.devices))
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
+            if device.xid_errors:
+                continue
             if device.id in snapshot.lent:
                 self.lent[device.id] = None
             elif device.id not in snapshot.leases and not device.processes:
-                self.free[device.kind][device.id] = None
+                self.free[device.kind][device.id] = device
 
     def fits(self, kind: str, ranks: int) -> bool:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
@@ -157,7 +162,7 @@ class _Pools:
 
     def take(self, kind: str, ranks: int, job_id: str) -> tuple[str, ...]:
         pool = self.free[_pool(kind)]
-        devices = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
+        devices = self._choose(kind, ranks) if kind in self.free else (kind,)
         for device in devices:
             del pool[device]
             self.leases[device] = job_id
@@ -174,12 +179,23 @@ class _Pools:
             del self.lent[device]
         return [Reclaim(device, job_id) for device in devices]
 
+    def _choose(self, kind: str, ranks: int) -> tuple[str, ...]:
+        pool = self.free[kind]
+        # A job must not cost a pass over all devices if nothing is known of their places.
+        return choose(list(pool.values()), ranks) if self.has_places else tuple(islice(pool, ranks))
+
     def waiting_reason(self, kind: str, ranks: int) -> str:
         if kind not in DEVICE_NAMES:
             holder = self.leases.get(kind)
+            if holder is None and kind in self.faulty:
+                return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
-        return f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free"
+        faulty = [device for device in self.faulty if _pool(device) == kind]
+        errors = f", and {', '.join(faulty)} with XID errors" if faulty else ""
+        return (
+            f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
+        )
 
     def reserve(self, kind: str) -> None:
         """Keep the free devices for the job at the front of the queue: no later job gets any."""

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.lifecycle import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
@@ -123,7 +124,7 @@ def load_snapshot(
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
         leases={row.device: row.job_id for row in leases if row.job_id is not None},
         lent=frozenset(row.device for row in leases if row.sidecar is not None),
-        devices=devices,
+        devices=xids.marked(devices, xids.uncleared(session, now)),
         preempts=preempts,
     )
 
