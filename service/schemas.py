@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
@@ -72,7 +73,7 @@ class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
-    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``snapshot_bytes``: memory of rank 0's host for the copies of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
     speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
@@ -266,6 +267,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -351,6 +353,75 @@ class Export(ResponseModel):
     files: list[ExportedFile]
 
 
+class GeneratedText(ResponseModel):
+    """The continuation of a prompt by a checkpoint. ``tokens``: how many new tokens it has."""
+
+    object: Literal["generation"] = "generation"
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    chat_template: bool
+    device: str
+
+
+class OpenAIModel(ResponseModel):
+    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    step: int
+
+
+class OpenAIModels(ResponseModel):
+    """All models, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAILogprobs(ResponseModel):
+    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class OpenAIChoice(ResponseModel):
+    """One continuation, in OpenAI's shape."""
+
+    text: str
+    index: int
+    logprobs: OpenAILogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OpenAIUsage(ResponseModel):
+    """Numbers of tokens, in OpenAI's shape."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class OpenAICompletion(ResponseModel):
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[OpenAIChoice]
+    usage: OpenAIUsage | None = None
+
+
 class Sample(ResponseModel):
     """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
@@ -413,13 +484,6 @@ class Version(ResponseModel):
     api: int
     python: str
     database: str
-
-
-class HeldOutResult(ResponseModel):
-    """The evaluation of a held-out set. A value that is not finite, or bytes that are unknown, are null."""
-
-    loss: float | None
-    bpb: float | None
 
 
 class Metric(ResponseModel):
@@ -518,7 +582,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 

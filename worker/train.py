@@ -104,8 +104,8 @@ def train(
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
-    is_fsdp = spec.resources.parallelism == "fsdp"
-    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_fsdp else ranks.device)
+    is_split = spec.resources.parallelism == "fsdp" and ranks.world > 1
+    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_split else ranks.device)
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 import pynvml
 
 from trainyard.contract.processes import MARKER, variable_of
+from trainyard.contract.sidecar import SIDECAR
 
 CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
@@ -27,9 +28,10 @@ T = TypeVar("T")
 class Device:
     """A device that a rank can use.
 
-    ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt. ``link``: ``nvlink`` if
-    an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else None. ``nvlink_peers``:
-    ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from being leased.
+    ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
+    ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
+    None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
+    being leased.
     """
 
     id: str
@@ -166,8 +168,8 @@ def _cuda_device(index: int, facts: GpuFacts) -> Device:
         memory_used_bytes=int(memory.used),
         temperature_celsius=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         processes=running,
-        # An attempt's process has the marker in its environment, which is unreadable for other users' processes.
-        strangers=tuple(pid for pid in running if variable_of(pid, MARKER) is None),
+        # Our processes have a marker in their environment, which is unreadable for other users' processes.
+        strangers=tuple(pid for pid in running if not (variable_of(pid, MARKER) or variable_of(pid, SIDECAR))),
         **vars(facts),
     )
 

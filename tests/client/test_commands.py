@@ -29,10 +29,8 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += (
-        "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
-    )
-    expected += "token webhook"
+    expected += "pause resume save fork export generate chat describe discard cancel kill delete tokenizer corpus db "
+    expected += "version completion token webhook"
     assert set(subcommands()) == set(expected.split())
 
 

@@ -46,6 +46,7 @@ COVERED = {
     "worker/distributed.py:init_distributed": RANKS,
     "worker/distributed.py:require_device": RUN,
     "worker/distributed.py:select_device": RUN,
+    "worker/generation/loading.py:load_engine": "tests/worker/test_generation.py::test_it_generates_on_a_gpu",
     "worker/matrix_speed.py:": SPEED,
     "worker/matrix_speed.py:measure": SPEED,
     "worker/train.py:train": RUN,

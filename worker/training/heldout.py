@@ -22,7 +22,7 @@ SetRows = tuple[int, Integers]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class HeldOutResults:
     """The results over all sets together, each token counting once, and those of each set, by its name."""
 
     loss: float | None
@@ -43,7 +43,7 @@ class HeldOutEvaluator:
     counter: ByteCounter | None
     stop_requested: Callable[[], bool] = lambda: False
 
-    def evaluate(self, state: TrainState) -> Evaluation:
+    def evaluate(self, state: TrainState) -> HeldOutResults:
         """Return the mean cross-entropies, without dropout, and the bits per byte: the same on all ranks.
 
         A stop request that any rank sees before a batch raises StopRequested on all of them.
@@ -62,12 +62,12 @@ class HeldOutEvaluator:
         sums = [sum(column) for column in zip(*gathered, strict=True)]
         return self._results(sums[: len(self.sets)], sums[len(self.sets) :])
 
-    def _results(self, losses: list[float], text_bytes: list[float]) -> Evaluation:
+    def _results(self, losses: list[float], text_bytes: list[float]) -> HeldOutResults:
         tokens = [held_out.rows.tokens for held_out in self.sets]
         found = map(_result, losses, tokens, text_bytes)
         whole = _result(sum(losses), sum(tokens), sum(text_bytes))
         names = (held_out.name for held_out in self.sets)
-        return Evaluation(whole.loss, whole.bpb, dict(zip(names, found, strict=True)))
+        return HeldOutResults(whole.loss, whole.bpb, dict(zip(names, found, strict=True)))
 
     def _batches(self) -> Iterator[SetRows]:
         own = share_of_rank([len(each.rows) for each in self.sets], self.ranks.rank, self.ranks.world, self.batch_size)

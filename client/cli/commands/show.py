@@ -43,7 +43,7 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
     now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
-        filters |= {"order": args.order, "discarded": args.discarded}
+        filters |= {"owner": args.owner, "order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:

@@ -29,7 +29,7 @@ DeviceId = Annotated[str, Path(description="Id of a device, such as `cuda:3`; or
 
 @router.get("/devices", dependencies=[READ])
 def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
-    """List the devices of this host, with the attempt that leases each, and processes that belong to no attempt.
+    """List the devices of this host, with the attempt that leases each, and processes of other programs.
 
     They are followed by the devices that a cluster has allocated to live attempts.
     """

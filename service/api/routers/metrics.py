@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
@@ -24,7 +25,7 @@ from trainyard.service.metrics import rollups, store
 from trainyard.service.metrics.downsampling import BUCKET_FIELDS, bucket_width
 from trainyard.service.metrics.downsampling import to_buckets as bucket_rows
 from trainyard.service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
-from trainyard.service.schemas import HeldOutResult, MetricPage
+from trainyard.service.schemas import MetricPage
 
 MAX_STEP = 2**53 - 1
 DEFAULT_LIMIT = 1000

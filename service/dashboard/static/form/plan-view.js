@@ -67,6 +67,9 @@ class RateCurve {
 /** For a fork: the remaining steps and their range. */
 const stepsText = ({ steps, start_step: start }) => (start ? `${count(Math.max(0, steps - start))}, ${count(start + 1)} to ${count(steps)}` : count(steps));
 
+/** Held-out sets that are listed. */
+const MAX_SETS = 5;
+
 /** Memory per rank with other settings. */
 const memoryOptions = ({ memory_options: options }) => (options ?? []).map(({ parallelism, gradient_checkpointing: recomputes, memory_bytes: parts, fits }) =>
   `${parallelism}${recomputes ? " with gradient_checkpointing" : ""}: ${bytes(Object.values(parts).reduce((sum, value) => sum + (value ?? 0), 0))}${fits === false ? ", does not fit" : ""}`).join("\n");
@@ -82,6 +85,7 @@ function planFacts(plan) {
     ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory per rank", memory ? `${bytes(memory)}${fits}` : NONE, memoryOptions(plan)],
     ["Checkpoint size", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
     ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`, plan.eta_basis], ["Expected first loss", loss(plan.expected_first_loss)],
+    ...plan.eval_sets.slice(0, MAX_SETS).map((set) => [`Held-out: ${set.name}`, set.tokens === null ? NONE : `${about}${compactNumber(set.tokens)} tokens`, `${count(set.files)} ${set.files === 1 ? "file" : "files"}`]),
     ["Queue", plan.queue ? `position ${plan.queue.position}` : NONE], ["Waiting for", plan.queue?.waiting_for ?? NONE],
   ];
 }
