@@ -208,7 +208,7 @@ class CorpusProgress(ResponseModel):
     eta_seconds: float | None
 
 
-class Corpus(ResponseModel):
+class TokenizedCorpus(ResponseModel):
     """A corpus with its tokenizer: tokenized on CPUs, once, for all jobs that have the same.
 
     ``status``: queued, preparing, ready, failed or stopped. ``cached``: its token shards are in the cache. ``spec``:

@@ -191,6 +191,7 @@ JOB = _argument("job", "JOB", "id or name of the job; if several have the name, 
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
+TEXT_FIELD_OF_JOB = Option("--text_field", "--text-field", metavar="KEY", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
 YES = _flag("-y", "--yes", help="do not ask; required without a terminal")
 SERVICE = (
@@ -288,7 +289,16 @@ COMMANDS = (
         Command("train", "cli.commands.local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
             Option("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)"),
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
-    _group("corpus", "check a corpus; list or remove the tokenized ones",
+    _group("corpus", "tokenize or check a corpus; list or remove the tokenized ones",
+        _remote("build", "cli.commands.corpora:build", "tokenize a corpus on the service's CPUs, without a job",
+            _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1),
+            Option("--spec", type=FILE, metavar="SPEC.json", help="a job spec: its data is tokenized, also a mixture"),
+            TEXT_FIELD_OF_JOB,
+            Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
+            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]),
+                help="as in the job spec (text)"),
+            _flag("--no-wait", help="return at once; `GET /corpora/ID` has the progress"),
+            _timeout("stop waiting after this time; exit 124")),
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
             CORPUS_PATHS, TEXT_FIELD,
             Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),

@@ -9,10 +9,10 @@ from trainyard.contract.prepared import PreparedCorpus, is_cached
 from trainyard.contract.status import CorpusStatus
 from trainyard.service.corpora import rules
 from trainyard.service.db.models import CorpusRow
-from trainyard.service.schemas import Corpus, CorpusProgress
+from trainyard.service.schemas import CorpusProgress, TokenizedCorpus
 
 
-def to_corpus_response(row: CorpusRow, jobs: Sequence[str], is_wanted: bool, cache: Path) -> Corpus:
+def to_corpus_response(row: CorpusRow, jobs: Sequence[str], is_wanted: bool, cache: Path) -> TokenizedCorpus:
     """Return the corpus as the API shows it. ``jobs``: ids of those with this corpus. Reads the cache.
 
     ``is_wanted``: a queued corpus waits for its preparation; without it nothing will prepare it.
@@ -22,7 +22,7 @@ def to_corpus_response(row: CorpusRow, jobs: Sequence[str], is_wanted: bool, cac
     cached = prepared is not None and is_cached(cache, prepared)
     if status is CorpusStatus.QUEUED and not is_wanted:
         status = CorpusStatus.STOPPED
-    return Corpus(
+    return TokenizedCorpus(
         id=row.id,
         status=status,
         cached=cached,

@@ -20,25 +20,25 @@ from trainyard.service.corpora.files import delete_corpus_files, delete_run_dire
 from trainyard.service.db.models import CorpusRow
 from trainyard.service.errors import CorpusInUse, RequestInvalid, SpecInvalid, with_problems
 from trainyard.service.jobs.submission import HostLimits, validate_spec
-from trainyard.service.schemas import Corpus, Page
+from trainyard.service.schemas import Page, TokenizedCorpus
 
-FIELDS = tuple(leaf for leaf in GROUPS["data"] if leaf not in ("eval_fraction",))
-"""Fields of the body: those of a spec's ``data``. A held-out fraction does not change the tokens."""
+FIELDS = GROUPS["data"]
 
-_SCHEMA = {
-    "type": "object",
-    "additionalProperties": False,
-    "properties": {leaf: {"$ref": f"#/components/schemas/DataSpec/properties/{leaf}"} for leaf in FIELDS},
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/DataSpec"}}},
+    }
 }
-BODY: dict[str, Any] = {"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}}
+"""The body in the OpenAPI document. The endpoint parses it itself, as the ``data`` of a job spec."""
 
 router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=ServiceRoute)
 
 OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 
 
-@router.post("", status_code=202, dependencies=[SUBMIT], response_model=Corpus, openapi_extra=BODY)
-def prepare_corpus(state: StateDep, caller: PrincipalDep, body: JsonBody) -> Response:
+@router.post("", status_code=202, dependencies=[SUBMIT], response_model=TokenizedCorpus, openapi_extra=BODY)
+def create_corpus(state: StateDep, caller: PrincipalDep, body: JsonBody) -> Response:
     """Tokenize a corpus now, on CPUs, without a job. The body has the fields of a job spec's `data`.
 
     A job with the same corpus and tokenizer starts without a preparation. The same request again returns the same
@@ -55,7 +55,7 @@ def prepare_corpus(state: StateDep, caller: PrincipalDep, body: JsonBody) -> Res
 @router.get("", dependencies=[READ])
 def list_corpora(
     state: StateDep, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: OptionalText = None
-) -> Page[Corpus]:
+) -> Page[TokenizedCorpus]:
     """List the corpora, newest first."""
     with state.database.read() as session:
         rows, has_more = registry.list_corpora(session, after, limit)
@@ -64,7 +64,7 @@ def list_corpora(
 
 
 @router.get("/{corpus_id}", dependencies=[READ])
-def get_corpus(state: StateDep, corpus_id: str) -> Corpus:
+def get_corpus(state: StateDep, corpus_id: str) -> TokenizedCorpus:
     """Return one corpus: its progress, and what is in it once it is ready."""
     return _load(state, corpus_id)
 
@@ -139,11 +139,11 @@ def ensure_corpus(state: AppState, spec: JobSpec, caller: Principal, requested: 
         return registry.ensure(session, check, spec, caller, utc_now(), requested).id
 
 
-def _load(state: AppState, corpus_id: str) -> Corpus:
+def _load(state: AppState, corpus_id: str) -> TokenizedCorpus:
     with state.database.read() as session:
         return _present(state, session, registry.find(session, corpus_id))
 
 
-def _present(state: AppState, session: Session, row: CorpusRow) -> Corpus:
+def _present(state: AppState, session: Session, row: CorpusRow) -> TokenizedCorpus:
     is_wanted = row.status != CorpusStatus.QUEUED or registry.is_wanted(session, row)
     return presenters.to_corpus_response(row, registry.jobs_of(session, row.id), is_wanted, state.settings.corpus_cache)
