@@ -66,7 +66,8 @@ def after_preparation(
         why = Reason.MAX_RESTARTS if max_restarts else reason
         tries = f"; {fruitless} attempts in a row got no further" if fruitless > 1 else ""
         return PreparationEnd(CorpusStatus.FAILED, why, f"{report.message}{tries}", error)
-    seconds = 0.0 if made_progress else timing.backoff_seconds[min(fruitless, len(timing.backoff_seconds)) - 1]
+    waits = timing.backoff_seconds
+    seconds = 0.0 if made_progress else waits[min(max(0, fruitless - 1), len(waits) - 1)]
     return PreparationEnd(
         CorpusStatus.QUEUED, reason, report.message, error, seconds, restarts=restarts + 1, fruitless=fruitless
     )

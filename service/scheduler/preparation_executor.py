@@ -179,9 +179,15 @@ class PreparationExecutor:
         status = self._launcher.find(preparation.name)
         if status.state is not AttemptState.ABSENT:
             return self._handle_ended(preparation.name, status, acked)
-        reason = Reason.AGENT_LOST if preparation.launched else Reason.TERMINATED
-        message = "nothing is left of the process" if preparation.launched else "the service ended before the launch"
-        self._close_crashed(preparation.name, ErrorCard(code=reason, message=message))
+        if preparation.launched:
+            card = ErrorCard(code=Reason.AGENT_LOST, message="nothing is left of the process that prepared the corpus")
+            self._close_crashed(preparation.name, card)
+            return True
+        message = "the launch did not happen"
+        report = ExitReport(
+            outcome="stopped", step=0, reason=Reason.USER, message=message, last_seq=0, ended_at=self._clock()
+        )
+        self._close(preparation.name, report)
         return True
 
     def _close_crashed(self, name: AttemptRef, card: ErrorCard) -> None:
