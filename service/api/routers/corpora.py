@@ -116,8 +116,8 @@ def corpus_spec(body: object, host: HostLimits) -> JobSpec:
 
 def _unknown(name: str) -> Problem:
     near = nearest(name, FIELDS)
-    hint = f"; did you mean {near}?" if near is not None else f"; those here are {', '.join(FIELDS)}"
-    return Problem(pointer_to(printable(name)), f"is not a field{hint}")
+    others = f"did you mean {near}?" if near is not None else f"those here are {', '.join(FIELDS)}"
+    return Problem(pointer_to(printable(name)), f"is not a field; {others}")
 
 
 def ensure_corpus(state: AppState, spec: JobSpec, caller: Principal, requested: bool = False) -> str | None:
