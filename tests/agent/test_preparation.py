@@ -36,7 +36,7 @@ class Host:
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.cache, self.folder = path, path / "cache", folder
-        self.launcher = LocalLauncher(path, self.cache)
+        self.launcher = LocalLauncher(path, self.cache, [path, folder])
         self.number = 0
         self.timeouts = Timeouts()
         self.processes = 2
@@ -137,6 +137,7 @@ def test_it_prepares_without_torch_and_without_a_device(host: Host) -> None:
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "False"
 
 
+@pytest.mark.long
 def test_a_stop_keeps_what_is_done_and_sigterm_too(host: Host) -> None:
     host.start()
     host.worker()
@@ -169,6 +170,7 @@ def test_a_killed_agent_is_found_and_the_process_ended(host: Host) -> None:
     assert not worker.alive()
 
 
+@pytest.mark.long
 def test_a_process_that_makes_no_progress_is_ended_as_hung(host: Host) -> None:
     host.timeouts = Timeouts(preparing=3.0)
     host.start()
@@ -177,6 +179,7 @@ def test_a_process_that_makes_no_progress_is_ended_as_hung(host: Host) -> None:
     assert (report.outcome, report.reason) == ("crashed", Reason.HUNG)
 
 
+@pytest.mark.long
 def test_tokenizers_that_make_no_progress_are_found_too(host: Host) -> None:
     host.timeouts = Timeouts(preparing=4.0)
     host.start()
@@ -187,6 +190,7 @@ def test_tokenizers_that_make_no_progress_are_found_too(host: Host) -> None:
     assert host.end().reason is Reason.HUNG
 
 
+@pytest.mark.long
 def test_only_one_attempt_prepares_a_corpus(host: Host) -> None:
     host.start()
     host.worker().send(signal.SIGSTOP)
