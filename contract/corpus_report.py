@@ -1,15 +1,17 @@
 """What a tokenized corpus holds: the JSON that preparation stores beside the token shards, and that the API returns.
 
-A `SourceReport` describes one corpus of the cache, which is one source of a run. It is ``report.json`` in the corpus's
-directory (`contract.cache`), so the service reads it without a tokenizer. A `CorpusReport` has one per source.
+A `SourceReport` describes the token shards of one source. It is ``report.json`` in their directory in the cache
+(`contract.cache`), so the service reads it without a tokenizer. A `CorpusReport` has one per source: it is the field
+``report`` of ``GET /corpora/{id}``, made by `read_report`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from trainyard.contract.cache import CorpusCache
 from trainyard.contract.rundir import read_json
 
 REPORT = "report.json"
@@ -157,3 +159,13 @@ class CorpusReport(ReportPart):
             duplicates=sum(source.duplicates for source in sources),
             sources=tuple(sources),
         )
+
+
+def read_report(cache: Path, keys: Mapping[str, str]) -> CorpusReport | None:
+    """Return the report of the sources whose token shards have these keys in the cache, by the names of the sources.
+
+    Return None if one of them has no report: it is not in the cache any more, or an older release tokenized it.
+    """
+    found = [(name, SourceReport.read(CorpusCache(cache).directory(key))) for name, key in keys.items()]
+    sources = [report.model_copy(update={"name": name}) for name, report in found if report is not None]
+    return CorpusReport.of(sources) if len(sources) == len(found) else None

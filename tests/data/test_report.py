@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.corpus_files import expand
-from trainyard.contract.corpus_report import CorpusReport, SourceReport
+from trainyard.contract.corpus_report import CorpusReport, SourceReport, read_report
 from trainyard.worker.data import documents as documents_module
 from trainyard.worker.data.corpus import Corpus
 from trainyard.worker.data.fileset import FileSetOptions, describe, open_files
@@ -129,3 +129,15 @@ def test_the_sums_of_sources(tmp_path: Path) -> None:
     assert (report.bytes_per_token, report.single_byte_share) == (1.0, 0.5)
     assert CorpusReport.model_validate_json(report.model_dump_json()) == report
     assert CorpusReport.of([]).bytes_per_token is None
+
+
+def test_the_report_of_sources_in_the_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    keys, tokens = {}, {}
+    for name, texts in {"web": ["ab", "cd"], "code": ["x"]}.items():
+        corpus, report = described(write_jsonl(tmp_path / f"{name}.jsonl", texts), cache, ByteTokenizer())
+        keys[name], tokens[name] = corpus.directory.name, report.tokens
+    found = read_report(cache, keys)
+    assert found is not None
+    assert {source.name: source.tokens for source in found.sources} == tokens
+    assert read_report(cache, {**keys, "gone": "0" * 32}) is None
