@@ -18,6 +18,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
+    corpora,
     devices,
     documentation,
     exports,
@@ -69,6 +70,7 @@ ROUTERS = (
     streams,
     checkpoints,
     exports,
+    corpora,
     ingest,
     devices,
     tokens,
@@ -86,17 +88,26 @@ def build_state(
     inventory: Inventory | None = None,
     schedules: bool = True,
     timing: Timing = Timing(),
+    prepares: bool = False,
 ) -> AppState:
     """Create the parts of a service. Nothing is started.
 
-    Creates only the home directory. With ``schedules`` False the service only serves the API.
+    Creates only the home directory. With ``schedules`` False the service only serves the API. With ``prepares``,
+    corpora are prepared before jobs get devices.
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
     host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database, launcher, host_inventory, lease=lease, enabled=schedules, preempts=settings.preemption, timing=timing
+        database,
+        launcher,
+        host_inventory,
+        lease=lease,
+        enabled=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+        corpora=(settings.corpus_cache, settings.home) if prepares else None,
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -344,7 +345,8 @@ class _Build:
         )
 
     def _report(self, done: int) -> None:
-        self._options.progress(self._done_bytes + done, self._total_bytes)
+        # Never 0, which means that nothing was begun.
+        self._options.progress(max(1, self._done_bytes + done), self._total_bytes)
 
     def _cached_counts(self, part: _Part) -> list[FileCounts]:
         assert part.source is not None
@@ -644,6 +646,8 @@ def main() -> int:
     """Tokenize the part that each line of stdin names; write progress and results to stdout, one JSON object a line."""
     from trainyard.worker.data.tokenizers import load_tokenizer
 
+    # A stop of the whole process tree must not end a part before the process that waits for it has stored its journal.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     tokenizer: Tokenizer | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -10,12 +10,10 @@ Legend: ``B`` rows of a batch, ``S`` = max_seq_len.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from trainyard.worker.data.corpus import Corpus
 from trainyard.worker.data.documents import (
@@ -33,6 +31,11 @@ from trainyard.worker.data.documents import (
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.shards import ArrayFiles, build_directory, memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64
+
+if TYPE_CHECKING:
+    # The process that prepares a corpus packs its rows without torch, which takes seconds to load.
+    import torch
+    from torch import Tensor
 
 Packing = Literal["document", "none"]
 SplitBy = Literal["number", "text"]
@@ -71,20 +74,20 @@ class Batch(NamedTuple):
     ``segment_ids`` is None.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor | None
-    segment_ids: Tensor | None
-    labels: Tensor
-    offsets: Tensor | None = None
+    input_ids: "Tensor"
+    position_ids: "Tensor | None"
+    segment_ids: "Tensor | None"
+    labels: "Tensor"
+    offsets: "Tensor | None" = None
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: "torch.device | str") -> "Batch":
         """Copy the batch to ``device``; from pinned memory the copy is asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, function: "Callable[[Tensor], Tensor]") -> "Batch":
         return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
@@ -204,13 +207,13 @@ class PackedDataset:
             None if segments is None else self._offsets(shape[0], start, length),
         )
 
-    def _offsets(self, rows: int, start: Integers, length: Integers) -> Tensor:
+    def _offsets(self, rows: int, start: Integers, length: Integers) -> "Tensor":
         """Return the starts of all segments, and of the padding after them, among the tokens of ``rows`` rows."""
         edges = np.arange(rows + 1) * self.max_seq_len
         starts = np.unique(np.concatenate((start, start + length, edges)))
         out = np.full(rows * (self._max_segments + 1) + 1, edges[-1], dtype=np.int32)
         out[: len(starts)] = starts
-        return torch.from_numpy(out)
+        return _as_tensor(out)
 
     def _by_part(self, rows: Integers) -> Iterator[tuple[int, Integers, Integers]]:
         """Yield (number of a part, indices into ``rows`` of its rows, their numbers in the part), part by part."""
@@ -252,10 +255,16 @@ def _numbers_in_row(row: Integers) -> Integers:
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
-def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: Integers) -> Tensor:
+def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: Integers) -> "Tensor":
     out = np.full(shape, fill, dtype=np.int64)
     out.reshape(-1)[destination] = values
-    return torch.from_numpy(out)
+    return _as_tensor(out)
+
+
+def _as_tensor(array: npt.NDArray[Any]) -> "Tensor":
+    import torch
+
+    return torch.from_numpy(array)
 
 
 @dataclass(frozen=True)

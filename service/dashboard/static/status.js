@@ -2,7 +2,7 @@
 import { h, setAttr, setText } from "./dom.js";
 
 const GLYPHS = {
-  queued: "…", starting: "▷", running: "▶", pausing: "◫", paused: "❚❚", cancelling: "◫", cancelled: "■",
+  queued: "…", preparing: "▤", starting: "▷", running: "▶", pausing: "◫", paused: "❚❚", cancelling: "◫", cancelled: "■",
   interrupted: "↯", succeeded: "✓", failed: "✗",
 };
 export const STATUSES = Object.keys(GLYPHS);
