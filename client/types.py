@@ -73,7 +73,10 @@ class CorpusProgress(TypedDict, total=False):
 
 
 class TokenizedCorpus(TypedDict, total=False):
-    """A corpus with its tokenizer, tokenized once for all jobs. ``spec``: the fields of a job spec's ``data``."""
+    """A corpus with its tokenizer, tokenized once for all jobs. ``spec``: the fields of a job spec's ``data``.
+
+    ``report``: what it holds, a `contract.corpus_report.CorpusReport`; None until it is tokenized.
+    """
 
     object: str
     id: str
@@ -83,6 +86,7 @@ class TokenizedCorpus(TypedDict, total=False):
     launcher: str
     attempt: int | None
     progress: CorpusProgress | None
+    report: dict[str, Any] | None
     reason: str | None
     message: str | None
     error: ErrorCard | None
