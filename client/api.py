@@ -24,6 +24,7 @@ from trainyard.client.sse import StreamEvent
 from trainyard.client.types import (
     Checkpoint,
     Export,
+    HeldOutResult,
     Job,
     LogChunk,
     Metric,
@@ -107,13 +108,22 @@ class Client:
         limit: int | None = None,
         group: str | None = None,
         discarded: bool = False,
+        owner: str | None = None,
     ) -> Iterator[Job]:
         """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``.
 
         ``order``: "newest" (the default), "oldest", "score" (the best first) or "-score". ``discarded``: list only the
-        jobs that were discarded, which are left out otherwise.
+        jobs that were discarded, which are left out otherwise. ``owner``: the name of the token that submitted them, or
+        "local".
         """
-        params = {"status": status, "label": list(labels) or None, "name": name, "order": order, "group": group}
+        params = {
+            "status": status,
+            "label": list(labels) or None,
+            "name": name,
+            "order": order,
+            "group": group,
+            "owner": owner,
+        }
         params["discarded"] = "true" if discarded else None
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 
@@ -162,9 +172,10 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir`` (the checkpoints
-        and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length from the start)
-        or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
+        ``gradient_checkpointing`` and ``save_dir``
+        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
+        from the start) or "continue" (decays from the current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
@@ -317,6 +328,12 @@ class Client:
             if not page["has_more"] or not page["data"]:
                 return
             after_step = page["data"][-1]["step"]
+
+    def held_out(self, job_id: str) -> dict[str, HeldOutResult]:
+        """Return the newest loss and bits per byte of each held-out set, by its name; {} before an evaluation."""
+        params = {"max_points": 1, "fields": "eval"}
+        page = self._connection.call("GET", _path(job_id, "metrics"), params=params)
+        return page["data"][-1].get("eval") or {} if page["data"] else {}
 
     def metric_stream(
         self, job_id: str, *, after_step: int = 0, last_event_id: str | None = None

@@ -31,19 +31,26 @@ class ErrorCard(TypedDict, total=False):
 
 
 class Progress(TypedDict, total=False):
-    """Progress of a run. ``step`` counts optimizer steps from 1; ``percent`` is 0 to 100."""
+    """Progress of a run. ``step`` counts optimizer steps from 1; ``percent`` is 0 to 100.
+
+    ``eval_loss``, ``eval_bpb``: of all held-out sets together, at ``eval_step``.
+    """
 
     step: int | None
     steps: int | None
     epoch: float | None
     tokens: int | None
     loss: float | None
+    bpb: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_second: float | None
     mfu: float | None
     eta_seconds: float | None
     percent: float | None
+    eval_loss: float | None
+    eval_bpb: float | None
+    eval_step: int | None
     updated_at: str | None
 
 
@@ -137,6 +144,25 @@ class PlanSource(TypedDict):
     passes: float | None
 
 
+class EvalSet(TypedDict):
+    """A held-out set. ``tokens``: those that are predicted. ``duplicates``: counted with ``eval_fraction``."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None
+
+
+class MemoryOption(TypedDict):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing; ``fits``: None if unknown."""
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: dict[str, int | None]
+    fits: bool | None
+
+
 class Plan(TypedDict, total=False):
     """Size and cost of a run. ``estimated``: the numbers that depend on the corpus come from a sample of it."""
 
@@ -146,6 +172,7 @@ class Plan(TypedDict, total=False):
     samples: int | None
     bad_lines: int | None
     duplicates: int | None
+    eval_sets: list[EvalSet]
     special_tokens: int | None
     special_texts: int | None
     bos_token: str | None
@@ -156,6 +183,8 @@ class Plan(TypedDict, total=False):
     world_size: int | None
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
+    memory_options: list[MemoryOption]
+    settings_that_fit: dict[str, dict[str, Any]] | None
     checkpoint_bytes: int | None
     snapshot_bytes: int | None
     disk_free_bytes: int | None
@@ -173,7 +202,10 @@ class Plan(TypedDict, total=False):
 
 
 class Score(TypedDict):
-    """What a job is ranked by; less is better. ``metric``: eval_loss (the best one) or loss (the newest smoothed)."""
+    """What a job is ranked by; less is better.
+
+    ``metric``: bpb (best held-out bits per byte), eval_loss (the best one) or loss (the newest smoothed one).
+    """
 
     metric: str
     value: float
@@ -209,6 +241,7 @@ class Job(TypedDict, total=False):
     weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
+    owner: NotRequired[str]
     submitted_by: str | None
     allowed_actions: list[Action]
     summary: str
@@ -253,8 +286,18 @@ class NewToken(Token, total=False):
     token: str
 
 
+class HeldOutResult(TypedDict):
+    """The evaluation of a held-out set: loss in nats per token, and bits per byte of text."""
+
+    loss: float | None
+    bpb: float | None
+
+
 class Metric(TypedDict, total=False):
-    """One point of the curve. ``loss`` is the mean over all tokens since the previous point."""
+    """One point of the curve. ``loss`` is the mean over all tokens since the previous point, ``bpb`` in bits per byte.
+
+    ``eval``: the results of each held-out set, by its name; ``eval_loss`` and ``eval_bpb``: of all sets together.
+    """
 
     job_id: str
     step: int
@@ -271,6 +314,9 @@ class Metric(TypedDict, total=False):
     data_seconds: float | None
     memory_bytes: int | None
     eval_loss: float | None
+    eval_bpb: float | None
+    eval: dict[str, HeldOutResult] | None
+    bpb: float | None
     nonfinite: bool
     at: str
 

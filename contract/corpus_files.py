@@ -237,7 +237,8 @@ def corpus_paths(data: DataSpec) -> list[tuple[str, str | list[str]]]:
     """Return the name of each field or source that names files of a corpus, and its path."""
     fields = (("data_path", data.data_path), ("eval_data_path", data.eval_data_path))
     sources = [(f"sources/{source.name}", source.path) for source in data.sources or ()]
-    return [*((name, path) for name, path in fields if path is not None), *sources]
+    held_out = [(f"eval_sources/{source.name}", source.path) for source in data.eval_sources or ()]
+    return [*((name, path) for name, path in fields if path is not None), *sources, *held_out]
 
 
 def _fingerprint(path: str | list[str], roots: Sequence[Path]) -> FileFingerprint:

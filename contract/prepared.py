@@ -60,6 +60,8 @@ def corpus_key(data: DataSpec) -> str:
     settings = data.model_dump(mode="json", exclude=NOT_IN_TOKENS)
     for source in settings.get("sources") or ():
         source.pop("weight", None)
+    for source in settings.get("eval_sources") or ():
+        source.pop("max_tokens", None)
     files = [
         [name, str(file.path), *_identity(file.path)] for name, path in corpus_paths(data) for file in expand(path)
     ]

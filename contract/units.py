@@ -26,6 +26,7 @@ UNITS = {
     "num_workers": "threads",
     "epochs": "passes",
     "max_steps": "steps",
+    "max_tokens": "tokens",
     "batch_size": "sequences",
     "accumulation_steps": "micro-batches",
     "warmup_steps": "steps",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainyard.model.config import ModelConfig
 from trainyard.model.layers import (
@@ -62,7 +63,10 @@ class KVCache:
 
 
 class TransformerBlock(nn.Module):
-    """One pre-norm block: attention, then feed-forward or experts."""
+    """One pre-norm block: attention, then feed-forward or experts.
+
+    ``recomputes``: keep only the input for the backward pass, and run the block again there (gradient checkpointing).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,6 +76,7 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.use_moe else FeedForward(config.hidden_size, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
 
     def forward(
         self,
@@ -83,6 +88,27 @@ class TransformerBlock(nn.Module):
         cached: int,
     ) -> tuple[Tensor, RouterStats | None]:
         """[B, S, C] -> ([B, S, C], how its router chose, or None without experts)."""
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self._forward(x, rotary, mask, segments, cache, cached)
+        # Here and not around the block: FSDP's hooks must not run again in the second pass.
+        result: tuple[Tensor, RouterStats | None] = checkpoint(
+            self._forward,
+            *(x, rotary, mask, segments, cache, cached),
+            use_reentrant=False,
+            # Dropout must draw the same numbers again. Without it, there is no generator state to keep.
+            preserve_rng_state=self.dropout.p > 0,
+        )
+        return result
+
+    def _forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        segments: Segments | None,
+        cache: LayerKVCache | None,
+        cached: int,
+    ) -> tuple[Tensor, RouterStats | None]:
         # The residual stream x keeps its dtype (float32 under autocast). Inputs of products are cast once, here.
         dtype = compute_dtype(x)
         x = x + self.dropout(self.self_attn(self.input_layernorm(x, dtype), rotary, mask, cache, cached))
@@ -150,6 +176,12 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialise(generator)
+
+    def recompute_layers(self, enabled: bool = True) -> None:
+        """Switch gradient checkpointing of all layers on or off. Gradients are the same, bit for bit."""
+        for layer in self.model.layers:
+            assert isinstance(layer, TransformerBlock)
+            layer.recomputes = enabled
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

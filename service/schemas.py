@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
@@ -36,11 +37,33 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class EvalSet(ResponseModel):
+    """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None = None
+
+
+class MemoryOption(ResponseModel):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing.
+
+    ``fits``: null if the memory of the device is unknown.
+    """
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: MemoryPlan
+    fits: bool | None
+
+
 class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
-    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``snapshot_bytes``: memory of rank 0's host for the copies of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
     speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
@@ -52,6 +75,7 @@ class Plan(ResponseModel):
     documents: int | None = None
     bad_lines: int | None = None
     duplicates: int | None = None
+    eval_sets: list[EvalSet] = []
     special_tokens: int | None = None
     special_texts: int | None = None
     bos_token: str | None = None
@@ -91,12 +115,16 @@ class Progress(ResponseModel):
     epoch: float | None = None
     tokens: int | None = None
     loss: float | None = None
+    bpb: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
     percent: float | None = None
+    eval_loss: float | None = None
+    eval_bpb: float | None = None
+    eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
 
@@ -123,12 +151,15 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
-    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown. ``settings_that_fit``:
+    changes of the spec, by group and field, with which a run fits that does not; null if it fits, or if none do.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
+    memory_options: list[MemoryOption] = []
+    settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 
@@ -188,12 +219,12 @@ class Checkpoint(ResponseModel):
 
 
 class Score(ResponseModel):
-    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+    """What a job is ranked by; less is better. ``step``: the step that ``value`` is of.
 
-    ``step``: the step that ``value`` is of.
+    ``metric``: bpb, the best held-out bits per byte; eval_loss, the best one; or loss, the newest smoothed one.
     """
 
-    metric: Literal["eval_loss", "loss"]
+    metric: Literal["bpb", "eval_loss", "loss"]
     value: float
     step: int
 
@@ -264,6 +295,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -432,6 +464,9 @@ class Metric(ResponseModel):
     eval_loss: float | None = None
     expert_load: list[Any] | None = None
     nonfinite: bool | None = None
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
     at: datetime | None = None
     job_id: str | None = None
 
@@ -504,7 +539,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 

@@ -34,6 +34,8 @@ class DistributedContext:
     local_world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    preparing_timeout: timedelta | None = None
+    """How long a rank waits for another one that prepares data or saves; None: torch's default."""
 
     @property
     def is_main_process(self) -> bool:
@@ -100,8 +102,9 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
     except (ValueError, dist.DistError) as error:
         message = f"rank {rank} of {world} did not meet the other ranks: {str(error).splitlines()[0]}"
         raise TrainingError(Reason.LAUNCH_FAILED, message, BY_HAND, rank) from error
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
-    return DistributedContext(rank, world, local_rank, local_world, own, control)
+    preparing = timedelta(seconds=timeouts.preparing)
+    control = dist.new_group(backend="gloo", timeout=preparing)
+    return DistributedContext(rank, world, local_rank, local_world, own, control, preparing)
 
 
 BY_HAND = (

@@ -107,7 +107,12 @@ def _run_training(
                 outcome="stopped", step=heartbeat.step, reason=Reason.USER, message="stopped while compiling"
             )
         known = not_compiled or out_of_memory_error(
-            error, rank=ranks.rank, step=heartbeat.step, training=spec.training, peak_bytes=memory_bytes(ranks.device)
+            error,
+            rank=ranks.rank,
+            step=heartbeat.step,
+            training=spec.training,
+            resources=spec.resources,
+            peak_bytes=memory_bytes(ranks.device),
         )
         if known is None:
             raise

@@ -22,6 +22,7 @@ from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
+from trainyard.worker.data.byte_lengths import ByteLengths
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.prepare import TrainingData, prepare_data
@@ -31,6 +32,7 @@ from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths, weight_roots
 from trainyard.worker.stop_signal import StopSignal
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
@@ -38,12 +40,13 @@ from trainyard.worker.training.control import (
     settings_changed_event,
     with_settings,
 )
-from trainyard.worker.training.evaluate import Evaluator, generate_samples
+from trainyard.worker.training.evaluate import generate_samples
+from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, restore_window
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import StepIntervals, total_steps
+from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
 from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
@@ -90,31 +93,42 @@ def train(
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
-    def run_length(rows_per_step: int) -> int:
-        return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
-
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
-    model = initial_model(spec.model, spec.training.seed, ranks.device)
+    # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
+    is_fsdp = spec.resources.parallelism == "fsdp"
+    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_fsdp else ranks.device)
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(
-            spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world, shapes
+            spec,
+            attempt.run,
+            artifacts,
+            data.identity,
+            lambda saved: is_finished(
+                spec.training, TrainProgress.from_state(saved), -(-len(data.train_set) // saved.rows_per_step)
+            ),
+            emit,
+            from_step,
+            ranks.world,
+            shapes,
         )
     )
     untrained = resume_from is None and spec.training.from_weight is None
     if resume_from is None and spec.training.from_weight is not None:
         load_weights(model, spec, artifacts, weight_roots(attempt.run))
-    state = build_train_state(
-        model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks
-    )
+    lengths = data.byte_lengths
+    byte_counter = ByteCounter.of(lengths, ranks.device) if isinstance(lengths, ByteLengths) else None
+    aux_coefficient = spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0
+    state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
     sampler = data.sampler(rows_per_step, spec.training.seed)
-    steps = progress.base_step + run_length(rows_per_step)
+    # With ``max_tokens``, counting the tokens of the rows may take seconds, so only rank 0 does it.
+    steps = ranks.broadcast_from_rank0(lambda: last_step(spec.training, progress, sampler, data.train_set.targets_of))
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
     started = started_event(data, ranks, sampler, progress, steps, resume_from)
     trainer = Trainer(
@@ -130,9 +144,10 @@ def train(
             spec.training.loss_normalization,
             # The model is compiled for each shape that it sees, so it must see one only.
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
+            equal_counts=state.gathers_weights,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
-        intervals=StepIntervals.from_spec(spec, steps, evaluates=data.eval_set is not None),
+        intervals=StepIntervals.from_spec(spec, steps, evaluates=bool(data.eval_sets)),
         metrics=MetricsProcessor(
             ranks,
             window,
@@ -152,13 +167,13 @@ def train(
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
     )
-    trainer.metrics.unevaluated = unevaluated if data.eval_set is not None else None
+    trainer.metrics.unevaluated = unevaluated if data.eval_sets else None
     emit(started)
     for warning in schedule_warnings(spec.training, steps - progress.base_step):
         emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
-    if resume_from is not None and ranks.is_main_process:
+    if resume_from is not None and (ranks.is_main_process or state.gathers_weights):
         for event in compare_scores(progress.step, saved_score, resume_check.score(state)):
             emit(event)
 
@@ -167,7 +182,7 @@ def train(
         trainer.warm_up()
         phases.enter(Phase.TRAINING)
         try:
-            progress, stopped = trainer.run(progress, steps)
+            progress, stopped = trainer.run(progress)
         finally:
             phases.enter(Phase.SAVING)
             hit("train.close")
@@ -176,7 +191,7 @@ def train(
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
         )
-    return Outcome(outcome="completed", step=progress.step, message=f"all {steps} steps done")
+    return Outcome(outcome="completed", step=progress.step, message=f"all {trainer.intervals.steps} steps done")
 
 
 def _restore(
@@ -195,7 +210,7 @@ def _restore(
         return TrainProgress(), MetricsWindow(), rows_per_step, {}, None
     saved = state.load(resume_from.checkpoint)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved.unevaluated is not None else None
-    window = restore_window(saved.interval, ranks)
+    window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved.probe, unevaluated
 
 
@@ -259,7 +274,7 @@ class Trainer:
             self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
-    def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
+    def run(self, progress: TrainProgress) -> tuple[TrainProgress, bool]:
         """Run all steps after ``progress``. Return the progress, and whether a stop request ended the run early.
 
         A step that is to be saved and evaluated is saved first: an evaluation may be long, and a stop request or a
@@ -267,9 +282,9 @@ class Trainer:
         """
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self._save_at_start(progress, steps)
+        self._save_at_start(progress)
         stopped = not self._evaluate(progress)
-        while not stopped and progress.step < steps:
+        while not stopped and progress.step < self.intervals.steps:
             previous_step, progress = progress.step, self.train_step(progress)
             if progress.step <= previous_step:
                 continue  # rolled back
@@ -277,9 +292,9 @@ class Trainer:
             # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
             flags = control.exchange(self._own_flags())
             if flags.settings is not None:
-                self._apply_settings(flags.settings, progress.step, steps)
+                self._apply_settings(flags.settings, progress.step)
             self._logs_next_step = flags.log
-            is_last = progress.step == steps
+            is_last = progress.step == self.intervals.steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
@@ -298,12 +313,12 @@ class Trainer:
         control.finish()
         return progress, stopped
 
-    def _save_at_start(self, progress: TrainProgress, steps: int) -> None:
+    def _save_at_start(self, progress: TrainProgress) -> None:
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
             # A bad step before the first regular save also needs a checkpoint to roll back to.
             with self.phases.during(Phase.SAVING):
                 self.checkpointer.save(self.state, progress, self.metrics, required=True)
-        if progress.step >= steps:
+        if progress.step >= self.intervals.steps:
             # All steps are done, but the attempt that did them may have died before its final weights were written.
             self._save(progress, required=True)
 
@@ -344,11 +359,14 @@ class Trainer:
         if warning is not None:
             self.emit(warning)
 
-    def _apply_settings(self, settings: RunSettings, step: int, steps: int) -> None:
+    def _apply_settings(self, settings: RunSettings, step: int) -> None:
         """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
-        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=self.data.eval_set is not None)
+        self._set_last_step(self.intervals.steps)
+
+    def _set_last_step(self, steps: int) -> None:
+        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=bool(self.data.eval_sets))
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
@@ -448,7 +466,7 @@ class Trainer:
 
     def _roll_back(self, progress: TrainProgress, reason: str) -> TrainProgress:
         """Reload the newest valid checkpoint. The data from there to the bad step is skipped from now on."""
-        shapes = TensorShapes.of(self.state.model)
+        shapes = self.state.shapes
         with self.phases.during(Phase.LOADING):
             hit("train.roll_back")
             self.checkpointer.wait()
@@ -458,17 +476,27 @@ class Trainer:
                 raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
             saved = self.state.load(path)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self.metrics.rewind(restore_window(saved.interval, self.ranks))
+        self.metrics.rewind(restore_window(saved.interval, self.ranks, saved.interval_bytes))
         bad_step = progress.step + 1
         message = (
             f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
         )
-        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data={"to_step": saved.step}))
         self.trackers.start_at(saved.step)
         self.heartbeat.beat(saved.step)
         # Keep the current counters: with the checkpoint's, a run could roll back for ever.
         offset = progress.data_offset + bad_step - saved.step
-        return replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        progress = replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        self._set_schedule(progress)
+        data = {"to_step": saved.step, "steps": self.intervals.steps}
+        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data=data))
+        return progress
+
+    def _set_schedule(self, progress: TrainProgress) -> None:
+        """Adapt the length of the run to the data that a rollback has skipped."""
+        training, sampler, targets_of = self.spec.training, self.loader.sampler, self.data.train_set.targets_of
+        steps = self.ranks.broadcast_from_rank0(lambda: last_step(training, progress, sampler, targets_of))
+        self._set_last_step(steps)
+        self.lr_schedule = LRSchedule.from_spec(training, steps, progress.base_step)
 
     def _log_metrics(self, progress: TrainProgress) -> None:
         """Emit the metric line that is due. If an evaluation is due too, hold the line until `_evaluate`."""
@@ -499,19 +527,21 @@ class Trainer:
 
         Return False if a stop was requested meanwhile: then the evaluation is given up, and the step is saved.
         """
-        metric, eval_set = self.metrics.unevaluated, self.data.eval_set
-        if metric is None or eval_set is None:
+        metric = self.metrics.unevaluated
+        if metric is None or not self.data.eval_sets:
             return True
+        batch_size, counter = self.spec.training.batch_size, self.state.train_step.byte_counter
         with self.phases.during(Phase.EVALUATING):
-            evaluator = Evaluator(eval_set, self.ranks, self.spec.training.batch_size, self.stop.requested)
+            evaluator = HeldOutEvaluator(self.data.eval_sets, self.ranks, batch_size, counter, self.stop.requested)
             try:
-                eval_loss = evaluator.loss(self.state)
+                found = evaluator.evaluate(self.state)
             except StopRequested:
                 self._give_up_evaluation()
                 self._save_once(progress)
                 return False
         self.metrics.unevaluated = None
-        self._emit_metric(metric.model_copy(update={"eval_loss": eval_loss, "at": datetime.now(UTC)}))
+        results = {"eval_loss": found.loss, "eval_bpb": found.bpb, "eval": found.sets, "at": datetime.now(UTC)}
+        self._emit_metric(metric.model_copy(update=results))
         return True
 
     def _give_up_evaluation(self) -> None:
@@ -535,7 +565,8 @@ class Trainer:
         with self.phases.during(Phase.SAVING):
             hit("train.save")
             self.checkpointer.save(self.state, progress, self.metrics, required=required)
-        if self.ranks.is_main_process and self.intervals.is_save_step(progress.step):
+        takes_part = self.ranks.is_main_process or self.state.gathers_weights
+        if takes_part and self.intervals.is_save_step(progress.step):
             self._emit_samples(progress.step)
         self.ranks.barrier()
 
@@ -544,10 +575,19 @@ class Trainer:
         prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
         model, tokenizer = self.state.model, self.data.tokenizer
         with self.phases.during(Phase.EVALUATING) if prompts else contextlib.nullcontext():
-            for sample in generate_samples(model, tokenizer, prompts, step, self.state.precision, limit):
+            for sample in generate_samples(
+                model, tokenizer, prompts, step, self.state.precision, limit, in_step=self.state.gathers_weights
+            ):
                 self.emit(sample)
-                if self.stop.requested():
+                if self._stops_samples():
                     break
+        if self.state.split is not None:
+            self.state.split.release()
+
+    def _stops_samples(self) -> bool:
+        if not self.state.gathers_weights:
+            return self.stop.requested()
+        return any(requested for (requested,) in self.ranks.gather([float(self.stop.requested())]))
 
 
 def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:

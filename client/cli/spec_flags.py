@@ -232,10 +232,11 @@ def with_absolute_paths(spec: dict[str, Any], directory: Path) -> dict[str, Any]
         if isinstance(container, dict) and leaf in container:
             container[leaf] = _absolute(leaf, container[leaf], directory)
     data = spec.get("data")
-    sources = data.get("sources") if isinstance(data, dict) else None
-    for source in sources if isinstance(sources, list) else ():
-        if isinstance(source, dict) and "path" in source:
-            source["path"] = _absolute("data_path", source["path"], directory)
+    for leaf in ("sources", "eval_sources"):
+        sources = data.get(leaf) if isinstance(data, dict) else None
+        for source in sources if isinstance(sources, list) else ():
+            if isinstance(source, dict) and "path" in source:
+                source["path"] = _absolute("data_path", source["path"], directory)
     return spec
 
 

@@ -136,6 +136,8 @@ class RequestMiddleware:
             raise PathPrefix()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise CrossOrigin()
+        if headers.get("sec-fetch-site") == "cross-site" and not _is_followed_link(scope, headers):
+            raise CrossOrigin()
 
     async def _authenticate(self, scope: Scope, headers: Headers) -> Principal:
         if _is_open(scope, headers):
@@ -317,6 +319,12 @@ def _host_allowed(header: str, allowed: tuple[str, ...]) -> bool:
         return (urlsplit(f"//{header}").hostname or "") in allowed
     except ValueError:
         return False
+
+
+def _is_followed_link(scope: Scope, headers: Headers) -> bool:
+    """Return whether a browser opens a page of the dashboard, such as from a link in a chat."""
+    is_navigation = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return is_navigation and is_page(scope["method"], scope["path"], headers.get("accept", ""))
 
 
 def _same_origin(origin: str | None, host: str) -> bool:

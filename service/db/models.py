@@ -85,6 +85,7 @@ class JobRow(Base):
         Index("ix_jobs_name", "name"),
         Index("ix_jobs_queued_by", "queued_by", "status"),
         Index("ix_jobs_corpus_id", "corpus_id"),
+        Index("ix_jobs_submitted_by", "submitted_by", "discarded", "number"),
         Index("ix_jobs_discarded", "discarded", "number"),
         Index("ix_jobs_discarded_score", "discarded", "score", "number"),
         Index("ix_jobs_group_name", "group_name", "discarded", "number"),
@@ -312,6 +313,9 @@ class MetricRow(Base):
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
     expert_load: Mapped[list[Any] | None]
+    bpb: Mapped[float | None]
+    eval_bpb: Mapped[float | None]
+    eval: Mapped[dict[str, Any] | None]
 
 
 class MetricRollupRow(Base):

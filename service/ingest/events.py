@@ -279,6 +279,8 @@ class _EventBatch:
         self.session.add(SampleRow(**own, **event.model_dump(exclude={"kind"})))
 
     def _warned(self, event: WarningEvent) -> None:
+        if self.current and event.code == "rolled_back" and type(steps := event.data.get("steps")) is int:
+            self.job.facts = {**self.job.facts, "steps": steps}  # with max_tokens, skipped data changes the length
         repository.add_alert(self.job, event.code, event.message, event.at, event.step)
         self._record_event("warning", event.message, event)
 

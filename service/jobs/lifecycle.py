@@ -77,7 +77,7 @@ ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kil
 MAX_FRUITLESS_ATTEMPTS = 2
 """After this many failed attempts in a row without a step, another one would not make any either."""
 
-FINISHED_BLOCKER = "finished: give more epochs or max_steps to continue"
+FINISHED_BLOCKER = "finished: give more epochs, max_steps or max_tokens to continue"
 NOT_SAVED = "no checkpoint was written at this stop"
 
 

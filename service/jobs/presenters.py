@@ -12,6 +12,7 @@ from sqlalchemy import Row
 
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.status import Desired, JobStatus, Phase, Reason
+from trainyard.service.auth.principal import LOCAL
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 from trainyard.service.jobs import queries
 from trainyard.service.jobs.failures import failure_card
@@ -112,6 +113,7 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         queue=queue,
         placement=Placement.model_validate(placement) if placement is not None else None,
         parent=_parent(job),
+        owner=job.submitted_by or LOCAL.name,
         submitted_by=job.submitted_by,
         summary=summary(_summary_input(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],

@@ -149,7 +149,12 @@ def _at_step(job: SummaryInput) -> str:
 
 
 def _loss(job: SummaryInput) -> str:
-    return f", loss {job.progress.loss:.3f}" if job.progress.loss is not None else ""
+    progress = job.progress
+    loss = f", loss {progress.loss:.3f}" if progress.loss is not None else ""
+    if progress.eval_loss is None:
+        return loss
+    bits = f" ({progress.eval_bpb:.3f} bits per byte)" if progress.eval_bpb is not None else ""
+    return f"{loss}, held-out loss {progress.eval_loss:.3f}{bits}"
 
 
 def _resume_point(job: SummaryInput) -> str:

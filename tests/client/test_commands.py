@@ -1,4 +1,6 @@
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -154,7 +156,7 @@ def test_list(run: Run, service: FakeService) -> None:
 
 
 def test_list_shows_group_and_score_if_a_job_has_them(run: Run, service: FakeService) -> None:
-    for number, kind in enumerate(("eval_loss", "loss")):
+    for number, kind in enumerate(("eval_loss", "loss", "bpb")):
         score = {"metric": kind, "value": 2.5 + number, "step": 3}
         service.jobs[f"job_{number}"] = job(id=f"job_{number}", group="sweep", score=score, progress=None)
     out = run("list", "--group", "sweep", "--order", "score", "--discarded")[1]
@@ -163,6 +165,7 @@ def test_list_shows_group_and_score_if_a_job_has_them(run: Run, service: FakeSer
     assert "sweep" in lines["job_0"]
     assert "2.500 eval" in lines["job_0"]
     assert "3.500" in lines["job_1"]
+    assert "4.500 bpb" in lines["job_2"]
     query = dict(service.requests[-1].url.params)
     assert {name: query[name] for name in ("group", "order", "discarded")} == {
         "group": "sweep",
@@ -251,6 +254,25 @@ def test_metrics_as_table_and_csv(run: Run, service: FakeService) -> None:
     assert rows[2].startswith("2,1,0.1,,")
     assert run("metrics", "pre-12", "--after-step", "1", "--csv")[1].count("\n") == 2
     assert run("metrics", "pre-12", "--attempt", "7", "--csv")[1] == ""
+
+
+def test_held_out_sets_are_in_the_page_the_table_and_the_csv(run: Run, service: FakeService) -> None:
+    sets = {"zh": {"loss": 4.5, "bpb": 1.25}, "code": {"loss": 2.0, "bpb": None}}
+    service.curve = [metric(1, 8.0, eval=None), metric(2, 7.0, bpb=2.5, eval_loss=3.5, eval_bpb=1.1, eval=sets)]
+    job_id = next(iter(service.jobs))
+    known = service.jobs[job_id]
+    facts = [{"name": name, "files": 1, "documents": 3, "tokens": 90, "duplicates": None} for name in sets]
+    known["plan"] = {**(known.get("plan") or {}), "eval_sets": facts}
+    known["progress"] = {**known["progress"], "bpb": 2.5, "eval_loss": 3.5, "eval_bpb": 1.1, "eval_step": 2}
+    page = run("show", job_id)[1]
+    assert "  held-out   loss 3.500 (1.100 bits per byte) at step 2\n" in page
+    assert "held-out sets:\n  zh    loss 4.500 (1.250 bits per byte)\n  code  loss 2.000\n" in page
+    lines = run("metrics", job_id)[1].splitlines()
+    assert lines[0].split()[-4:] == ["EVAL", "LOSS", "EVAL", "BPB"]
+    assert lines[2].split()[-3:] == ["2.5000", "3.5000", "1.1000"]
+    rows = list(csv.DictReader(io.StringIO(run("metrics", job_id, "--csv")[1])))
+    assert [(row["eval.zh.loss"], row["eval.zh.bpb"], row["eval.code.bpb"]) for row in rows] == [
+        ("", "", ""), ("4.5", "1.25", "")]  # fmt: skip
 
 
 def test_the_other_tables(run: Run, service: FakeService) -> None:

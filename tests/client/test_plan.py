@@ -51,6 +51,17 @@ def test_unknown_values_are_named_or_left_out() -> None:
     )
 
 
+def test_held_out_sets_of_a_plan() -> None:
+    sets = [
+        {"name": "web", "files": 2, "documents": 300, "tokens": 12_000},
+        {"name": "book", "files": 1, "documents": None, "tokens": None},
+    ]
+    text = "  held-out web: 2 files, 300 documents, 12 k tokens; book: 1 file"
+    assert text in plan_page({"steps": 7, "eval_sets": sets})
+    many = plan_page({"steps": 7, "eval_sets": [{**sets[1], "name": f"s{number}"} for number in range(256)]})
+    assert "  held-out s0: 1 file; s1: 1 file; s2: 1 file; s3: 1 file; s4: 1 file; and 251 more" in many
+
+
 def test_json_is_the_service_s_own(run: Run, service: FakeService, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     file.write_text('{"data": {"data_path": "/d"}}')

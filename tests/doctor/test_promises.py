@@ -51,6 +51,7 @@ def trial(tmp_path: Path) -> Iterator[Trial]:
     gc.collect()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "promise",
     [check_attention, check_deterministic, check_float16, check_host_syncs, check_saves, check_speed],

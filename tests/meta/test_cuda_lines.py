@@ -26,10 +26,10 @@ COVERED = {
     "test_on_cuda_the_decoder_gives_the_loss_of_its_mask",
     "model/varlen_attention.py:varlen_attention": ATTENTION,
     "worker/checkpoint/saver.py:StagingBuffers.__init__": SAVES,
-    "worker/checkpoint/saver.py:StagingBuffers._buffer": "tests/worker/test_saver.py::"
+    "worker/checkpoint/saver.py:StagingBuffers._allocate": "tests/worker/test_saver.py::"
     "test_on_a_gpu_the_copy_is_of_the_step_too",
     "worker/checkpoint/saver.py:StagingBuffers._delay_update": SAVES,
-    "worker/checkpoint/saver.py:StagingBuffers.stage": SAVES,
+    "worker/checkpoint/saver.py:StagingBuffers._start_copy": SAVES,
     "worker/data/loader.py:to_device": SPEED,
     "worker/data/packing.py:Batch.pin_memory": SPEED,
     "worker/distributed.py:init_distributed": RANKS,

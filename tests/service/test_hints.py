@@ -27,6 +27,8 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "End other programs on the host": (Reason.HOST_OUT_OF_MEMORY, {}),
     "Free space, or point": (Reason.DISK_FULL, {"save_dir": "HOME/larger"}),
     "Make the directory writable, or": (Reason.DISK_FULL, {"save_dir": "HOME/larger"}),
+    "Resume with training.gradient_checkpointing": (Reason.OUT_OF_MEMORY, {"gradient_checkpointing": True}),
+    'Resume with resources.parallelism "{}"': (Reason.OUT_OF_MEMORY, {"resources": {"parallelism": "zero1"}}),
     "Resume with fewer": (Reason.SPEC_INVALID, {"resources": {"nproc_per_node": 1, "device": "cpu"}}),
     "Give the host or its container more memory": (Reason.HOST_OUT_OF_MEMORY, {"resources": {"nproc_per_node": 1}}),
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),

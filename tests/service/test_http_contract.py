@@ -99,7 +99,15 @@ def test_changes_are_described_by_the_job_spec(rig: ServiceHarness) -> None:
     assert patch["additionalProperties"] is False
     resume = paths["/jobs/{job_id}/resume"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     resume = schemas[resume["$ref"].rpartition("/")[2]]
-    assert set(resume["properties"]) == {"epochs", "max_steps", "resources", "step", "save_dir", "schedule"}
+    assert set(resume["properties"]) == {
+        "epochs",
+        "max_steps",
+        "max_tokens",
+        "resources",
+        "step",
+        "save_dir",
+        "schedule",
+    }
 
 
 # What an API is sent
@@ -128,7 +136,9 @@ def test_an_unknown_query_parameter_is_named(rig: ServiceHarness, query: str, me
     assert {error.pointer for error in found.errors} == set(messages)
     for error in found.errors:
         wanted = messages[error.pointer]
-        listed = "those here are after, discarded, fields, group, label, limit, name, order, parent, search, status"
+        listed = (
+            "those here are after, discarded, fields, group, label, limit, name, order, owner, parent, search, status"
+        )
         assert error.message == wanted or (wanted is None and listed in error.message)
 
 

@@ -4,7 +4,7 @@ import pickle
 
 import torch
 
-from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.spec import ResourcesSpec, TrainingSpec
 from trainyard.worker.errors import out_of_memory_error, save_error
 
 
@@ -16,6 +16,13 @@ def test_failures_carry_advice_with_numbers() -> None:
     assert memory is not None
     assert (memory.rank, memory.outcome(4).error.peak_memory_bytes) == (1, 7 * 10**9)  # type: ignore[union-attr]
     assert "batch_size to 16 and training.accumulation_steps to 4" in str(memory)
+    assert "Resume with training.gradient_checkpointing true" in str(memory)
+    recomputing = TrainingSpec(batch_size=1, gradient_checkpointing=True)
+    for parallelism, hint in (("ddp", '"zero1"'), ("zero1", '"fsdp"'), ("fsdp", "One row needs too much")):
+        resources = ResourcesSpec.model_validate({"parallelism": parallelism, "nproc_per_node": 2})
+        error = out_of_memory_error(MemoryError(), rank=0, step=0, training=recomputing, resources=resources)
+        assert hint in str(error)
+        assert ("Resume with" in str(error)) == (parallelism != "fsdp")
     one_row = TrainingSpec(batch_size=1)
     assert out_of_memory_error(RuntimeError("shapes differ"), rank=0, step=0, training=one_row) is None
     single = out_of_memory_error(MemoryError(), rank=0, step=0, training=one_row)

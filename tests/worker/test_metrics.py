@@ -1,6 +1,7 @@
 """What a metric event is the mean and the count of."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,21 @@ def test_what_is_not_finite_is_counted_and_not_added() -> None:
 def test_sums_come_back_to_the_ranks_they_were_of() -> None:
     rows = [[1.0, 2.0, 3.0, 0.0], [10.0, 20.0, 30.0, 1.0]]
     second = DistributedContext(1, 2, 1, 2, torch.device("cpu"))
-    assert restore_window(rows, second) == MetricsWindow(10.0, 20.0, 30.0, 1.0)
-    assert restore_window(rows, ALONE) == MetricsWindow(11.0, 22.0, 33.0, 1.0)
+    assert restore_window(rows, second, [50.0, 70.0]) == MetricsWindow(10.0, 20.0, 30.0, 1.0, text_bytes=70.0)
+    assert restore_window(rows, ALONE, [50.0, 70.0]) == MetricsWindow(11.0, 22.0, 33.0, 1.0, text_bytes=120.0)
     assert restore_window([], ALONE) == MetricsWindow()
+
+
+def test_a_window_that_a_release_without_bytes_has_begun_has_no_bits_per_byte() -> None:
+    old = restore_window([[10.0, 0.0, 5.0, 0.0]], ALONE)
+    assert old.text_bytes is None
+    metrics = MetricsProcessor(ALONE, old, 6.0, has_aux=False)
+    assert metrics.gather_windows() == ([[10.0, 0.0, 5.0, 0.0]], [None])
+    assert restore_window([[10.0, 0.0, 5.0, 0.0]] * 2, ALONE, [30.0, None]).text_bytes is None
+    metrics.record(replace(result(4.0, 5), text_bytes=20.0))
+    assert (line(metrics).bpb, line(metrics).loss) == (None, None)
+    metrics.record(replace(result(4.0, 5), text_bytes=20.0))
+    assert metrics.gather_windows()[1] == [20.0]
+    first = line(metrics)
+    assert first.loss == 0.8
+    assert first.bpb == pytest.approx(4.0 / math.log(2) / 20)

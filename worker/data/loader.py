@@ -21,7 +21,9 @@ class MicroBatchLoader:
     """Makes the micro-batches of one rank.
 
     ``min_rows``: shorter micro-batches are padded to this many rows. A compiled model needs this: it is compiled for
-    each shape. ``data_seconds``: time that the current step has waited for data.
+    each shape. ``equal_counts``: every rank gets as many micro-batches as the one with the most, the last ones without
+    rows if need be. FSDP needs this: all ranks run each layer together. ``data_seconds``: time that the current step
+    has waited for data.
     """
 
     dataset: PackedDataset
@@ -30,6 +32,7 @@ class MicroBatchLoader:
     batch_size: int
     normalization: Normalization
     min_rows: int = 1
+    equal_counts: bool = False
     data_seconds: float = 0.0
     _rows_by_step: dict[int, Integers] = field(default_factory=dict)
 
@@ -38,7 +41,7 @@ class MicroBatchLoader:
         self.data_seconds, began = 0.0, time.perf_counter()
         rows = self.rows_of(step)
         loss_scale = self._loss_scale(rows)
-        for part in split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size):
+        for part in self._parts(rows):
             tokens = int(self.dataset.targets_of(part).sum())
             batch = to_device(self.dataset.batch(part, self.min_rows), self.ranks.device)
             micro_batch = MicroBatch(batch, loss_scale.factor(tokens), tuple(part.tolist()), tokens)
@@ -48,6 +51,12 @@ class MicroBatchLoader:
         # The caller reads one micro-batch ahead, so the GPU is still busy with the second to last one here.
         self.rows_of(step + 1)
         self.data_seconds += time.perf_counter() - began
+
+    def _parts(self, rows: Integers) -> list[Integers]:
+        parts = list(split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size))
+        largest_share = -(-len(rows) // self.ranks.world)
+        count = -(-largest_share // self.batch_size) if self.equal_counts else 0
+        return parts + [rows[:0]] * (count - len(parts))
 
     def rows_of(self, step: int) -> Integers:
         """Return the rows of a data step, over all ranks. The rows of the last two steps are cached."""

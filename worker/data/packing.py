@@ -7,6 +7,7 @@ predicted exactly once, and only the last segment ends with EOS. With packing "n
 Legend: ``B`` rows of a batch, ``S`` = max_seq_len.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ SplitBy = Literal["number", "text"]
 
 FORMAT = 1
 IGNORE_INDEX = -100
-DUPLICATES_FILE = "duplicates"
+DUPLICATES_FILE, DOCUMENTS_FILE = "duplicates", "documents"
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ class SplitSpec:
     """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out.
 
     ``by``: what decides on a document. By its "text", documents with the same text are on the same side. By its
-    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so.
+    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so. ``documents``: of all, use only
+    the first so many.
     """
 
     part: Literal["all", "train", "eval"] = "all"
     fraction: float = 0.0
     by: SplitBy = "text"
+    documents: int | None = None
 
     def __str__(self) -> str:
         if self.part == "all":
-            return self.part
+            return self.part if self.documents is None else f"first-{self.documents}"
         return f"{self.part}-{self.fraction!r}" + ("" if self.by == "number" else f"-{self.by}")
 
 
@@ -103,8 +106,8 @@ class RowFiles:
         self.firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
         self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
         self.max_segments = int(np.diff(self.firsts).max(initial=0))
-        duplicates = directory / DUPLICATES_FILE
-        self.duplicates = int(duplicates.read_text()) if duplicates.exists() else None
+        self.duplicates = _read_count(directory / DUPLICATES_FILE)
+        self.documents = _read_count(directory / DOCUMENTS_FILE)
 
     def segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
         """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
@@ -114,11 +117,15 @@ class RowFiles:
         return np.repeat(np.arange(len(rows)), counts), self.starts[segments], self.lengths[segments].astype(np.int64)
 
 
+def _read_count(file: Path) -> int | None:
+    return int(file.read_text()) if file.exists() else None
+
+
 class PackedDataset:
     """The rows of one corpus, or of several, numbered one corpus after the other: ``parts``, one of each corpus.
 
     ``duplicates``: documents of a corpus whose text is that of an earlier one in it, or None if no corpus was split by
-    text.
+    text. ``documents``: those in the rows, or None if release 0.1 made the rows.
     """
 
     def __init__(self, parts: Sequence[RowFiles], max_seq_len: int, packing: Packing) -> None:
@@ -129,6 +136,8 @@ class PackedDataset:
         self._max_segments = max(part.max_segments for part in parts)
         counted = [part.duplicates for part in parts if part.duplicates is not None]
         self.duplicates = sum(counted) if counted else None
+        documents = [part.documents for part in parts if part.documents is not None]
+        self.documents = sum(documents) if len(documents) == len(parts) else None
 
     @classmethod
     def open(
@@ -333,12 +342,26 @@ def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, 
     files = ArrayFiles(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
     empty = np.zeros(0, dtype=np.int64)
     files.append(empty, empty, np.zeros(1, dtype=np.int64), empty)
-    written = 0
-    for first, last in blocks(corpus.offsets):
-        starts, lengths = segments_of(corpus.offsets[first : last + 1], holdout.mask(first, last), max_seq_len)
+    written = documents = 0
+    wanted = holdout.split.documents
+    for first, last in blocks(corpus.offsets if wanted is None else corpus.offsets[: wanted + 1]):
+        selected = holdout.mask(first, last)
+        documents += int(np.count_nonzero(selected))
+        starts, lengths = segments_of(corpus.offsets[first : last + 1], selected, max_seq_len)
         row = np.arange(len(lengths)) if packing == "none" else best_fit(lengths, max_seq_len)
         written = _append(files, written, starts, lengths, row)
     files.close()
+    (directory / DOCUMENTS_FILE).write_text(str(documents))
+
+
+def documents_within(offsets: Integers, max_tokens: int) -> int:
+    """Return how many of the first documents predict at most ``max_tokens`` tokens together; at least 1.
+
+    ``offsets``: the bounds of the documents. A document predicts all its tokens but the first.
+    """
+    # By bisection: the offsets of a billion documents are not read.
+    fitting = bisect_right(range(len(offsets)), max_tokens, key=lambda count: int(offsets[count] - offsets[0]) - count)
+    return max(1, fitting - 1)
 
 
 def segments_of(offsets: Integers, selected: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:

@@ -42,15 +42,16 @@ from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
+from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
 from trainyard.worker.data.corpus import Corpus, read_as_text_warning
 from trainyard.worker.data.fileset import FileSetOptions, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
-from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
+from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec, documents_within
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
-from trainyard.worker.paths import DATA_ROOTS, data_roots, outside_error
+from trainyard.worker.paths import DATA_ROOTS, data_roots, held_out_field, outside_error
 
 if TYPE_CHECKING:
     # The process that prepares a corpus has no ranks, and does not load torch.
@@ -79,8 +80,17 @@ class TrainingSource:
 
 
 @dataclass(frozen=True)
+class HeldOutSet:
+    """A held-out set: the name that its results have, the number of its files, and its rows."""
+
+    name: str
+    files: int
+    rows: PackedDataset
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None.
+    """Everything that a run trains on. ``spec`` has its vocabulary size set.
 
     ``train_set`` has the rows of all sources, one source after the other. ``roots``: the directories below which the
     run may read, see `worker.paths.data_roots`.
@@ -90,7 +100,7 @@ class TrainingData:
     tokenizer: Tokenizer
     sources: tuple[TrainingSource, ...]
     train_set: PackedDataset
-    eval_set: PackedDataset | None
+    eval_sets: tuple[HeldOutSet, ...]
     split_by: SplitBy = "text"
     roots: tuple[Path, ...] = ()
 
@@ -102,6 +112,14 @@ class TrainingData:
     def tokens(self) -> int:
         """Tokens of the corpus, with BOS and EOS of each document."""
         return sum(source.corpus.meta.tokens for source in self.sources)
+
+    @cached_property
+    def byte_lengths(self) -> ByteLengths | BytesUnknown:
+        """The bytes of text that each token stands for, or why they are unknown."""
+        try:
+            return self.tokenizer.byte_lengths()
+        except BytesUnknown as unknown:
+            return unknown
 
     @cached_property
     def stats(self) -> ParseStats:
@@ -259,11 +277,12 @@ def _cache(run: RunDir) -> Path:
 def _prepared(data: TrainingData) -> PreparedCorpus:
     sources = [PreparedSource(name=source.name, key=source.corpus.directory.name) for source in data.sources]
     known = {source.key for source in sources}
-    held_out = dict.fromkeys(part.corpus.directory.name for part in data.eval_set.parts) if data.eval_set else {}
-    return PreparedCorpus(
-        sources=tuple(sources),
-        held_out=tuple(PreparedSource(name="eval", key=key) for key in held_out if key not in known),
-    )
+    held_out = [
+        PreparedSource(name=each.name, key=part.corpus.directory.name)
+        for each in data.eval_sets
+        for part in each.rows.parts
+    ]
+    return PreparedCorpus(sources=tuple(sources), held_out=tuple(each for each in held_out if each.key not in known))
 
 
 @contextlib.contextmanager
@@ -371,7 +390,7 @@ def _open(
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
     splits, by = data.eval_fraction > 0, SplitSpec().by
-    sources, held_out = [], []
+    sources, eval_sets = [], []
     for source in data.training_sources:
         files = files_of["data_path" if data.sources is None else f"sources/{source.name}"]
         corpus = open_shards(
@@ -385,12 +404,15 @@ def _open(
             raise error if data.sources is None else DataInvalid(f"source {source.name}: {error}") from error
         sources.append(TrainingSource(source.name, files, corpus, rows, source.weight))
         if splits:
-            held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction, by)))
-    if data.eval_data_path is not None:
-        held_out = [open_rows(open_shards("data.eval_data_path", files_of["eval_data_path"], None), SplitSpec())]
+            held_out = open_rows(corpus, SplitSpec("eval", data.eval_fraction, by))
+            eval_sets.append(HeldOutSet(source.name, len(files), held_out))
+    for wanted in data.held_out_sources:
+        files = files_of["eval_data_path" if data.eval_sources is None else f"eval_sources/{wanted.name}"]
+        corpus = open_shards(held_out_field(data, wanted), files, wanted.text_field)
+        documents = None if wanted.max_tokens is None else documents_within(corpus.offsets, wanted.max_tokens)
+        eval_sets.append(HeldOutSet(wanted.name, len(files), open_rows(corpus, SplitSpec(documents=documents))))
     train_set = PackedDataset.concat([source.rows for source in sources])
-    eval_set = PackedDataset.concat(held_out) if held_out else None
-    return TrainingData(spec, tokenizer, tuple(sources), train_set, eval_set, by, roots)
+    return TrainingData(spec, tokenizer, tuple(sources), train_set, tuple(eval_sets), by, roots)
 
 
 def _size(files: Sequence[NamedFile]) -> int:
@@ -419,3 +441,6 @@ def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
     if warning := read_as_text_warning(data.tokenizer, stats):
         details = {"special_tokens": stats.special_tokens, "special_texts": stats.special_texts}
         emit(WarningEvent(code="special_tokens", message=f"{name}: {warning}", data=details))
+    if isinstance(unknown := data.byte_lengths, BytesUnknown):
+        why = f"the tokens of this tokenizer have no fixed number of bytes: {unknown}"
+        emit(WarningEvent(code="bytes_unknown", message=f"bits per byte are not reported, because {why}"))

@@ -37,6 +37,7 @@ from trainyard.contract.tokenizer_info import (
     special_pattern,
     tokenizer_file,
 )
+from trainyard.worker.data.byte_lengths import ByteLengths, byte_lengths_of_bytes, byte_lengths_of_file
 from trainyard.worker.data.jsonl import DataInvalid, Document
 from trainyard.worker.data.readers import Reader, open_reader
 
@@ -88,6 +89,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, without any special token."""
 
+    def byte_lengths(self) -> ByteLengths:
+        """Return how many bytes of text each token stands for. Raises BytesUnknown."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
 
@@ -135,6 +139,9 @@ class ByteTokenizer:
             return [self._encode_marked(text) for text in texts]
         return [self._encode(text) for text in texts]
 
+    def byte_lengths(self) -> ByteLengths:
+        return byte_lengths_of_bytes(len(SPECIAL_TOKENS))
+
     def _encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) + np.uint32(len(SPECIAL_TOKENS))
 
@@ -161,7 +168,7 @@ class FileTokenizer:
 
     def __init__(self, file: Path, special_tokens: SpecialTokens = "text", roots: Sequence[Path] = ()) -> None:
         info = TokenizerInfo.read(file, roots)
-        self._file = file
+        self._file, self._info, self._mode = file, info, special_tokens
         self.patterns = tuple(_patterns([info.described.get("normalizer"), info.described.get("pre_tokenizer")]))
         described = info.described if special_tokens == "tokens" else _hide_special_tokens(info)
         try:
@@ -191,6 +198,9 @@ class FileTokenizer:
                 raise
             raise TokenizerInvalid(backtracking_message(str(self._file), self.patterns, str(error))) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def byte_lengths(self) -> ByteLengths:
+        return byte_lengths_of_file(self._info, self._mode, self.encode_batch)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]

@@ -62,11 +62,15 @@ def _started(event: Started) -> str:
 def _metric(event: MetricEvent, steps: int) -> str:
     parts = [f"step {event.step}/{steps}", f"loss {_format(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
     if event.eval_loss is not None:
-        parts.append(f"eval {event.eval_loss:.4f}")
+        parts.append(f"eval {event.eval_loss:.4f}{_bits(event.eval_bpb)}")
     parts.append(f"{_format(event.tokens_per_second, ',.0f')} tok/s")
     if event.step_seconds is not None:
         parts.append(f"ETA {duration((steps - event.step) * event.step_seconds)}")
     return "  ".join(parts)
+
+
+def _bits(bpb: float | None) -> str:
+    return f" ({bpb:.4f} bits per byte)" if bpb is not None else ""
 
 
 def _format(value: float | None, spec: str) -> str:

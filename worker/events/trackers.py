@@ -10,6 +10,7 @@ from trainyard.contract.spec import JobSpec
 
 LOGGED_FIELDS = (
     "loss",
+    "bpb",
     "aux_loss",
     "learning_rate",
     "grad_norm",
@@ -20,6 +21,7 @@ LOGGED_FIELDS = (
     "data_seconds",
     "memory_bytes",
     "eval_loss",
+    "eval_bpb",
     "epoch",
 )
 
@@ -98,6 +100,8 @@ def scalars(metric: MetricEvent) -> dict[str, float]:
     values = {name: getattr(metric, name) for name in LOGGED_FIELDS}
     if metric.expert_load:
         values |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
+    for name, result in (metric.eval or {}).items():
+        values |= {f"eval/{name}/loss": result.loss, f"eval/{name}/bpb": result.bpb}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

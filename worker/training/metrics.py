@@ -3,6 +3,7 @@
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -10,6 +11,7 @@ import torch
 
 from trainyard.contract.events import MetricEvent
 from trainyard.worker.distributed import DistributedContext, FloatRow
+from trainyard.worker.training.bits_per_byte import bits_per_byte
 from trainyard.worker.training.step import StepMetrics
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
@@ -50,6 +52,7 @@ class MetricsWindow:
     """One rank's sums since the last metric line. Part of every checkpoint, so that a resumed curve has equal points.
 
     ``nonfinite``: steps with a non-finite loss. ``experts``: tokens per expert over all layers, () for a dense model.
+    ``text_bytes``: of the text that the tokens stand for; None if a release without bits per byte has begun the window.
     """
 
     loss_sum: float = 0.0
@@ -57,12 +60,13 @@ class MetricsWindow:
     tokens: float = 0.0
     nonfinite: float = 0.0
     experts: tuple[float, ...] = ()
+    text_bytes: float | None = 0.0
 
     @classmethod
-    def from_row(cls, row: FloatRow) -> Self:
+    def from_row(cls, row: FloatRow, text_bytes: float | None) -> Self:
         """Return the window that `to_row` gave."""
         loss_sum, aux_sum, tokens, nonfinite = row[:4]
-        return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]))
+        return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]), text_bytes)
 
     def with_experts(self, experts: int) -> Self:
         """Return the window with room for so many experts: `gather` needs equal lengths, also before the first step."""
@@ -78,19 +82,33 @@ class MetricsWindow:
             aux_sum=self.aux_sum + result.aux_sum,
             tokens=self.tokens + result.tokens,
             experts=tuple(a + b for a, b in zip(self.experts, result.experts, strict=True)),
+            text_bytes=None if self.text_bytes is None else self.text_bytes + result.text_bytes,
         )
 
     def to_row(self) -> FloatRow:
-        """Return the window as numbers, to be gathered or stored."""
+        """Return the window without its bytes as numbers, to be gathered or stored."""
         return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite, *self.experts]
 
 
-def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWindow:
-    """Return this rank's saved window. If the number of ranks has changed, rank 0 takes the sum of all."""
+def _with_bytes(window: MetricsWindow) -> FloatRow:
+    # NaN makes the sum of all ranks unknown.
+    return [math.nan if window.text_bytes is None else window.text_bytes, *window.to_row()]
+
+
+def restore_window(
+    rows: list[FloatRow], ranks: DistributedContext, text_bytes: Sequence[float | None] = ()
+) -> MetricsWindow:
+    """Return this rank's saved window. If the number of ranks has changed, rank 0 takes the sum of all.
+
+    ``text_bytes``: those of each row, or () if they were not saved.
+    """
+    text_bytes = text_bytes or [None] * len(rows)
     if len(rows) == ranks.world:
-        return MetricsWindow.from_row(rows[ranks.rank])
+        return MetricsWindow.from_row(rows[ranks.rank], text_bytes[ranks.rank])
     if ranks.is_main_process and rows:
-        return MetricsWindow.from_row([sum(column) for column in zip(*rows, strict=True)])
+        known = [each for each in text_bytes if each is not None]
+        whole = sum(known) if len(known) == len(rows) else None
+        return MetricsWindow.from_row([sum(column) for column in zip(*rows, strict=True)], whole)
     return MetricsWindow()
 
 
@@ -135,14 +153,20 @@ class MetricsProcessor:
         # Of this attempt's steps since the last metric line.
         self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
 
+    def gather_windows(self) -> tuple[list[FloatRow], list[float | None]]:
+        """Return the rows of all ranks' windows, and the bytes of text in each. All ranks call it together."""
+        rows = self._ranks.gather(_with_bytes(self.window))
+        return [row[1:] for row in rows], [None if math.isnan(row[0]) else row[0] for row in rows]
+
     def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> MetricEvent:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
-        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
+        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *_with_bytes(self.window)]
         rows = self._ranks.gather(own)
         data_seconds, memory = (max(row[i] for row in rows) for i in range(2))
-        loss_sum, aux_sum, counted, nonfinite, *experts = (sum(column) for column in list(zip(*rows, strict=True))[2:])
+        columns = list(zip(*rows, strict=True))[2:]
+        text_bytes, loss_sum, aux_sum, counted, nonfinite, *experts = map(sum, columns)
         loss = loss_sum / counted if counted else None
         steps, seconds = self._steps, self._seconds
         tokens_per_second = self._timed_tokens / seconds if seconds else None
@@ -164,6 +188,7 @@ class MetricsProcessor:
             eval_loss=eval_loss,
             expert_load=[tokens / sum(experts) for tokens in experts] if sum(experts) else None,
             nonfinite=bool(nonfinite) or not math.isfinite(grad_norm),
+            bpb=bits_per_byte(loss_sum, text_bytes),
         )
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:

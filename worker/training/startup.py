@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from trainyard.contract.corpus_files import fingerprint_inputs
-from trainyard.contract.events import Started, WarningEvent
+from trainyard.contract.events import HeldOutFacts, Started, WarningEvent
 from trainyard.contract.spec import JobSpec, TrainingSpec, epochs_ignored
 from trainyard.contract.tokenizer_info import BYTE, tokenizer_file
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
@@ -31,6 +31,7 @@ def started_event(
     return Started(
         start_step=progress.step,
         base_step=progress.base_step,
+        base_tokens=progress.base_tokens,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,
@@ -54,6 +55,16 @@ def started_event(
         steps_per_epoch=sampler.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, data.train_set.attention_length),
         duplicates=data.train_set.duplicates,
+        eval_sets=[
+            HeldOutFacts(
+                name=held_out.name,
+                files=held_out.files,
+                documents=held_out.rows.documents,
+                tokens=held_out.rows.tokens,
+                duplicates=held_out.rows.duplicates,
+            )
+            for held_out in data.eval_sets
+        ],
         resumed_from=str(resume_from.source) if resume_from is not None else None,
     )
 
@@ -71,7 +82,7 @@ def schedule_warnings(training: TrainingSpec, steps: int) -> Iterator[WarningEve
             "the full learning rate is never reached; lower warmup_steps, or train longer"
         )
         yield WarningEvent(code="warmup_beyond_run", message=message)
-    if training.max_steps is not None and training.epochs != 1:
+    if (training.max_steps is not None or training.max_tokens is not None) and training.epochs != 1:
         yield WarningEvent(code="epochs_ignored", message=epochs_ignored(training))
 
 

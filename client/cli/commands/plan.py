@@ -1,6 +1,6 @@
 """`trainyard plan`: size, cost and warnings of a run. Nothing is stored and no device is reserved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,8 @@ from trainyard.client.exit_codes import Exit
 from trainyard.contract.parsing import parse_spec
 
 NOT_ALLOWED = 405
+MAX_SETS = 5
+"""Held-out sets that are listed."""
 
 
 def plan(args: SimpleNamespace, console: Console) -> int:
@@ -67,8 +69,10 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "model": _model(plan),
         "corpus": _corpus(plan),
         "document": _separators(plan),
+        "held-out": _held_out(plan.get("eval_sets") or []),
         "run": _run(plan),
         "memory": _memory(plan),
+        "options": _memory_options(plan),
         "disk": _disk(plan),
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
@@ -100,6 +104,20 @@ def _corpus(plan: Mapping[str, Any]) -> str:
     )
 
 
+def _held_out(sets: Sequence[Mapping[str, Any]]) -> str:
+    texts = [
+        f"{each['name']}: {count(each['files'])} {'file' if each['files'] == 1 else 'files'}{_tokens_of(each)}"
+        for each in sets[:MAX_SETS]
+    ]
+    return "; ".join([*texts, *([f"and {len(sets) - MAX_SETS:,} more"] if len(sets) > MAX_SETS else [])])
+
+
+def _tokens_of(held_out: Mapping[str, Any]) -> str:
+    if held_out.get("tokens") is None:
+        return ""
+    return f", {count(held_out.get('documents'))} documents, {compact_number(held_out['tokens'])} tokens"
+
+
 def _separators(plan: Mapping[str, Any]) -> str:
     bos, eos = plan.get("bos_token"), plan.get("eos_token")
     if not bos or not eos:
@@ -123,6 +141,19 @@ def _memory(plan: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
     return f"{size(sum(parts.values()))} per rank ({listed}){_fits(plan, sum(parts.values()))}"
+
+
+def _memory_options(plan: Mapping[str, Any]) -> str:
+    """Return the memory per rank with other settings; those that do not fit are marked."""
+    texts: dict[str, list[str]] = {}
+    for option in plan.get("memory_options") or []:
+        total = size(sum(value or 0 for value in option["memory_bytes"].values()))
+        checkpointing = "gradient_checkpointing " if option["gradient_checkpointing"] else ""
+        too_much = " (does not fit)" if option["fits"] is False else ""
+        texts.setdefault(option["parallelism"], []).append(f"{checkpointing}{total}{too_much}")
+    if (plan.get("world_size") or 1) == 1:
+        texts = {name: listed for name, listed in texts.items() if name == "ddp"}
+    return "; ".join(f"{name} {', with '.join(listed)}" for name, listed in texts.items())
 
 
 def _fits(plan: Mapping[str, Any], per_rank: int) -> str:

@@ -30,6 +30,7 @@ from trainyard.client.errors import ServiceUnreachable
 from trainyard.client.exit_codes import Exit
 
 CELL = 60
+UNITS = ("loss", "bpb")
 Row = Sequence[str]
 
 
@@ -42,7 +43,7 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
     now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
-        filters |= {"order": args.order, "discarded": args.discarded}
+        filters |= {"owner": args.owner, "order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:
@@ -83,7 +84,8 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
         eta = duration(preparation["eta_seconds"]) if preparation.get("eta_seconds") is not None else ""
     name = one_line(job["name"], 30)
     group, score = job.get("group") or "", job.get("score")
-    scored = "" if score is None else f"{fixed(score['value'])}{' eval' if score['metric'] == 'eval_loss' else ''}"
+    units = {"eval_loss": " eval", "bpb": " bpb"}
+    scored = "" if score is None else f"{fixed(score['value'])}{units.get(score['metric'], '')}"
     status, created = status_word(job["status"]), ago(job.get("created_at"), now)
     return (job["id"], name, one_line(group, 20), status, step, loss, scored, eta, created)
 
@@ -91,45 +93,52 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
 def show(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = find_job(trainyard, args.job, console)
-    if args.json:
-        console.json(job)
-    else:
-        console.lines(job_page(job, datetime.now(UTC)))
+        if args.json:
+            console.json(job)
+            return Exit.SUCCEEDED
+        evaluated = (job.get("progress") or {}).get("eval_loss") is not None
+        console.lines(job_page(job, datetime.now(UTC), trainyard.held_out(job["id"]) if evaluated else {}))
     return Exit.SUCCEEDED
 
 
 def metrics(args: SimpleNamespace, console: Console) -> int:
     """Print the points while they are fetched, so that a long curve takes no memory."""
     with connect(args) as trainyard:
-        job_id = find_job(trainyard, args.job, console)["id"]
-        points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
+        job = find_job(trainyard, args.job, console)
+        points = trainyard.metrics(job["id"], after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
             console.json_list(list(points))
         elif args.csv:
-            _print_csv(points, console)
+            sets = [each["name"] for each in (job.get("plan") or {}).get("eval_sets") or ()]
+            _print_csv(points, sets, console)
         else:
             _print_points(points, console)
     return Exit.SUCCEEDED
 
 
-def _print_csv(points: Iterable[Any], console: Console) -> None:
+def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> None:
+    """Print one line per point. ``sets``: the held-out sets, each of which has two columns."""
+    cells = [f"eval.{name}.{unit}" for name in sets for unit in UNITS]
     source = iter(points)
     first = next(source, None)
     if first is None:
         return
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(first), extrasaction="ignore", lineterminator="\n")
+    names = [column for name in first for column in ([name] if name != "eval" else cells)]
+    writer = csv.DictWriter(buffer, fieldnames=names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for point in chain([first], source):
-        writer.writerow(point)
+        results = point.get("eval") or {}
+        found = {f"eval.{name}.{unit}": result.get(unit) for name, result in results.items() for unit in UNITS}
+        writer.writerow({**point, **found})
         console.data(buffer.getvalue().rstrip("\n"))
         buffer.seek(0)
         buffer.truncate()
 
 
 def _print_points(points: Iterable[Any], console: Console) -> None:
-    form = "{:>10}  {:>9}  {:>10}  {:>9}  {:>11}  {:>9}"
-    console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "EVAL LOSS"))
+    form = "{:>10}  {:>10}  {:>10}  {:>9}  {:>11}  {:>7}  {:>9}  {:>8}"
+    console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "BPB", "EVAL LOSS", "EVAL BPB"))
     for point in points:
         cells = (
             count(point["step"]),
@@ -137,7 +146,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
             scientific(point.get("learning_rate")),
             fixed(point.get("grad_norm")),
             count(point.get("tokens_per_second")),
-            "" if point.get("eval_loss") is None else fixed(point["eval_loss"], 4),
+            *("" if point.get(name) is None else fixed(point[name], 4) for name in ("bpb", "eval_loss", "eval_bpb")),
         )
         console.data(form.format(*cells).rstrip())
 

@@ -59,7 +59,7 @@ class SubmitForm {
     Object.assign(this, source);
     this.form = new SpecForm(source.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
     this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
-    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.");
+    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.", (changes) => this.applyChanges(changes));
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.planButton = h("button", { type: "submit" }, "Plan");
     this.launchButton = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
@@ -117,6 +117,15 @@ class SubmitForm {
     this.editor.showErrors([]);
     this.plan.show(null);
     this.changed();
+  }
+
+  /** Changes settings, and plans again. */
+  applyChanges(changes) {
+    const spec = this.editor.read();
+    if (!spec) return;
+    this.editor.draft = JSON.stringify(mergeSpecs(spec, changes), null, 2);
+    this.changed();
+    this.press(false);
   }
 
   /** One idempotency key per draft: pressing again after a lost response does not create a second job. */
