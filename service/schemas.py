@@ -5,6 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
@@ -244,6 +245,7 @@ class TokenizedCorpus(ResponseModel):
 
     ``status``: queued, preparing, ready, failed or stopped. ``cached``: its token shards are in the cache. ``spec``:
     the fields of a job spec's ``data``. ``jobs``: the jobs with this corpus. ``progress``: null once it is ready.
+    ``report``: what it holds; null until it is ready.
     """
 
     object: Literal["corpus"] = "corpus"
@@ -258,6 +260,7 @@ class TokenizedCorpus(ResponseModel):
     message: str | None
     error: ErrorCard | None
     jobs: list[str]
+    report: CorpusReport | None
     restart_at: datetime | None
     submitted_by: str | None
     created_at: datetime

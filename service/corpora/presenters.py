@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.corpus_report import read_report
 from trainyard.contract.messages import ErrorCard
 from trainyard.contract.prepared import PreparedCorpus, is_cached
 from trainyard.contract.status import CorpusStatus
@@ -34,6 +35,7 @@ def to_corpus_response(row: CorpusRow, jobs: Sequence[str], is_wanted: bool, cac
         message=row.message,
         error=ErrorCard.model_validate(row.error) if row.error is not None else None,
         jobs=list(jobs),
+        report=read_report(cache, {source.name: source.key for source in prepared.sources}) if prepared else None,
         restart_at=row.restart_at,
         submitted_by=row.submitted_by,
         created_at=row.created_at,

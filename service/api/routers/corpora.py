@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import GROUPS, Problem, nearest, pointer_to, printable
 from trainyard.contract.prepared import PreparedCorpus
+from trainyard.contract.scopes import Scope
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import CorpusStatus
 from trainyard.service.api.dependencies import AppState, StateDep
@@ -18,7 +19,7 @@ from trainyard.service.clock import utc_now
 from trainyard.service.corpora import presenters, registry
 from trainyard.service.corpora.files import delete_corpus_files, delete_run_directory, is_open
 from trainyard.service.db.models import CorpusRow
-from trainyard.service.errors import CorpusInUse, RequestInvalid, SpecInvalid, with_problems
+from trainyard.service.errors import CorpusInUse, Forbidden, RequestInvalid, SpecInvalid, with_problems
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.schemas import Page, TokenizedCorpus
 
@@ -70,11 +71,17 @@ def get_corpus(state: StateDep, corpus_id: str) -> TokenizedCorpus:
 
 
 @router.delete("/{corpus_id}", status_code=204, dependencies=[SUBMIT])
-def delete_corpus(state: StateDep, corpus_id: str) -> None:
+def delete_corpus(state: StateDep, caller: PrincipalDep, corpus_id: str) -> None:
     """Delete a corpus from the cache. The files that it was made of stay. A preparation that no job waits for stops."""
     settings = state.settings
     with state.database.read() as session:
-        before = registry.find(session, corpus_id).prepared
+        found = registry.find(session, corpus_id)
+    if found.submitted_by != caller.name and not caller.scope.covers(Scope.OPERATE):
+        raise Forbidden(
+            f"The corpus belongs to {found.submitted_by}. To delete it, the token {caller.name} needs the scope "
+            f"{Scope.OPERATE}, and it has {caller.scope}."
+        )
+    before = found.prepared
     if before is not None and is_open(settings.corpus_cache, PreparedCorpus.model_validate(before)):
         raise CorpusInUse("A process has it open.")
     unshared: PreparedCorpus | None = None
