@@ -139,7 +139,7 @@ class JobRow(Base):
 
 
 class CorpusRow(Base):
-    """One corpus with its tokenizer, see `contract.prepared.corpus_key`, and its preparation.
+    """One corpus with its tokenizer, and its preparation. ``key``, ``parts``: see `contract.prepared`.
 
     ``spec``: of the job that caused the preparation, or of a job with the data of the request. ``attempt`` counts the
     launches of its process; ``launched_at`` is null until the launcher has confirmed the last one. ``requested``: it is
@@ -154,6 +154,7 @@ class CorpusRow(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(40), unique=True)
     key: Mapped[str] = mapped_column(String(32), unique=True)
+    parts: Mapped[list[Any]]
     status: Mapped[str] = mapped_column(String(20))
     spec: Mapped[dict[str, Any]]
     launcher: Mapped[str] = mapped_column(String(20))
