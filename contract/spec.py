@@ -249,6 +249,11 @@ class TrainingSpec(Group):
     on_nonfinite: Literal["fail", "skip", "rollback"] = Field(
         "fail", description="what to do after a step with a non-finite loss or gradient"
     )
+    verify_every: Positive | None = Field(
+        None,
+        description="every so many steps, run the forward and backward passes twice and compare all bits before the "
+        "update; needs deterministic kernels, and so switches them on",
+    )
     from_weight: PathText | None = Field(
         None,
         description="initial weights: a .pth or .safetensors file, a Hugging Face directory of the same shape, "
@@ -262,6 +267,11 @@ class TrainingSpec(Group):
         if self.decay_steps is not None and "decay_fraction" not in self.model_fields_set:
             object.__setattr__(self, "decay_fraction", None)
         return self
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether only deterministic kernels are used. Other kernels give other bits in a pass that is repeated."""
+        return self.deterministic or self.verify_every is not None
 
     def run_steps(self, steps_per_epoch: int | None, tokens_per_step: float | None) -> int | None:
         """Return the steps of the whole run, or None if unknown. With ``max_tokens`` it is an estimate.

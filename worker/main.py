@@ -42,7 +42,7 @@ def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> N
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
         sys.exit(USAGE)
-    if spec.training.deterministic:
+    if spec.training.is_deterministic:
         # cuBLAS reads it when it first uses the device.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
