@@ -223,16 +223,22 @@ def fingerprint_inputs(
     Each source has one fingerprint for all its files. ``tokenizer``: its file, or None if it is built in. ``roots``:
     the directories below which the files must be, if given.
     """
-    paths: dict[str, str | list[str] | None] = {"data_path": data.data_path, "eval_data_path": data.eval_data_path}
-    paths |= {f"sources/{source.name}": source.path for source in data.sources or ()}
-    paths |= {f"eval_sources/{source.name}": source.path for source in data.eval_sources or ()}
-    paths["tokenizer_path"] = None if tokenizer is None else str(tokenizer)
+    paths = corpus_paths(data)
+    if tokenizer is not None:
+        paths.append(("tokenizer_path", str(tokenizer)))
     found = {}
-    for name, path in paths.items():
-        if path is not None:
-            with suppress(OSError, ValueError):
-                found[name] = _fingerprint(path, roots)
+    for name, path in paths:
+        with suppress(OSError, ValueError):
+            found[name] = _fingerprint(path, roots)
     return found
+
+
+def corpus_paths(data: DataSpec) -> list[tuple[str, str | list[str]]]:
+    """Return the name of each field or source that names files of a corpus, and its path."""
+    fields = (("data_path", data.data_path), ("eval_data_path", data.eval_data_path))
+    sources = [(f"sources/{source.name}", source.path) for source in data.sources or ()]
+    held_out = [(f"eval_sources/{source.name}", source.path) for source in data.eval_sources or ()]
+    return [*((name, path) for name, path in fields if path is not None), *sources, *held_out]
 
 
 def _fingerprint(path: str | list[str], roots: Sequence[Path]) -> FileFingerprint:

@@ -76,6 +76,13 @@ class Wide(ByteTokenizer):
     def encode_batch(self, texts):  # type: ignore[no-untyped-def]
         return [ids[ids > 3 + ord("0")] + np.uint32(99_000) for ids in super().encode_batch(texts)]
 
+    def decode(self, ids):  # type: ignore[no-untyped-def]
+        return super().decode(number - 99_000 for number in ids)
+
+    def vocabulary_bytes(self) -> list[bytes]:
+        known = super().vocabulary_bytes()
+        return [b""] * 99_000 + known + [b""] * (1000 - len(known))
+
 
 def test_wide_ids_and_texts_without_a_token(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "c.jsonl", ["ab", "0", "c"])
