@@ -464,7 +464,7 @@ def test_check_of_a_directory_counts_each_file_and_all(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.splitlines() == [
         f"{data}/a.jsonl: 200 documents, 800 tokens, 200 lines",
         f"{data}/b.jsonl: line 1: not JSON at character 1",
-        f"{data}/b.jsonl: 1 documents, 3 tokens, 2 lines",
+        f"{data}/b.jsonl: 1 document, 3 tokens, 2 lines",
         "1 bad line",
         f"{data}/empty.jsonl: 0 documents, 0 tokens, 0 lines",
         f"'{data}/sub/new\\nline.txt': 2 documents, 10 tokens, 3 lines",

@@ -13,6 +13,7 @@ from trainyard.client.cli.submission import Submission
 from trainyard.client.errors import ApiError, InvalidSpec, NotFound
 from trainyard.client.exit_codes import Exit
 from trainyard.contract.parsing import parse_spec
+from trainyard.contract.units import counted
 
 NOT_ALLOWED = 405
 MAX_SETS = 5
@@ -140,7 +141,7 @@ def _corpus(plan: Mapping[str, Any]) -> str:
         return ""
     about = "about " if plan.get("estimated") else ""
     bad = plan.get("bad_lines")
-    unreadable = f", {count(bad)} bad lines" if bad else ""
+    unreadable = f", {counted(bad, 'bad line')}" if bad else ""
     marks = plan.get("special_tokens")
     special = f", {count(marks)} special tokens in {count(plan.get('special_texts'))} texts" if marks else ""
     return (
