@@ -26,7 +26,7 @@ def report_lines(report: CorpusReport) -> list[str]:
 def fit_text(report: CorpusReport | SourceReport) -> str:
     """Return how well the tokenizer fits the texts, e.g. ``4.12 bytes per token; 0.3 % of the bytes ...``."""
     if report.bytes_per_token is None or report.single_byte_share is None:
-        return "-"
+        return "unknown fit: its tokens have no fixed number of bytes"
     share = f"{100 * report.single_byte_share:.2g} %"
     return f"{report.bytes_per_token:.2f} bytes per token; {share} of the bytes are parts of characters without a token"
 

@@ -84,9 +84,9 @@ class SourceReport(ReportPart):
         bytes: of the files, on disk.
         documents: without the bad ones.
         tokens: with BOS and EOS of each document, as they are stored and trained on.
-        text_bytes: UTF-8 bytes of the text that the tokens stand for.
-        bytes_per_token: of the text, without BOS and EOS; null if the texts have no token.
-        single_byte_share: share of ``text_bytes`` that are tokens of one byte, of a character that has no token.
+        text_bytes: UTF-8 bytes of the text that the tokens stand for; null if the tokens have no fixed number of bytes.
+        bytes_per_token: of the text, without BOS and EOS; null if it is unknown.
+        single_byte_share: share of ``text_bytes`` that are tokens of one byte, a part of a character; null as above.
         vocab_size, vocab_used: tokens that the tokenizer has, and those of them that the corpus contains.
         lengths: documents by their number of tokens, in ranges of powers of two, without a gap.
         bad_documents: their number. The first MAX_BAD_DOCUMENTS are in ``bad``, by file and line.
@@ -102,7 +102,7 @@ class SourceReport(ReportPart):
     bytes: int
     documents: int
     tokens: int
-    text_bytes: int
+    text_bytes: int | None
     bytes_per_token: float | None
     single_byte_share: float | None
     vocab_size: int
@@ -134,7 +134,7 @@ class CorpusReport(ReportPart):
     bytes: int
     documents: int
     tokens: int
-    text_bytes: int
+    text_bytes: int | None
     bytes_per_token: float | None
     single_byte_share: float | None
     bad_documents: int
@@ -144,16 +144,17 @@ class CorpusReport(ReportPart):
     @classmethod
     def of(cls, sources: Sequence[SourceReport]) -> Self:
         """Return the report of these sources."""
-        text_bytes = sum(source.text_bytes for source in sources)
+        known = [source.text_bytes for source in sources if source.text_bytes is not None]
+        text_bytes = sum(known) if len(known) == len(sources) else None
         text_tokens = sum(source.tokens - 2 * source.documents for source in sources)
-        single = sum((source.single_byte_share or 0.0) * source.text_bytes for source in sources)
+        single = sum((source.single_byte_share or 0.0) * (source.text_bytes or 0) for source in sources)
         return cls(
             files=sum(source.files for source in sources),
             bytes=sum(source.bytes for source in sources),
             documents=sum(source.documents for source in sources),
             tokens=sum(source.tokens for source in sources),
             text_bytes=text_bytes,
-            bytes_per_token=text_bytes / text_tokens if text_tokens else None,
+            bytes_per_token=None if text_bytes is None or not text_tokens else text_bytes / text_tokens,
             single_byte_share=single / text_bytes if text_bytes else None,
             bad_documents=sum(source.bad_documents for source in sources),
             duplicates=sum(source.duplicates for source in sources),

@@ -15,6 +15,7 @@ from trainyard.contract.messages import Outcome, read_message
 from trainyard.contract.prepared import PrepareTask
 from trainyard.contract.rundir import AttemptDir, RunDir
 from trainyard.contract.status import Phase, Reason
+from trainyard.contract.units import counted
 from trainyard.worker.attempt import UnusableSpec, read_spec, take_alive_lock, write_outcome_once
 from trainyard.worker.data.prepare import prepare_corpus
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
@@ -74,5 +75,5 @@ def _prepare(run: RunDir, attempt: AttemptDir, stop: StopSignal, emit: Callable[
         return save_error(error, "the corpus's token shards").outcome(0)
     except TrainingError as error:
         return error.outcome(0)
-    message = f"prepared {data.documents:,} documents with {data.tokens:,} tokens"
+    message = f"prepared {counted(data.documents, 'document')} with {counted(data.tokens, 'token')}"
     return Outcome(outcome="completed", step=0, message=message)

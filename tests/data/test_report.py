@@ -7,9 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
+from tests.data.test_byte_lengths import EXACT
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.corpus_files import expand
+from trainyard.contract.corpus_page import report_lines
 from trainyard.contract.corpus_report import CorpusReport, SourceReport, read_report
 from trainyard.worker.data import documents as documents_module
 from trainyard.worker.data.corpus import Corpus
@@ -141,3 +145,27 @@ def test_the_report_of_sources_in_the_cache(tmp_path: Path) -> None:
     assert found is not None
     assert {source.name: source.tokens for source in found.sources} == tokens
     assert read_report(cache, {**keys, "gone": "0" * 32}) is None
+
+
+@pytest.mark.parametrize("name", ["llama2 with words", "bert"])
+def test_the_fit_of_other_tokenizers(name: str, tmp_path: Path) -> None:
+    made = EXACT[name]() if name in EXACT else unknown_words()
+    made.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(tmp_path))
+    texts = ["The cat <think> sat", "<think>词语", "é 龘 cat"]
+    _, report = described(write_jsonl(tmp_path / "c.jsonl", texts), tmp_path / "cache", tokenizer, str(tmp_path))
+    if name == "bert":
+        assert (report.text_bytes, report.bytes_per_token, report.single_byte_share) == (None, None, None)
+        assert CorpusReport.of([report]).bytes_per_token is None
+    else:
+        assert report.text_bytes == sum(len(text.encode()) for text in texts)
+        assert report.single_byte_share == len("龘".encode()) / report.text_bytes
+    assert any("fit" in line or "bytes per token" in line for line in report_lines(CorpusReport.of([report])))
+
+
+def unknown_words() -> tokenizers.Tokenizer:
+    words = {"[UNK]": 0, "<s>": 1, "</s>": 2, "cat": 3}
+    made = tokenizers.Tokenizer(models.WordLevel(words, "[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made

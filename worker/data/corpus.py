@@ -34,6 +34,7 @@ from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
+from trainyard.contract.units import counted
 from trainyard.worker.data.file import PrefixDiffers, open_regular
 from trainyard.worker.data.file_counts import FileCounts
 from trainyard.worker.data.jsonl import (
@@ -629,12 +630,14 @@ def check_corpus(files: Sequence[NamedFile], tokenizer: Tokenizer, text_field: s
 
 
 def _print_counts(label: str, stats: ParseStats, tokens: int) -> None:
-    print(f"{label}: {stats.documents:,} documents, {tokens:,} tokens, {stats.lines:,} lines")
+    print(
+        f"{label}: {counted(stats.documents, 'document')}, {counted(tokens, 'token')}, {counted(stats.lines, 'line')}"
+    )
     for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):
         if count:
-            print(f"{count:,} {kind} line{'s' if count != 1 else ''}")
+            print(counted(count, f"{kind} line"))
     if stats.special_tokens:
-        print(f"{stats.special_tokens:,} special tokens in {stats.special_texts:,} texts")
+        print(f"{counted(stats.special_tokens, 'special token')} in {counted(stats.special_texts, 'text')}")
 
 
 if __name__ == "__main__":

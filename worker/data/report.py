@@ -24,6 +24,7 @@ from trainyard.contract.corpus_report import (
     SourceReport,
 )
 from trainyard.contract.rundir import write_json
+from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
 from trainyard.worker.data.documents import HashFile, Integers, blocks, count_distinct, text_hashes
 from trainyard.worker.data.file_counts import FileCounts
 from trainyard.worker.data.shards import OFFSETS, TOKENS, memmap_array
@@ -53,11 +54,12 @@ def write_report(
     shards = _Shards(
         memmap_array(directory / TOKENS, dtype, tokens), memmap_array(directory / OFFSETS, np.int64, documents + 1)
     )
-    found = _read_tokens(shards, directory, tokenizer.vocab_size, on_block)
-    texts = tokenizer.vocabulary_bytes()
-    text_bytes = int(found.token_counts @ np.array([len(text) for text in texts], np.int64))
-    # A byte from 0x80 is a part of a character: no token of the vocabulary has the whole of it.
-    single_bytes = int(found.token_counts[[len(text) == 1 and text[0] >= 0x80 for text in texts]].sum())
+    lengths = _byte_lengths(tokenizer)
+    found = _read_tokens(shards, directory, tokenizer.vocab_size, lengths, on_block)
+    text_bytes, single_bytes = None, 0
+    if lengths is not None:
+        text_bytes = int(found.token_counts @ lengths.lengths) - found.inserted_spaces
+        single_bytes = int(found.token_counts[_character_parts(tokenizer, lengths)].sum())
     text_tokens = tokens - 2 * documents
     unnamed = SourceReport(
         name=SOURCE,
@@ -67,7 +69,7 @@ def write_report(
         documents=documents,
         tokens=tokens,
         text_bytes=text_bytes,
-        bytes_per_token=text_bytes / text_tokens if text_tokens else None,
+        bytes_per_token=None if text_bytes is None or not text_tokens else text_bytes / text_tokens,
         single_byte_share=single_bytes / text_bytes if text_bytes else None,
         vocab_size=tokenizer.vocab_size,
         vocab_used=int((found.token_counts > 0).sum()),
@@ -127,27 +129,52 @@ class _Shards:
 
 @dataclass(frozen=True)
 class _TokenFacts:
-    """``token_counts`` [vocabulary]; ``length_counts`` [i]: documents of 2**i to 2**(i + 1) - 1 tokens of text."""
+    """``token_counts`` [vocabulary]; ``length_counts`` [i]: documents of 2**i to 2**(i + 1) - 1 tokens of text.
+
+    ``inserted_spaces``: see `worker.data.byte_lengths.ByteLengths`.
+    """
 
     token_counts: Integers
     length_counts: Integers
     duplicates: int
+    inserted_spaces: int
 
 
-def _read_tokens(shards: _Shards, directory: Path, vocab_size: int, on_block: Callable[[], None]) -> _TokenFacts:
+def _byte_lengths(tokenizer: Tokenizer) -> ByteLengths | None:
+    try:
+        return tokenizer.byte_lengths()
+    except BytesUnknown:
+        return None
+
+
+def _character_parts(tokenizer: Tokenizer, lengths: ByteLengths) -> list[int]:
+    """Return the ids of the tokens that are one byte of a character of several bytes: alone they are invalid UTF-8."""
+    return [
+        number for number in np.flatnonzero(lengths.lengths == 1).tolist() if tokenizer.decode([number]) == "\ufffd"
+    ]
+
+
+def _read_tokens(
+    shards: _Shards, directory: Path, vocab_size: int, lengths: ByteLengths | None, on_block: Callable[[], None]
+) -> _TokenFacts:
     documents = len(shards.offsets) - 1
+    added = lengths.added if lengths is not None and lengths.inserts_space else None
+    spaces = 0
     token_counts, length_counts = np.zeros(vocab_size, np.int64), np.zeros(64, np.int64)
     with HashFile(directory) as hashes:
         for first, last in blocks(shards.offsets):
             offsets = shards.offsets[first : last + 1]
-            token_counts += np.bincount(shards.tokens[int(offsets[0]) : int(offsets[-1])], minlength=vocab_size)
+            tokens = shards.tokens[int(offsets[0]) : int(offsets[-1])]
+            token_counts += np.bincount(tokens, minlength=vocab_size)
+            if added is not None:
+                spaces += int((added[tokens[:-1]] & ~added[tokens[1:]]).sum())
             # frexp is exact, and a text has at least one token.
             exponents = np.frexp((np.diff(offsets) - 2).astype(np.float64))[1] - 1
             length_counts += np.bincount(exponents, minlength=64)
             hashes.append(text_hashes(shards.tokens, offsets))
             on_block()
         distinct = count_distinct(hashes.read(documents))
-    return _TokenFacts(token_counts, length_counts, documents - distinct)
+    return _TokenFacts(token_counts, length_counts, documents - distinct, spaces)
 
 
 def _buckets(length_counts: Integers) -> tuple[LengthBucket, ...]:

@@ -37,6 +37,7 @@ from trainyard.contract.tokenizer_info import (
     special_pattern,
     tokenizer_file,
 )
+from trainyard.contract.units import counted
 from trainyard.worker.data.byte_lengths import ByteLengths, byte_lengths_of_bytes, byte_lengths_of_file
 from trainyard.worker.data.jsonl import DataInvalid, Document
 from trainyard.worker.data.readers import Reader, open_reader
@@ -51,19 +52,6 @@ MAX_WORD = 1000
 LONG_WORD = re.compile(rf"\S{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")
 
 PROGRESS_SECONDS = 5.0
-
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-LETTER = "a"
-
-
-def _byte_of_character() -> dict[str, int]:
-    """Return the byte that each character of a byte-level vocabulary stands for, as in GPT-2."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
-
-
-BYTE_OF_CHARACTER = _byte_of_character()
 
 
 class Tokenizer(Protocol):
@@ -94,9 +82,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
-
-    def vocabulary_bytes(self) -> list[bytes]:
-        """Return the UTF-8 bytes of text that each id stands for; none for special tokens and unused ids."""
 
 
 def load_tokenizer(
@@ -156,9 +141,6 @@ class ByteTokenizer:
         shift = len(SPECIAL_TOKENS)
         return bytes(i - shift for i in ids if shift <= i < self.vocab_size).decode(errors="replace")
 
-    def vocabulary_bytes(self) -> list[bytes]:
-        return [b""] * len(SPECIAL_TOKENS) + [bytes([byte]) for byte in range(256)]
-
 
 class FileTokenizer:
     """A ``tokenizer.json`` of the ``tokenizers`` library.
@@ -187,7 +169,6 @@ class FileTokenizer:
         self.special_pattern = special_pattern(info.special)
         self._special_ids = frozenset(info.added[name] for name in info.special)
         self._special_ids |= {self.bos_id, self.eos_id, self.pad_id}
-        self._decoder = info.described.get("decoder")
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         try:
@@ -206,28 +187,6 @@ class FileTokenizer:
         known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
-
-    def vocabulary_bytes(self) -> list[bytes]:
-        found = [b""] * self.vocab_size
-        kinds = set(_types(self._decoder))
-        for token, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
-            if number not in self._special_ids:
-                found[number] = self._bytes_of(token, kinds)
-        return found
-
-    def _bytes_of(self, token: str, kinds: set[str]) -> bytes:
-        if "ByteLevel" in kinds:
-            # An added token is written as it is, and may have characters that stand for no byte.
-            known = all(character in BYTE_OF_CHARACTER for character in token)
-            return bytes(BYTE_OF_CHARACTER[character] for character in token) if known else token.encode()
-        if "ByteFallback" in kinds and (byte := BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
-        if self._tokenizer.decoder is None:
-            return token.encode()
-        # A decoder may remove the space before the first token of a text, so the token is decoded after another one.
-        before: str = self._tokenizer.decoder.decode([LETTER])
-        text: str = self._tokenizer.decoder.decode([LETTER, token])
-        return text.removeprefix(before).encode()
 
 
 def backtracking_message(name: str, patterns: Sequence[str], why: str) -> str:
@@ -249,18 +208,6 @@ def _patterns(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _patterns(part)
-
-
-def _types(value: Any) -> Iterator[str]:
-    """Yield the type of a part of a tokenizer.json, and of all parts in it."""
-    if isinstance(value, dict):
-        if isinstance(kind := value.get("type"), str):
-            yield kind
-        for part in value.values():
-            yield from _types(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _types(part)
 
 
 def _hide_special_tokens(info: TokenizerInfo) -> dict[str, Any]:
@@ -385,7 +332,7 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
     if stats.documents == 0:
         raise DataInvalid(f"{shown(file)} {stats.empty_reason(text_field)}")
     size = _save(tokenizer, out)
-    print(f"{out}: {size:,} tokens from {stats.documents:,} documents")
+    print(f"{out}: {size:,} tokens from {counted(stats.documents, 'document')}")
     if stats.bad_lines:
         print(stats.describe_bad(), file=sys.stderr)
     if size < vocab_size:
@@ -417,7 +364,7 @@ def _with_progress(reader: Reader, text_field: str) -> Iterator[Document]:
 
 def _print_progress(reader: Reader) -> None:
     share = f", {100 * reader.bytes_read / reader.size:.0f} % of the file" if reader.size else ""
-    print(f"read {reader.stats.documents:,} documents{share}", file=sys.stderr, flush=True)
+    print(f"read {counted(reader.stats.documents, 'document')}{share}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
