@@ -483,7 +483,7 @@ class Client:
 
     def clear_device(self, device_id: str) -> dict[str, Any]:
         """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
-        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
+        return cast(dict[str, Any], self._connection.call("POST", f"/devices/{quote(device_id, safe='')}/clear"))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""
