@@ -18,6 +18,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
+    corpora,
     devices,
     documentation,
     exports,
@@ -41,6 +42,7 @@ from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
+from trainyard.service.devices.xids import XidWatcher
 from trainyard.service.errors import ServiceError, error_response, from_exception
 from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
@@ -71,6 +73,7 @@ ROUTERS = (
     streams,
     checkpoints,
     exports,
+    corpora,
     generation,
     openai,
     ingest,
@@ -90,17 +93,27 @@ def build_state(
     inventory: Inventory | None = None,
     schedules: bool = True,
     timing: Timing = Timing(),
+    prepares: bool = False,
 ) -> AppState:
     """Create the parts of a service. Nothing is started.
 
-    Creates only the home directory. With ``schedules`` False the service only serves the API.
+    Creates only the home directory. With ``schedules`` False the service only serves the API. With ``prepares``,
+    corpora are prepared before jobs get devices.
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
-    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices(), settings.excluded_devices)
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database, launcher, host_inventory, lease=lease, enabled=schedules, preempts=settings.preemption, timing=timing
+        database,
+        launcher,
+        host_inventory,
+        lease=lease,
+        enabled=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+        corpora=(settings.corpus_cache, settings.home) if prepares else None,
+        xid_watcher=XidWatcher(),
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)

@@ -5,10 +5,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
-from trainyard.contract.status import Desired, JobStatus
+from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.service.bodies import OptionalBody, StrictBody
 
 T = TypeVar("T")
@@ -35,6 +36,16 @@ class MemoryPlan(ResponseModel):
     gradients: int | None = None
     optimizer: int | None = None
     activations: int | None = None
+
+
+class RankPlace(ResponseModel):
+    """Where a rank runs. ``name``: the model of its device."""
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
 
 
 class EvalSet(ResponseModel):
@@ -88,6 +99,7 @@ class Plan(ResponseModel):
     world_size: int | None = None
     device: str | None = None
     device_name: str | None = None
+    ranks: list[RankPlace] = []
     dtype: str | None = None
     torch_version: str | None = None
     vocab_size: int | None = None
@@ -121,6 +133,8 @@ class Progress(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     percent: float | None = None
     eval_loss: float | None = None
     eval_bpb: float | None = None
@@ -257,8 +271,49 @@ class LimitsLeft(ResponseModel):
     tokens: int | None
 
 
+class CorpusProgress(ResponseModel):
+    """Progress of the preparation of a corpus. ``percent`` is 0 to 100."""
+
+    done_bytes: int | None
+    total_bytes: int | None
+    percent: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+
+
+class TokenizedCorpus(ResponseModel):
+    """A corpus with its tokenizer: tokenized on CPUs, once, for all jobs that have the same.
+
+    ``status``: queued, preparing, ready, failed or stopped. ``cached``: its token shards are in the cache. ``spec``:
+    the fields of a job spec's ``data``. ``jobs``: the jobs with this corpus. ``progress``: null once it is ready.
+    ``report``: what it holds; null until it is ready.
+    """
+
+    object: Literal["corpus"] = "corpus"
+    id: str
+    status: CorpusStatus
+    cached: bool
+    spec: dict[str, Any]
+    launcher: str
+    attempt: int | None
+    progress: CorpusProgress | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    jobs: list[str]
+    report: CorpusReport | None
+    restart_at: datetime | None
+    submitted_by: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
 class JobSummary(ResponseModel):
-    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
+    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list.
+
+    ``preparation``: the progress of its corpus while the status is preparing, else null.
+    """
 
     object: Literal["job"] = "job"
     id: str
@@ -272,6 +327,8 @@ class JobSummary(ResponseModel):
     status: JobStatus
     desired: Desired
     phase: str | None
+    corpus_id: str | None
+    preparation: CorpusProgress | None
     reason: str | None
     message: str | None
     error: FailureCard | None
@@ -516,6 +573,8 @@ class Metric(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
@@ -634,6 +693,13 @@ class NewToken(Token):
     token: str
 
 
+class XidErrorResponse(ResponseModel):
+    """An error that the driver reported for a GPU, and the time of it."""
+
+    xid: int
+    at: datetime
+
+
 class DeviceResponse(ResponseModel):
     """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
@@ -644,6 +710,12 @@ class DeviceResponse(ResponseModel):
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: Literal["nvlink", "pcie"] | None = None
+    nvlink_peers: list[str] = Field(default_factory=list)
+    xid_errors: list[XidErrorResponse] = Field(default_factory=list)
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

@@ -97,6 +97,7 @@ class Generation:
         self._process = process
         self._lines = lines
         self._open = True
+        self._done = False
         self.on_close: Callable[[], None] = lambda: None
 
     @property
@@ -119,6 +120,7 @@ class Generation:
             if line["event"] == "error":
                 raise GenerationFailed(f"{line['message'][:1].upper()}{line['message'][1:]}.")
             left -= line["event"] == "finished"
+            self._done = left == 0
             yield line
 
     async def accepted(self) -> None:
@@ -140,7 +142,7 @@ class Generation:
         """Free the place of the request. If it is not done, the process gives it up."""
         if self._open:
             self._open = False
-            self._process.forget(self.task.id)
+            self._process.forget(self.task.id, give_up=not self._done)
             self.on_close()
 
 
@@ -190,12 +192,12 @@ class _Process:
                 self._writer.write(encode_message(message))
                 await self._writer.drain()
 
-    def forget(self, task_id: str) -> None:
-        """Remove a request, and let the process give it up."""
+    def forget(self, task_id: str, give_up: bool) -> None:
+        """Remove a request. ``give_up``: it is not done, and the process is to give it up."""
         if self._requests.pop(task_id, None) is None:
             return
         self.used_at = time.monotonic()
-        if self._writer is not None and not self._ended:
+        if give_up and self._writer is not None and not self._ended:
             self._writer.write(encode_message({"cancel": task_id}))
 
     def why_ended(self) -> Exception:
@@ -371,6 +373,16 @@ class GenerationPool:
             process.checkpoint.path.is_dir
         )
 
+    @property
+    def processes(self) -> int:
+        """Number of processes, also of those that are ending."""
+        return len(self._processes) + len(self._ending)
+
+    @property
+    def requests(self) -> int:
+        """Number of requests that are computed or wait."""
+        return self._requests
+
     def stop(self) -> None:
         """End all processes and requests soon. Thread-safe."""
         self._stopping = True
@@ -382,10 +394,11 @@ class GenerationPool:
         """End all processes, and wait for their end."""
         self._stopping = True
         self._stop_all()
-        if self._watch is not None:
-            self._watch.cancel()
-        running = [process.run_task for process in (*self._processes.values(), *self._ending)]
-        await asyncio.gather(*running, return_exceptions=True)
+        if self._loop is asyncio.get_running_loop():
+            if self._watch is not None:
+                self._watch.cancel()
+            running = [process.run_task for process in (*self._processes.values(), *self._ending)]
+            await asyncio.gather(*running, return_exceptions=True)
 
     def _stop_all(self) -> None:
         for process in (*self._processes.values(), *self._ending):

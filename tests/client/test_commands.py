@@ -288,6 +288,8 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
+            {"id": "cuda:1", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [],
+             "link": "nvlink", "nvlink_peers": ["cuda:0"], "numa_node": 1, "xid_errors": [{"xid": 79, "at": "t"}]},
         ],
     }  # fmt: skip
     assert run("events", "pre-12")[1].splitlines()[1] == "2026-01-31T16:31:05Z  status  queued  (by user)"
@@ -306,8 +308,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
     )
     devices = run("devices")[1].splitlines()
-    assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
-    assert devices[2].endswith("80.0 GB  no job, but used by process 7")
+    assert devices[1].split() == ["cpu:0", "cpu", "-", "-", "free"]
+    assert devices[2].split("  ")[-1].strip() == "no job, but used by process 7"
+    assert "nvlink to cuda:0, NUMA node 1" in devices[3]
+    assert devices[3].endswith("XID 79: not leased until `trainyard devices --clear cuda:1`")
 
 
 def test_version_names_both(run: Run) -> None:
@@ -481,6 +485,18 @@ def test_a_value_that_json_cannot_express_is_named(
             ["corpus", "check", "f", "--json"],
             "trainyard.worker.data.corpus",
             ["check", "f", "--text-field", "text", "--special-tokens", "text", "--json"],
+            {},
+        ),
+        (
+            ["corpus", "show", "f", "g", "--tokenizer_path", "t", "--home", "/h"],
+            "trainyard.worker.data.inspection",
+            ["show", "--text-field", "text", "--special-tokens", "text", "--tokenizer", "t", "--", "f", "g"],
+            {"TRAINYARD_HOME": "/h"},
+        ),
+        (
+            ["corpus", "sample", "o.jsonl", "f", "--documents", "5", "--seed=-1"],
+            "trainyard.worker.data.inspection",
+            ["sample", "--documents=5", "--seed=-1", "--text-field", "text", "--", "o.jsonl", "f"],
             {},
         ),
         (

@@ -17,7 +17,7 @@ UNIT = re.compile(
 )
 VERBS = re.compile(
     "submit|plan|list|get|update|pause|cancel|kill|save|resume|fork|delete|read|search|stream|download|export|create"
-    "|rotate|revoke|test|redeliver|generate"
+    "|rotate|revoke|test|redeliver|generate|clear"
 )
 SPEC = re.compile(r"JobSpec|.*Spec|ModelConfig|Timeouts|PatchJobBody|ResumeBody")
 """The units of the job spec are in `x-unit`."""

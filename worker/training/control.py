@@ -5,11 +5,8 @@ makes all ranks act at the same step. Live settings (how often to log and save, 
 never change what a step trains.
 """
 
-import faulthandler
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import numpy as np
@@ -22,32 +19,6 @@ from trainyard.contract.spec import JobSpec, LimitsSpec
 from trainyard.worker.distributed import DistributedContext
 
 FLOAT_SETTINGS = ("max_minutes", "target_loss")
-
-
-class StopSignal:
-    """A stop request by file or by signal. ``file`` is for rank 0 only; checking it costs one stat."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._signalled = False
-
-    @classmethod
-    def install_handlers(cls, file: Path | None) -> Self:
-        """Also stop on SIGTERM and Ctrl-C. Print all stacks on SIGUSR2, to diagnose a hang."""
-        stop = cls(file)
-        signal.signal(signal.SIGTERM, stop.on_signal)
-        signal.signal(signal.SIGINT, stop.on_signal)
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
-        return stop
-
-    def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the request; the current step is finished first. A second Ctrl-C does not wait for it."""
-        if self._signalled and signum == signal.SIGINT:
-            signal.default_int_handler(signum, frame)
-        self._signalled = True
-
-    def requested(self) -> bool:
-        return self._signalled or (self._file is not None and self._file.exists())
 
 
 def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
@@ -108,6 +79,7 @@ class ControlFlags:
     """Requests that any rank has seen. All ranks act on them at the same step.
 
     ``limit``: the next step is the last one, because a limit of the run is reached. Only rank 0 decides it.
+    ``save_failed``: an asynchronous save has ended with an error that ends the run.
     """
 
     stop: bool = False
@@ -115,6 +87,7 @@ class ControlFlags:
     spike: bool = False
     log: bool = False
     limit: bool = False
+    save_failed: bool = False
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
@@ -125,17 +98,18 @@ class ControlFlags:
         values = [0] * len(RunSettings.model_fields)
         if self.settings is not None:
             values = [_to_int(name, value or 0) for name, value in self.settings.model_dump().items()]
-        return [self.stop, self.save, self.spike, self.log, self.limit, *values]
+        flags = [self.stop, self.save, self.spike, self.log, self.limit, self.save_failed]
+        return [*flags, *values]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
         """Return the flags that `to_ints` gave."""
-        stop, save, spike, log, limit, *values = numbers
+        stop, save, spike, log, limit, save_failed, *values = numbers
         named = {
             name: _from_int(name, value) or None for name, value in zip(RunSettings.model_fields, values, strict=True)
         }
         settings = RunSettings.model_validate(named) if any(values) else None
-        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(limit), settings)
+        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(limit), bool(save_failed), settings)
 
 
 def _to_int(name: str, value: float) -> int:
