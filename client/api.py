@@ -9,7 +9,7 @@ with Client() as client:
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import quote
@@ -18,12 +18,20 @@ import httpx2
 
 from trainyard.client.connection import Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint, download_export
-from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
+from trainyard.client.errors import (
+    AmbiguousName,
+    NotFound,
+    ServiceUnreachable,
+    UnexpectedStatus,
+    WaitTimedOut,
+    api_error,
+)
 from trainyard.client.exit_codes import is_idle
-from trainyard.client.sse import StreamEvent
+from trainyard.client.sse import OPENED, StreamEvent
 from trainyard.client.types import (
     Checkpoint,
     Export,
+    GeneratedText,
     HeldOutResult,
     Job,
     LogChunk,
@@ -41,6 +49,7 @@ from trainyard.contract.status import CorpusStatus
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
 METRICS_PAGE = 1000
+GENERATION_SECONDS = 600.0
 
 
 class Client:
@@ -395,6 +404,48 @@ class Client:
         """Return the exports, newest step first."""
         return list(cast(Iterator[Export], self._pages(_path(job_id, "exports"))))
 
+    def generate(
+        self,
+        job_id: str,
+        prompt: str | None = None,
+        *,
+        step: int | str = "latest",
+        messages: Sequence[Mapping[str, str]] | None = None,
+        timeout: float = GENERATION_SECONDS,
+        **options: Any,
+    ) -> GeneratedText:
+        """Continue a prompt, or the conversation ``messages``, with a checkpoint.
+
+        ``options``: ``max_new_tokens`` (128), ``temperature`` (0.85; 0: the likeliest token), ``top_p`` (0.95),
+        ``top_k`` (0: all), ``seed``, ``stop`` (texts that end it). ``timeout`` is in seconds: the first request waits
+        until the checkpoint is loaded.
+        """
+        body = _generation(prompt, messages, options)
+        path = _path(job_id, "checkpoints", str(step), "generate")
+        return cast(GeneratedText, self._connection.call("POST", path, body=body, timeout=timeout))
+
+    def generate_stream(
+        self,
+        job_id: str,
+        prompt: str | None = None,
+        *,
+        step: int | str = "latest",
+        messages: Sequence[Mapping[str, str]] | None = None,
+        timeout: float = GENERATION_SECONDS,
+        **options: Any,
+    ) -> Iterator[StreamEvent]:
+        """Do the same as `generate`, but yield the events ``start``, ``text`` for each part, and ``end``.
+
+        Closing the iterator ends the generation. Raises `ApiError` also if it fails after its beginning.
+        """
+        body = {**_generation(prompt, messages, options), "stream": True}
+        path = _path(job_id, "checkpoints", str(step), "generate")
+        for event in self._connection.stream(path, body=body, timeout=timeout):
+            if event.kind == "error":
+                raise api_error(int(event.data["status"]), event.data)
+            if event.kind != OPENED:
+                yield event
+
     def delete_checkpoint(self, job_id: str, step: int) -> None:
         """Delete a full checkpoint with its files. The service rejects this for the last valid one."""
         self._connection.call("DELETE", _path(job_id, "checkpoints", str(step)))
@@ -429,6 +480,10 @@ class Client:
     def devices(self) -> list[dict[str, Any]]:
         """Return the devices, each with its model, memory and the job that leases it."""
         return list(self._pages("/devices"))
+
+    def clear_device(self, device_id: str) -> dict[str, Any]:
+        """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
+        return cast(dict[str, Any], self._connection.call("POST", f"/devices/{quote(device_id, safe='')}/clear"))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""
@@ -507,6 +562,13 @@ class Client:
 
 def _path(job_id: str, *below: str) -> str:
     return "/".join(["/jobs", quote(job_id, safe=""), *below])
+
+
+def _generation(
+    prompt: str | None, messages: Sequence[Mapping[str, str]] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = {"prompt": prompt, "messages": messages, **options}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _token(name: str) -> str:

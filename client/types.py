@@ -118,6 +118,20 @@ class Export(TypedDict, total=False):
     files: list[dict[str, Any]]
 
 
+class GeneratedText(TypedDict, total=False):
+    """The continuation of a prompt. ``tokens``: how many new tokens it has. ``finish_reason``: stop or length."""
+
+    object: str
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: str
+    chat_template: bool
+    device: str
+
+
 class Action(TypedDict, total=False):
     """Whether an action is allowed in the job's present state, and if not, why."""
 
@@ -311,6 +325,8 @@ class Metric(TypedDict, total=False):
     tokens_per_second: float | None
     mfu: float | None
     step_seconds: float | None
+    step_seconds_max_rank: int | None
+    step_seconds_spread: float | None
     data_seconds: float | None
     memory_bytes: int | None
     eval_loss: float | None

@@ -236,6 +236,14 @@ class TrainingSpec(Group):
         False, description="use only deterministic CUDA kernels; CPU runs are always deterministic"
     )
     use_compile: bool = Field(False, description="compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default",
+        description="mode of torch.compile; reduce-overhead replays CUDA graphs, which helps small models on a GPU; "
+        "not used with parallelism fsdp",
+    )
+    allow_tf32: bool = Field(
+        False, description="with dtype float32 on a GPU: compute matrix products in TF32, several times faster"
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the inputs of the layers, and compute each layer again in the backward pass: less "
@@ -248,6 +256,11 @@ class TrainingSpec(Group):
     )
     on_nonfinite: Literal["fail", "skip", "rollback"] = Field(
         "fail", description="what to do after a step with a non-finite loss or gradient"
+    )
+    verify_every: Positive | None = Field(
+        None,
+        description="every so many steps, run the forward and backward passes twice and compare all bits before the "
+        "update; needs deterministic kernels, and so switches them on",
     )
     from_weight: PathText | None = Field(
         None,
@@ -262,6 +275,11 @@ class TrainingSpec(Group):
         if self.decay_steps is not None and "decay_fraction" not in self.model_fields_set:
             object.__setattr__(self, "decay_fraction", None)
         return self
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether only deterministic kernels are used. Other kernels give other bits in a pass that is repeated."""
+        return self.deterministic or self.verify_every is not None
 
     def run_steps(self, steps_per_epoch: int | None, tokens_per_step: float | None) -> int | None:
         """Return the steps of the whole run, or None if unknown. With ``max_tokens`` it is an estimate.

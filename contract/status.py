@@ -60,6 +60,7 @@ class Reason(StrEnum):
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     DISK_FULL = "disk_full"
     DIVERGED = "diverged"
+    SILENT_CORRUPTION = "silent_corruption"
     WORKER_CRASHED = "worker_crashed"
     HUNG = "hung"
     HOST_RESTARTED = "host_restarted"

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.service import descriptors, home
+from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
@@ -160,11 +161,16 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         before_exit = None
         if schedules and settings.on_stop == "save":
             before_exit = partial(_save_runs, state.scheduler, local)
-        server = GracefulServer(config, state.broadcaster.stop, before_exit)
+        server = GracefulServer(config, partial(_end_streams, state), before_exit)
         server.run(sockets=[listener])
         if server.started:
             log.info("stopped")
         return 0 if server.started else 1
+
+
+def _end_streams(state: AppState) -> None:
+    state.broadcaster.stop()
+    state.generation.stop()
 
 
 def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:

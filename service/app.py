@@ -23,10 +23,12 @@ from trainyard.service.api.routers import (
     documentation,
     exports,
     forks,
+    generation,
     ingest,
     jobs,
     logs,
     metrics,
+    openai,
     planning,
     prometheus,
     status,
@@ -40,7 +42,8 @@ from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
-from trainyard.service.errors import ServiceError, from_exception, problem_response
+from trainyard.service.devices.xids import XidWatcher
+from trainyard.service.errors import ServiceError, error_response, from_exception
 from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
@@ -71,6 +74,8 @@ ROUTERS = (
     checkpoints,
     exports,
     corpora,
+    generation,
+    openai,
     ingest,
     devices,
     tokens,
@@ -97,7 +102,7 @@ def build_state(
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
-    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices(), settings.excluded_devices)
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
         database,
@@ -108,6 +113,7 @@ def build_state(
         preempts=settings.preemption,
         timing=timing,
         corpora=(settings.corpus_cache, settings.home) if prepares else None,
+        xid_watcher=XidWatcher(),
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)
@@ -121,12 +127,14 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
     rounds themselves.
     """
     maintenance = _maintenance_loop(state)
+    state.scheduler.reclaim_devices_by(state.sidecars.reclaim)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         state.database.upgrade(state.settings.home / "migrate.lock")
         deletion.sweep(state.settings, state.database)
+        state.sidecars.end_orphans()
         state.leader  # noqa: B018 - creates the monitor, which counts the seconds since a renewal from now on
         if scheduling:
             state.scheduler.start()
@@ -137,6 +145,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         yield
         state.broadcaster.stop()
         maintenance.stop()
+        await state.generation.close()
+        await asyncio.to_thread(state.sidecars.close)
         # Before the scheduler gives up the lease: the sender still has to record what it has just sent.
         state.sender.stop()
         state.scheduler.stop()
@@ -178,7 +188,7 @@ def _handle_error(request: Request, exception: Exception) -> JSONResponse:
         # Starlette lists only the methods of the first route that matches the path.
         methods = methods_at(request.url.path, ROUTES)
         error.headers |= {"Allow": ", ".join(methods)} if methods else {}
-    return problem_response(error, request.scope.get("request_id"))
+    return error_response(error, request.url.path, request.scope.get("request_id"))
 
 
 def _maintenance_loop(state: AppState) -> MaintenanceLoop:

@@ -38,6 +38,16 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class RankPlace(ResponseModel):
+    """Where a rank runs. ``name``: the model of its device."""
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
+
+
 class EvalSet(ResponseModel):
     """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
 
@@ -89,6 +99,7 @@ class Plan(ResponseModel):
     world_size: int | None = None
     device: str | None = None
     device_name: str | None = None
+    ranks: list[RankPlace] = []
     dtype: str | None = None
     torch_version: str | None = None
     vocab_size: int | None = None
@@ -122,6 +133,8 @@ class Progress(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     percent: float | None = None
     eval_loss: float | None = None
     eval_bpb: float | None = None
@@ -384,6 +397,75 @@ class Export(ResponseModel):
     files: list[ExportedFile]
 
 
+class GeneratedText(ResponseModel):
+    """The continuation of a prompt by a checkpoint. ``tokens``: how many new tokens it has."""
+
+    object: Literal["generation"] = "generation"
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    chat_template: bool
+    device: str
+
+
+class OpenAIModel(ResponseModel):
+    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    step: int
+
+
+class OpenAIModels(ResponseModel):
+    """All models, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAILogprobs(ResponseModel):
+    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class OpenAIChoice(ResponseModel):
+    """One continuation, in OpenAI's shape."""
+
+    text: str
+    index: int
+    logprobs: OpenAILogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OpenAIUsage(ResponseModel):
+    """Numbers of tokens, in OpenAI's shape."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class OpenAICompletion(ResponseModel):
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[OpenAIChoice]
+    usage: OpenAIUsage | None = None
+
+
 class Sample(ResponseModel):
     """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
@@ -462,6 +544,8 @@ class Metric(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
@@ -579,6 +663,13 @@ class NewToken(Token):
     token: str
 
 
+class XidErrorResponse(ResponseModel):
+    """An error that the driver reported for a GPU, and the time of it."""
+
+    xid: int
+    at: datetime
+
+
 class DeviceResponse(ResponseModel):
     """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
@@ -589,6 +680,12 @@ class DeviceResponse(ResponseModel):
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: Literal["nvlink", "pcie"] | None = None
+    nvlink_peers: list[str] = Field(default_factory=list)
+    xid_errors: list[XidErrorResponse] = Field(default_factory=list)
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

@@ -40,16 +40,25 @@ from trainyard.worker.training.control import (
     settings_changed_event,
     with_settings,
 )
+from trainyard.worker.training.device_setup import set_up_device
 from trainyard.worker.training.evaluate import generate_samples
 from trainyard.worker.training.heldout import HeldOutEvaluator
-from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, restore_window
-from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
+from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, StragglerMonitor, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
 from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
-from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
+from trainyard.worker.training.startup import (
+    device_warnings,
+    rank_info,
+    replica_check,
+    schedule_warnings,
+    started_event,
+    supports_bfloat16,
+)
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
-from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
+from trainyard.worker.training.step import PendingMetrics, StepMetrics, Verification, read_metrics, seed_dropout
+from trainyard.worker.training.verify import StepVerifier
 
 EventSink = Callable[[Event], None]
 
@@ -80,8 +89,7 @@ def train(
     phases.enter(Phase.LOADING)
     for warning in device_warnings(spec, ranks.device.type, supports_bfloat16(ranks.device)):
         emit(warning)
-    if spec.training.deterministic:
-        torch.use_deterministic_algorithms(True)
+    set_up_device(spec, ranks.device)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
@@ -96,8 +104,8 @@ def train(
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
-    is_fsdp = spec.resources.parallelism == "fsdp"
-    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_fsdp else ranks.device)
+    is_split = spec.resources.parallelism == "fsdp" and ranks.world > 1
+    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_split else ranks.device)
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(
@@ -130,7 +138,11 @@ def train(
     # With ``max_tokens``, counting the tokens of the rows may take seconds, so only rank 0 does it.
     steps = ranks.broadcast_from_rank0(lambda: last_step(spec.training, progress, sampler, data.train_set.targets_of))
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
-    started = started_event(data, ranks, sampler, progress, steps, resume_from)
+    places = ranks.gather_objects(rank_info(ranks))
+    replicas, replica_warnings = replica_check(ranks, places, spec.resources.parallelism)
+    started = started_event(data, ranks, sampler, progress, steps, resume_from, places)
+    # FSDP waits for the other ranks in every layer, so no rank has a time of its own.
+    measures_ranks = ranks.world > 1 and spec.resources.parallelism != "fsdp"
     trainer = Trainer(
         spec=spec,
         data=data,
@@ -144,6 +156,8 @@ def train(
             spec.training.loss_normalization,
             # The model is compiled for each shape that it sees, so it must see one only.
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
+            fixed_shape=spec.training.use_compile,
+            prefetches=ranks.device.type == "cuda",
             equal_counts=state.gathers_weights,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
@@ -154,9 +168,10 @@ def train(
             started.flops_per_token,
             has_aux=spec.model.use_moe,
             experts=spec.model.num_experts if spec.model.use_moe else 0,
+            timer=RankTimer(model.model.embed_tokens.weight, ranks.device) if measures_ranks else None,
         ),
         checkpointer=Checkpointer(
-            spec, artifacts, data.identity, rows_per_step, ranks, emit, time.monotonic(), resume_check
+            spec, artifacts, data.identity, rows_per_step, ranks, emit, time.monotonic(), resume_check, replicas
         ),
         save_request=attempt.directory.save,
         settings=LiveSettings(attempt.directory.settings, RunSettings.of(spec.model_dump())),
@@ -166,10 +181,12 @@ def train(
         phases=phases,
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
+        straggler_monitor=StragglerMonitor(places),
+        verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
     )
     trainer.metrics.unevaluated = unevaluated if data.eval_sets else None
     emit(started)
-    for warning in schedule_warnings(spec.training, steps - progress.base_step):
+    for warning in (*replica_warnings, *schedule_warnings(spec.training, steps - progress.base_step)):
         emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
@@ -252,6 +269,8 @@ class Trainer:
     phases: PhaseReporter
     emit: EventSink
     monitor: LearningMonitor
+    straggler_monitor: StragglerMonitor
+    verifier: StepVerifier | None = None
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
@@ -291,6 +310,8 @@ class Trainer:
             self.heartbeat.beat(progress.step)
             # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
             flags = control.exchange(self._own_flags())
+            if flags.save_failed:
+                self.checkpointer.wait()  # raises the error on every rank
             if flags.settings is not None:
                 self._apply_settings(flags.settings, progress.step)
             self._logs_next_step = flags.log
@@ -328,6 +349,7 @@ class Trainer:
             save=self.ranks.is_main_process and self._should_save_now(),
             spike=self.spike_detector.pending is not None,
             log=self.ranks.is_main_process and self._is_log_overdue(),
+            save_failed=self.checkpointer.has_failed,
             settings=self.settings.poll() if self.ranks.is_main_process else None,
         )
 
@@ -384,7 +406,10 @@ class Trainer:
         scale = self.state.loss_scale()
         self.metrics.begin_step()
         pending_metrics = self.state.train_step.run(
-            self._microbatches(step, data_step), self.lr_schedule.at(step), self._dropout_seeder(step)
+            self._microbatches(step, data_step),
+            self.lr_schedule.at(step),
+            self._dropout_seeder(step),
+            self._verification(step),
         )
         self.pending.append(PendingStep(step, data_step, scale, pending_metrics))
         tokens, data_seconds = self.loader.tokens(data_step), self.loader.data_seconds
@@ -459,6 +484,10 @@ class Trainer:
         for warning in self.monitor.observe(step, metrics.loss, metrics.grad_norm):
             self.emit(warning)
 
+    def _verification(self, step: int) -> Verification | None:
+        every = self.spec.training.verify_every
+        return Verification(self.verifier, step) if self.verifier and every and step % every == 0 else None
+
     def _dropout_seeder(self, step: int) -> Callable[[int], None]:
         if self.spec.model.dropout == 0:
             return lambda _: None
@@ -519,7 +548,7 @@ class Trainer:
     def _emit_metric(self, metric: MetricEvent) -> None:
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(metric):
+        for warning in (*self.monitor.observe_metrics(metric), *self.straggler_monitor.observe(metric)):
             self.emit(warning)
 
     def _evaluate(self, progress: TrainProgress) -> bool:

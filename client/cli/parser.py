@@ -188,6 +188,15 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 
 # fmt: off
 JOB = _argument("job", "JOB", "id or name of the job; if several have the name, the newest", shell_complete=_jobs)
+JOB_AT_STEP = _argument("job", "JOB[@STEP]", "job, and the step of a checkpoint (latest)", shell_complete=_jobs)
+SAMPLING = (
+    Option("--max-new-tokens", type=click.IntRange(min=0), metavar="N", help="end after so many tokens (128)"),
+    Option("--temperature", type=float, help="0: the likeliest token each time (0.85)"),
+    Option("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this probability (0.95)"),
+    Option("--top-k", type=click.IntRange(min=0), metavar="K", help="draw from the K likeliest tokens (all)"),
+    Option("--seed", type=click.IntRange(min=0), help="the same seed draws the same text"),
+    _several("--stop", "TEXT", "end before this text; may be repeated"),
+)
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
 TOKENIZER = Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)")
@@ -260,7 +269,8 @@ COMMANDS = (
         _flag("-y", "--yes", help="with --delete: do not ask; required without a terminal")),
     _of_job("attempts", "cli.commands.show:attempts", "list the launches of the job and how they ended"),
     _of_job("samples", "cli.commands.show:samples", "print texts that the model wrote"),
-    _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them"),
+    _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them",
+        Option("--clear", metavar="DEVICE", help="clear the XID errors of this GPU, which may be leased again")),
     _of_job("pause", "cli.commands.actions:pause", "save and stop; can be resumed"),
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
@@ -282,6 +292,12 @@ COMMANDS = (
         _step("which checkpoint (the newest); JOB@STEP means the same"),
         Option("--out", type=FILE, metavar="DIR", help="download the files into this folder"),
         Option("--format", type=click.Choice(["hf", "minimind"]), default="hf", help="Hugging Face (hf) or MiniMind")),
+    _remote("generate", "cli.commands.generation:generate", "continue a text with a checkpoint", JOB_AT_STEP,
+        _argument("prompt", "TEXT", "the text to continue; - reads it from stdin"), *SAMPLING,
+        context_settings=BOTH_SPELLINGS),
+    _remote("chat", "cli.commands.generation:chat", "talk to a checkpoint, turn by turn", JOB_AT_STEP,
+        Option("--system", metavar="TEXT", help="instruction before the conversation"), *SAMPLING,
+        context_settings=BOTH_SPELLINGS),
     _of_job("cancel", "cli.commands.actions:cancel", "save and end the job; can be resumed"),
     _of_job("kill", "cli.commands.actions:kill", "stop now, without saving", YES),
     _of_job("describe", "cli.commands.actions:describe", "write down what was tried and why",

@@ -19,6 +19,7 @@ def upgrade() -> None:
         sa.Column("number", INTEGER, autoincrement=True, nullable=False),
         sa.Column("id", sa.String(length=40), nullable=False),
         sa.Column("key", sa.String(length=32), nullable=False),
+        sa.Column("parts", JSON, nullable=False),
         sa.Column("status", sa.String(length=20), nullable=False),
         sa.Column("spec", JSON, nullable=False),
         sa.Column("launcher", sa.String(length=20), nullable=False),

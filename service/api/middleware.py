@@ -28,8 +28,8 @@ from trainyard.service.errors import (
     PathPrefix,
     Unauthorized,
     UrlTooLong,
+    error_response,
     from_exception,
-    problem_response,
 )
 from trainyard.service.ids import JOB_ID
 from trainyard.service.observability.logging import bind, log_context
@@ -65,8 +65,8 @@ PERIODIC_ROUTES = frozenset(
 """Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
-UNTIMED = (STREAM, "/files/{name}")
-"""Ends of routes whose duration is not measured: it depends on the client."""
+UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions")
+"""Ends of routes whose duration is not measured: it depends on the client, or on what it asks for."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
@@ -182,7 +182,7 @@ class RequestMiddleware:
             return
         if response.started:
             raise exception
-        await problem_response(error, scope["request_id"])(scope, receive, response)
+        await error_response(error, scope["path"], scope["request_id"])(scope, receive, response)
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import is_held
-from trainyard.contract.prepared import PreparedCorpus, marker
+from trainyard.contract.prepared import PreparedCorpus, delete_stale_markers
 
 
 def is_open(cache: Path, prepared: PreparedCorpus) -> bool:
@@ -14,15 +14,15 @@ def is_open(cache: Path, prepared: PreparedCorpus) -> bool:
     return any(is_held(store.used(key)) for key in prepared.keys)
 
 
-def delete_corpus_files(cache: Path, key: str, prepared: PreparedCorpus | None) -> None:
-    """Delete the marker of the corpus ``key`` and the token shards ``prepared``, but none that a process has open."""
-    marker(cache, key).unlink(missing_ok=True)
+def delete_corpus_files(cache: Path, prepared: PreparedCorpus | None) -> None:
+    """Delete these token shards and their markers, but none that a process has open."""
     if prepared is None:
         return
     store = CorpusCache(cache)
     for entry in store.entries():
         if entry.key in prepared.keys:
             store.remove(entry)
+    delete_stale_markers(cache)
 
 
 def delete_run_directory(home: Path, corpus_id: str) -> None:

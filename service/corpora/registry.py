@@ -15,14 +15,22 @@ from sqlalchemy.orm import Session
 from trainyard.contract.corpus_files import CorpusFilesInvalid
 from trainyard.contract.events import Event
 from trainyard.contract.messages import ExitReport
-from trainyard.contract.prepared import PreparedCorpus, PrepareTask, corpus_key, find_prepared
+from trainyard.contract.parsing import Problem
+from trainyard.contract.prepared import (
+    CorpusPart,
+    PreparedCorpus,
+    PrepareTask,
+    corpus_key,
+    corpus_parts,
+    find_prepared,
+)
 from trainyard.contract.spec import JobSpec, ResourcesSpec
 from trainyard.contract.status import LIVE, WAITING, CorpusStatus, JobStatus, Phase
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.service.auth.principal import Principal
 from trainyard.service.corpora import rules
 from trainyard.service.db.models import CorpusRow, JobRow
-from trainyard.service.errors import CorpusInUse, CorpusNotFound
+from trainyard.service.errors import CorpusInUse, CorpusNotFound, RequestInvalid, with_problems
 from trainyard.service.ids import CORPUS_ID, new_id
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
@@ -35,8 +43,9 @@ UNPREPARED = CorpusStatus.QUEUED, CorpusStatus.FAILED, CorpusStatus.STOPPED
 
 @dataclass(frozen=True)
 class CorpusCheck:
-    """The key of a spec's corpus, and its token shards if the cache has all of them."""
+    """The parts of a spec's corpus, their common key, and their token shards if the cache has all of them."""
 
+    parts: tuple[CorpusPart, ...]
     key: str
     prepared: PreparedCorpus | None
 
@@ -47,8 +56,8 @@ def check_corpus(spec: JobSpec, cache: Path) -> CorpusCheck | None:
     Return None if a file is gone: then the run finds out, and says so.
     """
     try:
-        key = corpus_key(spec.data)
-        return CorpusCheck(key, find_prepared(cache, key))
+        parts = corpus_parts(spec.data)
+        return CorpusCheck(parts, corpus_key(parts), find_prepared(cache, parts))
     except (OSError, CorpusFilesInvalid, TokenizerInvalid):
         return None
 
@@ -85,6 +94,7 @@ def _insert(session: Session, check: CorpusCheck, spec: JobSpec, by: Principal, 
     row = CorpusRow(
         id=new_id("corpus"),
         key=check.key,
+        parts=[part.model_dump(mode="json") for part in check.parts],
         status=CorpusStatus.QUEUED,
         spec=spec.model_dump(mode="json"),
         launcher=spec.resources.launcher or LOCAL,
@@ -128,7 +138,10 @@ def list_corpora(session: Session, after: str | None, limit: int) -> tuple[list[
     """Return a page of the corpora, newest first, and whether there are more."""
     query = select(CorpusRow).where(CorpusRow.deleted.is_(False)).order_by(CorpusRow.number.desc())
     if after is not None:
-        query = query.where(CorpusRow.number < find(session, after).number)
+        number = session.scalar(select(CorpusRow.number).where(CorpusRow.id == after))
+        if number is None:
+            raise with_problems(RequestInvalid, [Problem("/query/after", "must be the id of an existing corpus")])
+        query = query.where(CorpusRow.number < number)
     rows = list(session.scalars(query.limit(limit + 1)))
     return rows[:limit], len(rows) > limit
 
@@ -164,9 +177,13 @@ def claim(session: Session, row: CorpusRow, processes: int | None, now: datetime
     spec = JobSpec.model_validate_json(json.dumps(row.spec))
     # Nobody checks this token. It marks the agent among the processes of its attempt.
     token = secrets.token_urlsafe(32)
-    return Launch(
-        ref(row), row.id, _without_devices(spec), (), token, task=PrepareTask(key=row.key, processes=processes)
-    )
+    task = PrepareTask(parts=parts_of(row), processes=processes)
+    return Launch(ref(row), row.id, _without_devices(spec), (), token, task=task)
+
+
+def parts_of(row: CorpusRow) -> tuple[CorpusPart, ...]:
+    """Return the parts of the corpus."""
+    return tuple(CorpusPart.model_validate(part) for part in row.parts)
 
 
 def _without_devices(spec: JobSpec) -> JobSpec:

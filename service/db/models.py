@@ -139,7 +139,7 @@ class JobRow(Base):
 
 
 class CorpusRow(Base):
-    """One corpus with its tokenizer, see `contract.prepared.corpus_key`, and its preparation.
+    """One corpus with its tokenizer, and its preparation. ``key``, ``parts``: see `contract.prepared`.
 
     ``spec``: of the job that caused the preparation, or of a job with the data of the request. ``attempt`` counts the
     launches of its process; ``launched_at`` is null until the launcher has confirmed the last one. ``requested``: it is
@@ -154,6 +154,7 @@ class CorpusRow(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(40), unique=True)
     key: Mapped[str] = mapped_column(String(32), unique=True)
+    parts: Mapped[list[Any]]
     status: Mapped[str] = mapped_column(String(20))
     spec: Mapped[dict[str, Any]]
     launcher: Mapped[str] = mapped_column(String(20))
@@ -260,13 +261,19 @@ class AttemptRow(Base):
 
 
 class DeviceLeaseRow(Base):
-    """A device leased to an attempt. A free device has no row."""
+    """A device leased to an attempt, or to a side process of a service. A free device has no row.
+
+    ``sidecar``: the identity of that service, see `service.sidecars.sidecars`; null for an attempt.
+    """
 
     __tablename__ = "leases"
 
     device: Mapped[str] = mapped_column(String(20), primary_key=True)
-    attempt_id: Mapped[str] = mapped_column(String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True)
-    job_id: Mapped[str] = mapped_column(String(40))
+    attempt_id: Mapped[str | None] = mapped_column(
+        String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True
+    )
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    sidecar: Mapped[str | None]
 
 
 class SchedulerLeaseRow(Base):
@@ -316,6 +323,8 @@ class MetricRow(Base):
     bpb: Mapped[float | None]
     eval_bpb: Mapped[float | None]
     eval: Mapped[dict[str, Any] | None]
+    step_seconds_max_rank: Mapped[int | None]
+    step_seconds_spread: Mapped[float | None]
 
 
 class MetricRollupRow(Base):
@@ -478,3 +487,16 @@ class RuleStateRow(Base):
     seq: Mapped[int]
     seen: Mapped[dict[str, Any]]
     final: Mapped[bool]
+
+
+class XidErrorRow(Base):
+    """An XID error of a GPU, as its driver reported it. It counts for 24 hours, or until it is cleared."""
+
+    __tablename__ = "xid_errors"
+    __table_args__ = (Index("ix_xid_errors_at", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    gpu_uuid: Mapped[str] = mapped_column(String(80))
+    xid: Mapped[int]
+    at: Mapped[datetime]
+    cleared_at: Mapped[datetime | None]

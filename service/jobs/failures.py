@@ -29,6 +29,7 @@ RETRY_CONDITIONS = {
     Reason.SPEC_INVALID: "once the cause is removed",
     Reason.LAUNCH_FAILED: "once it can be launched",
     Reason.DIVERGED: "as it was: it may diverge again",
+    Reason.SILENT_CORRUPTION: "on other devices",
 }
 """Reason -> the condition under which the same run may succeed."""
 

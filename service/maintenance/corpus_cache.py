@@ -18,6 +18,7 @@ from typing import Any, Self
 from trainyard.contract.cache import CacheEntry, CorpusCache
 from trainyard.contract.corpus_files import shown
 from trainyard.contract.corpus_report import SourceReport
+from trainyard.contract.prepared import delete_stale_markers
 from trainyard.contract.rundir import read_json
 from trainyard.contract.stdio import run_command
 from trainyard.contract.units import counted, human_bytes
@@ -77,6 +78,7 @@ class CorpusCachePruner:
         for entry in deleted:
             what = "corpus" if entry.is_complete else "unfinished corpus"
             log.info("%s %s of %d bytes was removed from the cache: unused", what, entry.key, entry.bytes)
+        delete_stale_markers(self.cache.path)
         if self.limits.days:
             self.cache.forget_digests(self.clock() - self.limits.days * DAY)
         return deleted

@@ -5,7 +5,10 @@ from typing import Any
 
 from trainyard.contract.events import MetricEvent, Started
 
-FIELDS = ("epoch", "tokens", "loss", "bpb", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
+FIELDS = (
+    *("epoch", "tokens", "loss", "bpb", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite"),
+    *("step_seconds_max_rank", "step_seconds_spread"),
+)
 
 
 def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:

@@ -151,14 +151,19 @@ def preview(
     throughput: Throughput | MatrixEstimate | None,
     queue: QueuePosition,
     settings: Settings,
+    bfloat16_on_cpu: tuple[float, float] | None = None,
 ) -> PlanPreview:
     """Return the plan as the API shows it.
 
     ``kind`` is what the spec's device means where the job will run; ``devices`` are those of this host.
+    ``bfloat16_on_cpu``: see `MatrixSpeed.bfloat16_on_cpu`.
     """
     facts = initial_plan(spec, kind)
     host = replace(
-        _host_capacity(spec, facts, kind, devices, settings), names=sample.names, other_format=sample.other_format
+        _host_capacity(spec, facts, kind, devices, settings),
+        names=sample.names,
+        other_format=sample.other_format,
+        bfloat16_on_cpu=bfloat16_on_cpu,
     )
     size = sample.size
     return PlanPreview.model_validate(

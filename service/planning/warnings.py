@@ -19,7 +19,8 @@ class HostCapacity:
     """Resources of the host that the run needs, in bytes; None: unknown. ``kind`` is the device's, e.g. ``cuda``.
 
     ``memory_needed``, ``settings_that_fit``: see `jobs.memory`. ``other_format``: the corpus's, if it is not JSONL.
-    ``names``: keys with texts in the first line that is no document.
+    ``names``: keys with texts in the first line that is no document. ``bfloat16_on_cpu``: FLOP/s of a product in
+    bfloat16 and in float32, if the run is in bfloat16 on a CPU and they are known.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class HostCapacity:
     settings_that_fit: Mapping[str, Mapping[str, Any]] | None = None
     other_format: str | None = None
     names: tuple[str, ...] = ()
+    bfloat16_on_cpu: tuple[float, float] | None = None
 
 
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
@@ -85,6 +87,12 @@ def _disk(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
 def _device(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
     if host.kind == "cpu" and spec.resources.device == "auto":
         yield "there is no GPU on this host: this run will use the CPU"
+    if host.bfloat16_on_cpu is not None and host.bfloat16_on_cpu[0] < host.bfloat16_on_cpu[1]:
+        bfloat16, float32 = host.bfloat16_on_cpu
+        yield (
+            f"this CPU computes a bfloat16 product at {bfloat16 / 1e9:,.0f} GFLOP/s and one in float32 at "
+            f'{float32 / 1e9:,.0f}: with training.dtype "float32" the run is faster, and more exact'
+        )
     batch_tokens = spec.training.batch_size * spec.data.max_seq_len
     if host.kind.startswith("cuda") and batch_tokens < FEW_TOKENS:
         yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"

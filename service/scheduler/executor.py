@@ -36,7 +36,7 @@ from trainyard.service.launch.base import (
     LaunchRefused,
 )
 from trainyard.service.leadership import LeaderLease, fenced
-from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start
+from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Reclaim, Restart, Start
 from trainyard.service.scheduler.preparation_executor import PreparationExecutor
 from trainyard.service.scheduler.published_inventory import InventorySnapshot
 from trainyard.service.scheduler.snapshot import LiveAttempt, SchedulerMemory
@@ -51,7 +51,7 @@ class PlanExecutor:
     """Executes one action at a time.
 
     ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database. ``cache``: the corpus
-    cache.
+    cache. ``reclaim``: ends the side process that has a device.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class PlanExecutor:
         self._preparations = PreparationExecutor(
             self.write, self._still_leads, launcher, memory, clock, cache, home, timing
         )
+        self.reclaim: Callable[[str], None] = lambda _: None
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
         """Open a transaction; raise LeadershipLost if another service leads."""
@@ -104,6 +105,10 @@ class PlanExecutor:
                     return self._kill(action.attempt)
                 case Preempt():
                     return self._preempt(action)
+                case Reclaim():
+                    log.info("a side process makes room", extra={"devices": action.device})
+                    self.reclaim(action.device)
+                    return True
                 case _:
                     return self._preparations.execute(action)
         except (Conflict, JobNotFound):

@@ -13,7 +13,9 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Inventory
+from trainyard.service.devices.xids import XidWatcher
 from trainyard.service.errors import from_exception
 from trainyard.service.launch.base import AttemptRef, Launcher
 from trainyard.service.leadership import LeaderLease, LeadershipLost
@@ -48,7 +50,8 @@ class Scheduler:
     With a ``lease`` it acts only while it leads; ``on_lead`` is called each time it becomes the leader. If not
     ``enabled``, the thread never starts: another service on the same database schedules. With ``preempts``, jobs of
     lower priority are paused for those of higher priority. ``corpora``: the corpus cache and the home, if corpora are
-    prepared before jobs get devices; None if each run prepares its own.
+    prepared before jobs get devices; None if each run prepares its own. ``xid_watcher``: the source of errors of this
+    host's GPUs.
     """
 
     def __init__(
@@ -63,9 +66,11 @@ class Scheduler:
         monotonic: Callable[[], float] = time.monotonic,
         timing: Timing = Timing(),
         corpora: tuple[Path, Path] | None = None,
+        xid_watcher: XidWatcher | None = None,
     ) -> None:
         self.timing = timing
         self.prepares = corpora is not None
+        self._xid_watcher = xid_watcher
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
@@ -89,15 +94,23 @@ class Scheduler:
         self._waiting: Mapping[str, str] = {}
         self.on_lead: Callable[[], None] = lambda: None
 
+    def reclaim_devices_by(self, reclaim: Callable[[str], None]) -> None:
+        """Set what ends the side process that has a device, when a job needs it."""
+        self._executor.reclaim = reclaim
+
     def start(self) -> None:
         """Start the thread. The first round inspects every attempt that is live in the database."""
         if self._enabled:
+            if self._xid_watcher is not None:
+                self._xid_watcher.start()
             self._thread.start()
 
     def stop(self) -> None:
         """Stop after the current round. Attempts keep running."""
         self._stopping.set()
         self._wake.set()
+        if self._xid_watcher is not None:
+            self._xid_watcher.stop()
         if self._thread.is_alive():
             self._thread.join(30)
             self._release_lease()
@@ -156,6 +169,7 @@ class Scheduler:
 
     def reconcile(self) -> bool:
         """Run one round. Return True if another one is due at once."""
+        self._store_xid_errors()
         snapshot = self._snapshot()
         decision = plan(snapshot, self._clock(), self.timing)
         self._waiting = decision.waiting
@@ -163,6 +177,12 @@ class Scheduler:
         self._executor.probe_agents([action.attempt.name for action in decision.actions if isinstance(action, Inspect)])
         outcomes = [self._renew_lease() and self._execute(action) for action in decision.actions]
         return any(outcomes)
+
+    def _store_xid_errors(self) -> None:
+        errors = self._xid_watcher.drain() if self._xid_watcher is not None else []
+        if errors:
+            with self._executor.write() as session:
+                xids.store(session, errors)
 
     def _publish(self, inventory: InventorySnapshot) -> None:
         if not self._publish_tracker.differs(inventory):

@@ -8,6 +8,7 @@ from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
 from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.devices.placement import choose, has_neighbours
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.preparations import (
@@ -82,13 +83,21 @@ class Preempt:
     job_id: str
 
 
-Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | PreparationAction
+@dataclass(frozen=True)
+class Reclaim:
+    """End the side process that has ``device``, so that ``job_id`` gets it. Runs always go first."""
+
+    device: str
+    job_id: str
+
+
+Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim | PreparationAction
 
 
 def subject(action: Action) -> dict[str, Any]:
     """Return the log fields of the job, and of the attempt if there is one, that ``action`` applies to."""
     match action:
-        case Start() | Restart():
+        case Start() | Restart() | Reclaim():
             return {"job_id": action.job_id}
         case Inspect() | NotifyStop() | Kill() | Preempt():
             return action.attempt.name.fields
@@ -139,16 +148,23 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind, taken in the inventory's order."""
+    """Free devices by kind. A device with XID errors is not free. ``lent``: those that side processes have."""
 
-    def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
-        self.leases = dict(leases)
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.leases = dict(snapshot.leases)
         self.total: dict[str, int] = {}
-        self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
-        for device in devices:
+        self.free: dict[str, dict[str, Device]] = {"cpu": {}, "cuda": {}}
+        self.lent: dict[str, None] = {}
+        self.faulty = [device.id for device in snapshot.devices if device.xid_errors]
+        self.has_places = any(map(has_neighbours, snapshot.devices))
+        for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
-            if device.id not in leases and not device.processes:
-                self.free[device.kind][device.id] = None
+            if device.xid_errors:
+                continue
+            if device.id in snapshot.lent:
+                self.lent[device.id] = None
+            elif device.id not in snapshot.leases and not device.processes:
+                self.free[device.kind][device.id] = device
 
     def fits(self, kind: str, ranks: int) -> bool:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
@@ -160,18 +176,40 @@ class _Pools:
 
     def take(self, kind: str, ranks: int, job_id: str) -> tuple[str, ...]:
         pool = self.free[_pool(kind)]
-        devices = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
+        devices = self._choose(kind, ranks) if kind in self.free else (kind,)
         for device in devices:
             del pool[device]
             self.leases[device] = job_id
         return devices
 
+    def lent_to_sidecars(self, kind: str, ranks: int) -> tuple[str, ...]:
+        """Return the lent devices that ``ranks`` ranks need besides the free ones, as many as there are."""
+        fitting = (device for device in self.lent if kind in (device, _pool(device)))
+        return tuple(islice(fitting, max(0, ranks - self.count(kind))))
+
+    def reclaim(self, devices: Sequence[str], job_id: str) -> list["Reclaim"]:
+        """Take lent devices, so that no later job reclaims them too."""
+        for device in devices:
+            del self.lent[device]
+        return [Reclaim(device, job_id) for device in devices]
+
+    def _choose(self, kind: str, ranks: int) -> tuple[str, ...]:
+        pool = self.free[kind]
+        # A job must not cost a pass over all devices if nothing is known of their places.
+        return choose(list(pool.values()), ranks) if self.has_places else tuple(islice(pool, ranks))
+
     def waiting_reason(self, kind: str, ranks: int) -> str:
         if kind not in DEVICE_NAMES:
             holder = self.leases.get(kind)
+            if holder is None and kind in self.faulty:
+                return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
-        return f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free"
+        faulty = [device for device in self.faulty if _pool(device) == kind]
+        errors = f", and {', '.join(faulty)} with XID errors" if faulty else ""
+        return (
+            f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
+        )
 
     def reserve(self, kind: str) -> None:
         """Keep the free devices for the job at the front of the queue: no later job gets any."""
@@ -185,15 +223,15 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Prepare], dict[str, str]]:
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
     """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted.
 
     A job whose corpus is not ready takes no part. Corpora are prepared with the CPU slots that are left.
     """
-    pools = _Pools(snapshot.devices, snapshot.leases)
+    pools = _Pools(snapshot)
     budget = PreemptionBudget(snapshot)
     auto_kind = kind_for("auto", snapshot.devices)
-    placed: list[Start | Preempt | Prepare] = []
+    placed: list[Start | Preempt | Reclaim | Prepare] = []
     waiting: dict[str, str] = {}
     for job in sorted((job for job in snapshot.queued if job.corpus_id is None), key=_queue_order):
         if job.launcher not in (None, LOCAL):
@@ -204,8 +242,16 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Pr
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
         waiting[job.id] = pools.waiting_reason(kind, job.ranks)
-        victims = budget.find_victims(job, kind, pools.count(kind))
+        lent = pools.lent_to_sidecars(kind, job.ranks)
+        room = pools.count(kind) + len(lent)
+        if room >= job.ranks:
+            # They are free in the next round. Until then no later job gets what is free now.
+            placed += pools.reclaim(lent, job.id)
+            pools.reserve(kind)
+            continue
+        victims = budget.find_victims(job, kind, room)
         if victims is not None:
+            placed += pools.reclaim(lent, job.id)
             placed += [Preempt(attempt, job.id) for attempt in victims.victims]
             waiting[job.id] += f"; {victims}"
         else:

@@ -207,8 +207,8 @@ class PreparationExecutor:
             row = _locked(session, name)
             if row is None:
                 return
-            key = row.key
-        prepared = find_prepared(self._cache, key) if report.outcome == "completed" else None
+            parts = registry.parts_of(row)
+        prepared = find_prepared(self._cache, parts) if report.outcome == "completed" else None
         deleted: PreparedCorpus | None = None
         with self._write() as session:
             row = _locked(session, name)
@@ -220,7 +220,7 @@ class PreparationExecutor:
                 deleted = registry.unshared(session, row)
                 session.execute(delete(CorpusRow).where(CorpusRow.id == row.id))
         if is_deleted:
-            delete_corpus_files(self._cache, key, deleted)
+            delete_corpus_files(self._cache, deleted)
             delete_run_directory(self._home, name.job_id)
 
     def _stop(self, preparation: Preparation) -> bool:

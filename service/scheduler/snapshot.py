@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import WAITING, CorpusStatus, Desired, JobStatus
 from trainyard.service.db.models import AttemptRow, CorpusRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.lifecycle import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
@@ -78,6 +79,7 @@ class LiveAttempt:
 class Snapshot:
     """``inspected_at`` and ``notified`` of live attempts come from this process's memory and are empty after a restart.
 
+    ``leases``: device -> the job that has it. ``lent``: devices that side processes have until a job needs them.
     ``preempts``: jobs of lower priority are paused for one of higher priority.
     """
 
@@ -85,6 +87,7 @@ class Snapshot:
     live: Sequence[LiveAttempt] = ()
     restarts_due: Sequence[str] = ()
     leases: Mapping[str, str] = field(default_factory=dict)
+    lent: frozenset[str] = frozenset()
     devices: Sequence[Device] = ()
     preempts: bool = False
     preparations: Sequence[Preparation] = ()
@@ -120,13 +123,14 @@ def load_snapshot(
     awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
     waiting = _waiting_jobs(session)
-    leases = session.execute(select(DeviceLeaseRow.device, DeviceLeaseRow.job_id)).all()
+    leases = session.scalars(select(DeviceLeaseRow)).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
-        leases={row.device: row.job_id for row in leases},
-        devices=devices,
+        leases={row.device: row.job_id for row in leases if row.job_id is not None},
+        lent=frozenset(row.device for row in leases if row.sidecar is not None),
+        devices=xids.marked(devices, xids.uncleared(session, now)),
         preempts=preempts,
         preparations=_preparations(session, memory, waiting),
         waiting_jobs=[job for job, _ in waiting],

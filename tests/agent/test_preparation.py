@@ -19,7 +19,7 @@ from tests.agent.conftest import until
 from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport
-from trainyard.contract.prepared import PrepareTask, corpus_key, find_prepared
+from trainyard.contract.prepared import PrepareTask, corpus_parts, find_prepared
 from trainyard.contract.processes import ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir
 from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
@@ -60,7 +60,7 @@ class Host:
     def start(self) -> None:
         self.number += 1
         spec = JobSpec(data=self.data, resources=ResourcesSpec(device="cpu", timeouts=self.timeouts))
-        task = PrepareTask(key=corpus_key(self.data), processes=self.processes)
+        task = PrepareTask(parts=corpus_parts(self.data), processes=self.processes)
         self.launcher.start(Launch(self.name, CORPUS, spec, (), "token", task=task))
 
     def end(self, seconds: float = 60.0) -> ExitReport:
@@ -87,7 +87,7 @@ class Host:
 
     def digest(self) -> str:
         """A digest of the token shards and packed rows."""
-        prepared = find_prepared(self.cache, corpus_key(self.data))
+        prepared = find_prepared(self.cache, corpus_parts(self.data))
         assert prepared is not None
         found = hashlib.sha256()
         for key in sorted(prepared.keys):
@@ -131,7 +131,7 @@ def test_it_prepares_without_torch_and_without_a_device(host: Host) -> None:
     report = host.end()
     assert (report.outcome, report.reason) == ("completed", None)
     assert f"{DOCUMENTS:,} documents" in report.message
-    assert find_prepared(host.cache, corpus_key(host.data)) is not None
+    assert find_prepared(host.cache, corpus_parts(host.data)) is not None
     assert list(host.cache.glob("*/rows-*"))
     loaded = "import sys, trainyard.worker.prepare; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True).stdout.strip() == "False"

@@ -29,10 +29,8 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += (
-        "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
-    )
-    expected += "token webhook"
+    expected += "pause resume save fork export generate chat describe discard cancel kill delete tokenizer corpus db "
+    expected += "version completion token webhook"
     assert set(subcommands()) == set(expected.split())
 
 
@@ -290,6 +288,8 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
+            {"id": "cuda:1", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [],
+             "link": "nvlink", "nvlink_peers": ["cuda:0"], "numa_node": 1, "xid_errors": [{"xid": 79, "at": "t"}]},
         ],
     }  # fmt: skip
     assert run("events", "pre-12")[1].splitlines()[1] == "2026-01-31T16:31:05Z  status  queued  (by user)"
@@ -308,8 +308,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
     )
     devices = run("devices")[1].splitlines()
-    assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
-    assert devices[2].endswith("80.0 GB  no job, but used by process 7")
+    assert devices[1].split() == ["cpu:0", "cpu", "-", "-", "free"]
+    assert devices[2].split("  ")[-1].strip() == "no job, but used by process 7"
+    assert "nvlink to cuda:0, NUMA node 1" in devices[3]
+    assert devices[3].endswith("XID 79: not leased until `trainyard devices --clear cuda:1`")
 
 
 def test_version_names_both(run: Run) -> None:

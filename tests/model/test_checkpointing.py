@@ -1,13 +1,11 @@
 """Gradient checkpointing: the same gradients, bit for bit, and the memory that the plan says."""
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from tests.live_memory import LiveMemory
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 from trainyard.model import costs
 from trainyard.model.decoder import Decoder
@@ -74,37 +72,6 @@ def test_without_gradients_nothing_is_recomputed() -> None:
     assert model.generate(ids, max_new_tokens=2).shape == (1, 6)
 
 
-class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's class is not annotated
-    """Bytes of all storages that operations have made and that are still alive, and their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live, self.peak = 0, 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        given = {storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and storage_key(leaf) not in given | self._known:
-                key, storage = storage_key(leaf), leaf.untyped_storage()
-                self._known.add(key)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._freed, key, storage.nbytes())
-        return found
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-def storage_key(tensor: torch.Tensor) -> int:
-    """Return what is the same for all tensors of a storage, also if it is empty."""
-    key: int = tensor.untyped_storage()._cdata  # noqa: SLF001
-    return key
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "moe"])
 def test_the_saving_is_the_planned_one(changes: dict[str, Any], dtype: Any) -> None:
@@ -118,7 +85,7 @@ def test_the_saving_is_the_planned_one(changes: dict[str, Any], dtype: Any) -> N
         ids = random_ids(rows, length, vocab_size=64)
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        with PeakMemory() as memory:
+        with LiveMemory() as memory:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16", cache_enabled=not recomputes):
                 loss = model(ids, labels=ids).loss_sum
             loss.backward()

@@ -13,7 +13,7 @@ from tests.fakes.launcher import FakeAttempt, ServiceKilled
 from tests.service.harness import ServiceHarness, in_threads, path_of
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
-from trainyard.contract.prepared import PreparedCorpus, PreparedSource, corpus_key, find_prepared, mark_prepared
+from trainyard.contract.prepared import corpus_key, corpus_parts, find_prepared, mark_prepared
 from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.devices.inventory import cpu_slots
@@ -47,9 +47,7 @@ def put_into_cache(rig: ServiceHarness, attempt: FakeAttempt, shards: str = "a" 
     cache.directory(shards).mkdir(parents=True, exist_ok=True)
     (cache.directory(shards) / "meta.json").write_text("{}")
     assert attempt.launch.task is not None
-    mark_prepared(
-        cache.path, attempt.launch.task.key, PreparedCorpus(sources=(PreparedSource(name="data", key=shards),))
-    )
+    mark_prepared(cache.path, attempt.launch.task.parts, {("data", False): shards})
 
 
 def finish(rig: ServiceHarness, attempt: FakeAttempt) -> None:
@@ -382,7 +380,7 @@ def test_delete(preparing: ServiceHarness) -> None:
     assert rig.client.delete(f"/corpora/{corpus_id}").status_code == 204
     assert not cache.directory("a" * 32).exists()
     assert attempt.launch.task is not None
-    assert find_prepared(cache.path, attempt.launch.task.key) is None
+    assert find_prepared(cache.path, attempt.launch.task.parts) is None
     assert rig.client.get(f"/corpora/{corpus_id}").json()["code"] == "corpus_not_found"
     assert rig.client.delete("/corpora/corpus_nothere").status_code == 404
 
@@ -432,37 +430,52 @@ def test_pages(preparing: ServiceHarness) -> None:
 # The key of a corpus
 
 
-def data(path: Path, **fields: Any) -> DataSpec:
-    return JobSpec.model_validate_json(json.dumps({"data": {"data_path": str(path), **fields}})).data
+def data(path: object, **fields: Any) -> DataSpec:
+    given = path if isinstance(path, list) else str(path)
+    return JobSpec.model_validate_json(json.dumps({"data": {"data_path": given, **fields}})).data
+
+
+def key_of(path: object, **fields: Any) -> str:
+    return corpus_key(corpus_parts(data(path, **fields)))
 
 
 def test_the_key_has_what_decides_the_tokens_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "c.jsonl"
     file.write_text('{"text": "one"}\n')
-    key = corpus_key(data(file))
+    key = key_of(file)
     for same in ({"max_seq_len": 64}, {"packing": "none"}, {"eval_fraction": 0.1}, {"num_workers": 2}):
-        assert corpus_key(data(file, **same)) == key, same
+        assert key_of(file, **same) == key, same
+    for path in (tmp_path, [str(file)], tmp_path / "*.jsonl"):
+        assert key_of(path) == key, path
     for other in ({"text_field": "t"}, {"special_tokens": "tokens"}, {"eval_data_path": str(file)}):
-        assert corpus_key(data(file, **other)) != key, other
+        assert key_of(file, **other) != key, other
     os.utime(file, (1, 1))
-    assert corpus_key(data(file)) != key
+    assert key_of(file) != key
     file.unlink()
     with pytest.raises(OSError, match="No such file"):
-        corpus_key(data(file))
+        key_of(file)
 
 
-def test_weights_are_no_part_of_the_key(tmp_path: Path) -> None:
-    file = tmp_path / "c.jsonl"
-    file.write_text('{"text": "one"}\n')
-
-    def mixture(weight: float) -> str:
-        spec = {
-            "data": {"sources": [{"name": "a", "path": str(file), "weight": weight}]},
-            "training": {"max_steps": 1},
-        }
-        return corpus_key(JobSpec.model_validate_json(json.dumps(spec)).data)
-
-    assert mixture(1.0) == mixture(2.0)
+def test_a_mixture_of_prepared_parts_is_prepared(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
+    sources = []
+    for number, file in enumerate(files):
+        file.write_text('{"text": "one"}\n')
+        sources.append({"name": f"s{number}", "path": str(file), "weight": number + 1.0})
+    spec = {
+        "data": {"sources": sources, "eval_sources": [{"name": "held", "path": str(files[0]), "max_tokens": 5}]},
+        "training": {"max_steps": 1},
+    }
+    mixture = corpus_parts(JobSpec.model_validate_json(json.dumps(spec)).data)
+    for number, file in enumerate(files):
+        assert find_prepared(tmp_path, mixture) is None
+        shards = str(number) * 32
+        (tmp_path / shards).mkdir()
+        (tmp_path / shards / "meta.json").write_text("{}")
+        mark_prepared(tmp_path, corpus_parts(data(file)), {("data", False): shards})
+    found = find_prepared(tmp_path, mixture)
+    assert found is not None
+    assert [source.key for source in (*found.sources, *found.held_out)] == ["0" * 32, "1" * 32, "0" * 32]
 
 
 class History:

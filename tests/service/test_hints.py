@@ -33,6 +33,7 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "Give the host or its container more memory": (Reason.HOST_OUT_OF_MEMORY, {"resources": {"nproc_per_node": 1}}),
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),
     "There are, newest first: {}": (Reason.CHECKPOINT_INVALID, {"step": 5}),
+    "Resume on other devices": (Reason.SILENT_CORRUPTION, {"resources": {"device": "cpu"}}),
     "Undo the change, or": (Reason.CHECKPOINT_INVALID, {}),
     "Slurm accepts no more of this": (Reason.LAUNCH_FAILED, {}),
     "Slurm's commands must be in": (Reason.LAUNCH_FAILED, {}),

@@ -9,7 +9,11 @@ from tests.service.test_checkpoints import saved
 from trainyard.service.api.ownership import require_own_job
 from trainyard.service.app import ROUTES
 
-MAY_BE_OF_OTHERS = {"/jobs/{job_id}/fork", "/jobs/{job_id}/fork/plan"}
+MAY_BE_OF_OTHERS = {
+    "/jobs/{job_id}/fork",
+    "/jobs/{job_id}/fork/plan",
+    "/jobs/{job_id}/checkpoints/{step}/generate",
+}
 """Routes below a job that do not change it."""
 
 

@@ -459,7 +459,7 @@ def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: Servic
 
 def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarness, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12}))
+    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12, "cpu float32": 1e11}))
     state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
     host = state.host_limits(LOCAL)
     spec = validate_spec(rig.spec(), host)
@@ -469,6 +469,25 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     busy = rig.spec(resources={"nproc_per_node": 2})
     rig.running(resources=busy["resources"])
     assert make_preview(state, spec, host).eta_seconds is None
+
+
+@pytest.mark.parametrize(("float32", "warned"), [(3e11, True), (1e11, False)])
+def test_the_plan_offers_float32_on_a_cpu_that_is_slow_in_bfloat16(
+    float32: float, warned: bool, rig: ServiceHarness, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    measured = {"cpu bfloat16": 1.6e11, "cpu float32": float32}
+    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps(measured))
+    state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
+    host = state.host_limits(LOCAL)
+    texts = make_preview(state, validate_spec(rig.spec(), host), host).warnings
+    expected = (
+        "this CPU computes a bfloat16 product at 160 GFLOP/s and one in float32 at 300: "
+        'with training.dtype "float32" the run is faster, and more exact'
+    )
+    assert (expected in texts) == warned
+    exact = validate_spec(rig.spec(training={"dtype": "float32"}), host)
+    assert not any("bfloat16" in text for text in make_preview(state, exact, host).warnings)
 
 
 def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:

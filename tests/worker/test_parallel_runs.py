@@ -198,7 +198,7 @@ def poison_head(rank: int, at: int) -> None:
     arm("train.step", count)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_room_for_the_parts_of_others_the_save_is_given_up(text: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", text, "dense-adamw", "zero1", 2)
     failed = rank_runner.run_to_end(run, 2, short_of_memory)

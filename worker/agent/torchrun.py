@@ -114,7 +114,10 @@ def rank_environment(environment: dict[str, str], endpoint: RendezvousEndpoint |
     inherited = {name: value for name, value in environment.items() if name not in SECRETS}
     interface = interface_of(address_towards((endpoint or LOOPBACK).host))
     gloo = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
-    return {**gloo, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
+    # Without it, evaluations and the experts' slots leave memory of a GPU in pieces that fit nothing. It must be set
+    # before the process starts. A choice of the user is kept, under the old name too.
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in inherited else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return {**gloo, **allocator, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
 
 
 def write_started(attempt: AttemptDir) -> None:

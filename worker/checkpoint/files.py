@@ -18,7 +18,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -182,9 +182,13 @@ class CheckpointInfo:
 
 
 def write_checkpoint(
-    artifacts: ArtifactDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    artifacts: ArtifactDir,
+    state: RunState,
+    model: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> CheckpointInfo:
-    """Write a checkpoint and publish it. Raises OSError; nothing is left on disk then."""
+    """Write a checkpoint and publish it. Raises OSError, or what ``before_publishing`` raises: then nothing is left."""
     final = artifacts.checkpoint(state.step)
     with atomic_directory(final, saving_directory(final), save_roots()) as unfinished:
         written = {
@@ -193,6 +197,7 @@ def write_checkpoint(
             STATE_FILE: write_state(unfinished, state),
         }
         manifest = write_manifest(unfinished, written)
+        before_publishing()
     size = manifest.bytes + sum(file.bytes for file in written.values())
     return CheckpointInfo(state.step, final, size, written[MODEL_FILE].sha256)
 

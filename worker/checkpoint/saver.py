@@ -24,6 +24,8 @@ from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
 from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, exchange, gather_layout
+from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck
+from trainyard.worker.checkpoint.update_gate import UpdateGate
 from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
@@ -44,25 +46,21 @@ class StateDicts(NamedTuple):
 class StagingBuffers:
     """Host buffers, allocated at the first save and reused by every later one.
 
-    Only the optimizer's update changes weights and moments. So they are copied during the forward and backward passes
-    that follow, and the next update waits if the copy is not complete by then. On a CPU the writer thread copies. On
-    CUDA the device copies into pinned memory, on a stream of its own, and the update waits on the device.
-    ``blocked_seconds``: how long updates have waited on the host.
+    Weights and moments are copied during the forward and backward passes that follow, and the next update waits if the
+    copy is not complete by then. On a CPU the writer thread copies. On CUDA the device copies into pinned memory, on a
+    stream of its own, and the update waits on the device.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.blocked_seconds = 0.0
         self._model = model
         self._optimizer = optimizer
         self._buffers: dict[str, Tensor] = {}
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._copied = threading.Event()
-        self._copied.set()
         self._device = next(model.parameters()).device
         cuda: Any = torch.cuda  # its streams and events are unannotated
         self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copy_event: Any = None
-        self._hook = optimizer.register_step_pre_hook(self._delay_update)
+        self.gate = UpdateGate(optimizer, self._device)
 
     def stage(self) -> StateDicts:
         """Start copying the current step. The copies are valid after `fill` has returned, until the next `stage`.
@@ -80,19 +78,20 @@ class StagingBuffers:
 
     def release(self) -> None:
         """Free the buffers and remove the hook from the optimizer."""
-        self._hook.remove()
+        self.gate.remove()
         self._buffers, self._pairs = {}, []
-        self._copied.set()
+        self.gate.open()
 
     def _start_copy(self) -> None:
         if self._stream is None:
-            self._copied.clear()
+            self.gate.close()
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for buffer, tensor in self._pairs:
                 buffer.copy_(tensor, non_blocking=True)
         self._copy_event = self._stream.record_event()
+        self.gate.close_until(self._copy_event)
 
     def fill(self) -> None:
         """Complete the copies. Called by the writer thread."""
@@ -104,7 +103,7 @@ class StagingBuffers:
                 # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
                 np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
-            self._copied.set()
+            self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
         buffer = self._allocate(name, tensor.shape)
@@ -116,14 +115,6 @@ class StagingBuffers:
             # All that is saved is float32.
             self._buffers[name] = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=self._stream is not None)
         return self._buffers[name]
-
-    def _delay_update(self, *_: object) -> None:
-        if self._copy_event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copy_event)
-        elif not self._copied.is_set():
-            start = time.perf_counter()
-            self._copied.wait()
-            self.blocked_seconds += time.perf_counter() - start
 
 
 class PartStagingBuffers(StagingBuffers):
@@ -205,6 +196,11 @@ class BackgroundTask:
             self._thread.join()
             self._thread = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the work has ended with an error that `wait` has not raised yet."""
+        return self._error is not None
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
@@ -221,7 +217,10 @@ GONE = "the directory of the run is gone; if it was moved, stop the run, and mov
 
 @dataclass
 class Checkpointer:
-    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too."""
+    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too.
+
+    ``replicas``: compares the weights of all ranks at each save; None if there is nothing to compare.
+    """
 
     spec: JobSpec
     artifacts: ArtifactDir
@@ -231,8 +230,11 @@ class Checkpointer:
     emit: Callable[[Event], None]
     saved_at: float = 0.0
     resume_check: "ResumeCheck | None" = None
+    replicas: ReplicaCheck | None = None
     _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
+    _comparison: BackgroundTask = field(default_factory=lambda: BackgroundTask("compare"))
     _staging: StagingBuffers | None = None
+    _digests: DigestSender | None = None
     _had_directory: bool = False
 
     def __post_init__(self) -> None:
@@ -273,14 +275,24 @@ class Checkpointer:
             line = metrics.unevaluated
             unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
             self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
+        elif (digests := self._read_digests(train_state)) is not None:
+            self._writer.start(lambda: digests.send(digests.read()))
         if required:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the current save, if any. All ranks call it together. Raises TrainingError if it was required."""
+        """Wait for the current save, if any. All ranks call it together.
+
+        Raises TrainingError if it was required and has failed, or if the weights of the ranks differ.
+        """
         if not self.ranks.is_main_process:
             self._writer.wait()
         self.ranks.broadcast_from_rank0(self._writer.wait)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` will raise an error on this rank."""
+        return self._writer.failed
 
     def close(self) -> None:
         """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
@@ -302,12 +314,26 @@ class Checkpointer:
                 self._save_in_place(train_state, state, required, error)
             return
 
+        digests = self._read_digests(train_state)
+
         def work() -> None:
+            # First the digests: the next update waits for them, and `fill` may wait for another rank.
+            own = digests.read() if digests is not None else []
             staging.fill()
+            if digests is not None:
+                digests.send(own)
             if copies is not None and self.ranks.is_main_process:
                 self._save(copies, state, required)
 
         self._writer.start(work)
+
+    def _read_digests(self, train_state: "TrainState") -> DigestSender | None:
+        """Start reading this rank's weights for rank 0, which has its copy; None if there is nothing to compare."""
+        if self.replicas is None or self.ranks.is_main_process:
+            return None
+        self._digests = self._digests or DigestSender(self.ranks, train_state.model, train_state.optimizer)
+        self._digests.start()
+        return self._digests
 
     def _new_staging(self, train_state: "TrainState") -> StagingBuffers:
         model, optimizer, split = train_state.model, train_state.optimizer, train_state.split
@@ -336,6 +362,22 @@ class Checkpointer:
         self._writer.join()
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
+        try:
+            if self.replicas is not None:
+                # Beside the writing of the files: `_write` waits for it before it publishes them.
+                self._comparison.start(lambda: self._compare(tensors.model, state.step))
+            self._publish(tensors, state, required)
+        finally:
+            self._comparison.join()
+
+    def _compare(self, weights: Mapping[str, Tensor], step: int) -> None:
+        assert self.replicas is not None
+        problem = self.replicas.compare(weights, step)
+        if problem is not None:
+            message = f"the weights of the ranks could not be compared at step {step}: {problem}"
+            self.emit(WarningEvent(code="weights_not_compared", message=message, step=step))
+
+    def _publish(self, tensors: StateDicts, state: RunState, required: bool) -> None:
         # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
         if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
             what = f"the weights file in {self.artifacts.out}"
@@ -367,8 +409,9 @@ class Checkpointer:
     def _write(self, tensors: StateDicts, state: RunState) -> None:
         start = time.monotonic()
         saved = self._already_published(state.step) or files.write_checkpoint(
-            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
+            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer, self._comparison.wait
         )
+        self._comparison.wait()  # also if this step was published before
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:

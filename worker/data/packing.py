@@ -66,15 +66,18 @@ class SplitSpec:
         return f"{self.part}-{self.fraction!r}" + ("" if self.by == "number" else f"-{self.by}")
 
 
+OFFSETS_STEP = 64
+"""Numbers of segments are rounded up to a multiple of this, so that a GPU's allocator sees few sizes."""
+
+
 class Batch(NamedTuple):
     """Rows as int64 tensors, [B, S] each.
 
     ``labels[b, t]`` is the token after ``input_ids[b, t]`` in its segment, or -100 if there is none. ``segment_ids``
     is 0 for padding and numbers the segments of a row from 1; ``position_ids`` starts at 0 in each segment. Both are
     None if every row is one segment: the decoder does not need them then, and is faster without. ``offsets`` [P + 1]
-    int32 is the start of each segment among all B * S tokens; the padding of a row counts as one more segment. P is
-    the maximum for B rows, so that the shape depends on B alone; the rest of ``offsets`` is filled with B * S. None if
-    ``segment_ids`` is None.
+    int32 is the start of each segment among all B * S tokens; the padding of a row counts as one more segment. The rest
+    of ``offsets`` is filled with B * S. None if ``segment_ids`` is None.
     """
 
     input_ids: "Tensor"
@@ -188,11 +191,11 @@ class PackedDataset:
         )
         return sum(int(np.square(block, dtype=np.int64).sum()) for block in blocks) / max(1, self.tokens)
 
-    def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1) -> Batch:
+    def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1, *, fixed_offsets: bool = False) -> Batch:
         """Return the rows of these indices, in this order, and after them padding that predicts nothing.
 
         There are at least ``min_rows`` rows, and at least one: a rank that has no row in a short micro-batch must still
-        join the gradient all-reduce.
+        join the gradient all-reduce. ``fixed_offsets``: the shape of ``offsets`` depends on the number of rows alone.
         """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(min_rows, len(rows)), self.max_seq_len)
@@ -213,14 +216,18 @@ class PackedDataset:
             None if segments is None else _scatter(shape, 0, destination, position),
             None if segments is None else _scatter(shape, 0, destination, segments),
             _scatter(shape, IGNORE_INDEX, destination, labels),
-            None if segments is None else self._offsets(shape[0], start, length),
+            None if segments is None else self._offsets(shape[0], start, length, fixed_offsets),
         )
 
-    def _offsets(self, rows: int, start: Integers, length: Integers) -> "Tensor":
+    def _offsets(self, rows: int, start: Integers, length: Integers, fixed: bool) -> "Tensor":
         """Return the starts of all segments, and of the padding after them, among the tokens of ``rows`` rows."""
         edges = np.arange(rows + 1) * self.max_seq_len
         starts = np.unique(np.concatenate((start, start + length, edges)))
-        out = np.full(rows * (self._max_segments + 1) + 1, edges[-1], dtype=np.int32)
+        # Flash attention's backward pass takes memory and blocks for each segment, also for an empty one. The maximum
+        # is often five times the number of real ones, because packing puts the shortest documents together.
+        most = rows * (self._max_segments + 1)
+        segments = most if fixed else min(most, -(-(len(starts) - 1) // OFFSETS_STEP) * OFFSETS_STEP)
+        out = np.full(segments + 1, edges[-1], dtype=np.int32)
         out[: len(starts)] = starts
         return _as_tensor(out)
 

@@ -29,14 +29,7 @@ from trainyard.contract.corpus_files import (
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
-from trainyard.contract.prepared import (
-    PreparedCorpus,
-    PreparedSource,
-    PrepareTask,
-    corpus_key,
-    find_prepared,
-    mark_prepared,
-)
+from trainyard.contract.prepared import CorpusPart, PrepareTask, corpus_parts, mark_prepared
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import DataSpec, JobSpec
@@ -263,7 +256,7 @@ def prepare_corpus(
     """Build the data that a run of ``spec`` opens, without any device. Raises TrainingError or StopRequested."""
     data = _open_or_fail(spec, run, _ProgressReporter(emit, stop_requested), lambda *_: "text", task.processes)
     try:
-        mark_prepared(_cache(run), task.key, _prepared(data))
+        mark_prepared(_cache(run), task.parts, _shards(data))
     except OSError as error:
         raise save_error(error, "the corpus cache") from error
     _report_corpus(data, emit)
@@ -274,28 +267,24 @@ def _cache(run: RunDir) -> Path:
     return Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
 
-def _prepared(data: TrainingData) -> PreparedCorpus:
-    sources = [PreparedSource(name=source.name, key=source.corpus.directory.name) for source in data.sources]
-    known = {source.key for source in sources}
-    held_out = [
-        PreparedSource(name=each.name, key=part.corpus.directory.name)
-        for each in data.eval_sets
-        for part in each.rows.parts
-    ]
-    return PreparedCorpus(sources=tuple(sources), held_out=tuple(each for each in held_out if each.key not in known))
+def _shards(data: TrainingData) -> dict[tuple[str, bool], str]:
+    """Return the key of the token shards of each source and held-out set: (name, held out) -> key."""
+    shards = {(source.name, False): source.corpus.directory.name for source in data.sources}
+    own_files = {source.name for source in data.spec.data.held_out_sources}
+    held_out = [(each.name, each.rows.parts[0]) for each in data.eval_sets if each.name in own_files]
+    return shards | {(name, True): part.corpus.directory.name for name, part in held_out}
 
 
 @contextlib.contextmanager
 def _marked(data: DataSpec, cache: Path) -> Iterator[Callable[[TrainingData], None]]:
     """Yield a function that marks a corpus that was opened in the block. The marker is a hint: it raises nothing."""
-    key = None
+    parts: tuple[CorpusPart, ...] = ()
     with contextlib.suppress(OSError, ValueError):
-        key = corpus_key(data)  # before the files are read: they may change meanwhile
+        parts = corpus_parts(data)  # before the files are read: they may change meanwhile
 
     def mark(opened: TrainingData) -> None:
         with contextlib.suppress(OSError):
-            if key is not None and find_prepared(cache, key) is None:
-                mark_prepared(cache, key, _prepared(opened))
+            mark_prepared(cache, parts, _shards(opened))
 
     yield mark
 

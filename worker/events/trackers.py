@@ -18,6 +18,7 @@ LOGGED_FIELDS = (
     "tokens_per_second",
     "mfu",
     "step_seconds",
+    "step_seconds_spread",
     "data_seconds",
     "memory_bytes",
     "eval_loss",

@@ -70,12 +70,16 @@ def _setting_text(value: int | None) -> str:
 
 @dataclass(frozen=True)
 class ControlFlags:
-    """Requests that any rank has seen. All ranks act on them at the same step."""
+    """Requests that any rank has seen. All ranks act on them at the same step.
+
+    ``save_failed``: an asynchronous save has ended with an error that ends the run.
+    """
 
     stop: bool = False
     save: bool = False
     spike: bool = False
     log: bool = False
+    save_failed: bool = False
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
@@ -85,15 +89,16 @@ class ControlFlags:
         """
         none = dict.fromkeys(RunSettings.model_fields, 0)
         settings = self.settings.model_dump() if self.settings is not None else none
-        return [self.stop, self.save, self.spike, self.log, *(value or 0 for value in settings.values())]
+        flags = [self.stop, self.save, self.spike, self.log, self.save_failed]
+        return [*flags, *(value or 0 for value in settings.values())]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
         """Return the flags that `to_ints` gave."""
-        stop, save, spike, log, *values = numbers
+        stop, save, spike, log, save_failed, *values = numbers
         named = {name: value or None for name, value in zip(RunSettings.model_fields, values, strict=True)}
         settings = RunSettings.model_validate(named) if any(values) else None
-        return cls(bool(stop), bool(save), bool(spike), bool(log), settings)
+        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(save_failed), settings)
 
 
 class ControlSync:

@@ -184,6 +184,8 @@ class Zero1Model(SplitModel):
     def clear_gradients(self) -> None:
         # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
         torch._foreach_zero_([each.grad for each in self.parameters.values() if each.grad is not None])
+        for part in self.held.parts:
+            part.tensor.grad = None  # DDP may replace its buckets, and the old ones must not live on
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights, strict=True)

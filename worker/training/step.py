@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from trainyard.worker.splitmix import GAMMA, splitmix64
 from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard
 from trainyard.worker.training.parallel import SplitModel
+from trainyard.worker.training.verify import StepVerifier
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ def read_metrics(steps: list[PendingMetrics]) -> list[StepMetrics]:
     return [step.parse(values[end - size : end]) for step, size, end in zip(steps, sizes, ends, strict=True)]
 
 
+class Verification(NamedTuple):
+    """A request to verify a step."""
+
+    verifier: StepVerifier
+    step: int
+
+
 @dataclass(frozen=True)
 class TrainStep:
     """Runs optimizer steps. ``module`` is ``model`` as it is called: compiled, or wrapped in DDP.
@@ -126,16 +134,26 @@ class TrainStep:
     byte_counter: ByteCounter | None = None
     split: SplitModel | None = None
     recomputes: bool = False
+    replays_graphs: bool = False
+    """Whether the compiled model is a CUDA graph."""
 
     def run(
-        self, micro_batches: Iterable[MicroBatch], learning_rate: float, seed_micro_batch: Callable[[int], None]
+        self,
+        micro_batches: Iterable[MicroBatch],
+        learning_rate: float,
+        seed_micro_batch: Callable[[int], None],
+        verification: "Verification | None" = None,
     ) -> PendingMetrics:
         """Run one step. The weights change only if the whole gradient is finite and the guard allows updates.
 
-        ``seed_micro_batch(i)`` is called before micro-batch i. Nothing here waits for the device.
+        ``seed_micro_batch(i)`` is called before micro-batch i. With ``verification`` the passes run twice. Without it
+        nothing here waits for the device.
         """
         hit("step.begin")
-        sums, expert_counts, done = self._accumulate(micro_batches, seed_micro_batch)
+        if verification is None:
+            sums, expert_counts, done = self._accumulate(micro_batches, seed_micro_batch)
+        else:
+            sums, expert_counts, done = self._accumulate_twice(micro_batches, seed_micro_batch, verification)
         hit("step.accumulated")
         if self.split is not None:
             self.split.attach_gradients()
@@ -178,8 +196,26 @@ class TrainStep:
     def is_ddp(self) -> bool:
         return isinstance(self.module, nn.parallel.DistributedDataParallel)
 
+    def _accumulate_twice(
+        self,
+        micro_batches: Iterable[MicroBatch],
+        seed_micro_batch: Callable[[int], None],
+        verification: "Verification",
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
+        """Run `_accumulate` twice, and raise TrainingError if the bits differ. Keep the second gradient."""
+        # Only dropout draws random numbers, and it is seeded for each micro-batch. So both passes draw the same ones.
+        first = self._accumulate(micro_batches, seed_micro_batch, verification.verifier)
+        digests = verification.verifier.take_digests(first[0])
+        self._clear_gradients()
+        second = self._accumulate(first[2], seed_micro_batch, verification.verifier)
+        verification.verifier.require_equal(verification.step, digests, verification.verifier.take_digests(second[0]))
+        return second
+
     def _accumulate(
-        self, micro_batches: Iterable[MicroBatch], seed_micro_batch: Callable[[int], None]
+        self,
+        micro_batches: Iterable[MicroBatch],
+        seed_micro_batch: Callable[[int], None],
+        verifier: StepVerifier | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
         """Run forward and backward of all micro-batches. Ranks exchange gradients only in the last one, but for FSDP.
 
@@ -191,13 +227,19 @@ class TrainStep:
         for index, (micro, is_last) in enumerate(_with_last(micro_batches)):
             seed_micro_batch(index)
             hit("step.micro_batch")
+            if self.replays_graphs:
+                compiler: Any = torch.compiler  # unannotated
+                compiler.cudagraph_mark_step_begin()  # what the last micro-batch returned may be overwritten
             with self._no_sync_unless(is_last):
                 with self.precision.autocast(keep_copies=not self.recomputes):
                     output = forward(self.module, micro.batch)
                     loss = (output.loss_sum + self.aux_coefficient * output.aux_sum) * micro.factor
+                if is_last and verifier is not None:
+                    verifier.record_next()
                 self.scaler.scale(loss).backward()
             sums += [output.loss_sum.detach().to(torch.float64), output.aux_sum.detach().to(torch.float64)]
-            expert_counts += [output.expert_counts] if output.expert_counts is not None else []
+            # A copy: a CUDA graph writes to the same memory in the next micro-batch.
+            expert_counts += [output.expert_counts.clone()] if output.expert_counts is not None else []
             done.append(micro)
         return sums, expert_counts, done
 

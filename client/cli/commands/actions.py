@@ -7,7 +7,7 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.find import find_job
+from trainyard.client.cli.find import find_job, split_step
 from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
@@ -107,8 +107,8 @@ def export(args: SimpleNamespace, console: Console) -> int:
 
 def _job_at_step(trainyard: Client, args: SimpleNamespace, console: Console) -> tuple[str, int]:
     """Return the job and the step that ``JOB@STEP`` and ``--step`` name. Raises UsageError."""
-    name, at, text = args.job.rpartition("@")
-    if not at or not (text == "latest" or text.isdecimal()):
+    name, text = split_step(args.job)
+    if text is None:
         job_id = find_job(trainyard, args.job, console)["id"]
         return job_id, args.step if args.step is not None else _newest(trainyard, job_id)
     if args.step is not None:

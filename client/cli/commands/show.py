@@ -187,15 +187,30 @@ def samples(args: SimpleNamespace, console: Console) -> int:
 
 def devices(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        items = trainyard.devices()
-    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LEASED TO"), _device_row)
+        items = [trainyard.clear_device(args.clear)] if args.clear else trainyard.devices()
+    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LINK", "LEASED TO"), _device_row)
 
 
 def _device_row(device: Any) -> Row:
     name = one_line(str(device.get("model") or device.get("kind")), CELL)
+    return (str(device["id"]), name, size(device.get("memory_bytes")), _link(device), _lease(device))
+
+
+def _link(device: Any) -> str:
+    """How the GPU reaches others: ``nvlink to cuda:1, NUMA node 0``."""
+    peers = device.get("nvlink_peers") or []
+    link = f"nvlink to {', '.join(map(str, peers))}" if peers else str(device.get("link") or UNKNOWN)
+    node = device.get("numa_node")
+    return link if node is None else f"{link}, NUMA node {node}"
+
+
+def _lease(device: Any) -> str:
     foreign = ", ".join(map(str, device.get("processes") or []))
-    lease = str(device.get("job_id") or ("free" if not foreign else f"no job, but used by process {foreign}"))
-    return (str(device["id"]), name, size(device.get("memory_bytes")), lease)
+    xids = ", ".join(str(error.get("xid")) for error in device.get("xid_errors") or [])
+    # A job that had the GPU before the error keeps it.
+    fault = f"XID {xids}: not leased until `trainyard devices --clear {device['id']}`" if xids else ""
+    holder = device.get("job_id") or (f"no job, but used by process {foreign}" if foreign else "")
+    return "; ".join(part for part in (str(holder), fault) if part) or "free"
 
 
 def version(args: SimpleNamespace, console: Console) -> int:

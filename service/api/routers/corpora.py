@@ -84,7 +84,6 @@ def delete_corpus(state: StateDep, caller: PrincipalDep, corpus_id: str) -> None
     before = found.prepared
     if before is not None and is_open(settings.corpus_cache, PreparedCorpus.model_validate(before)):
         raise CorpusInUse("A process has it open.")
-    unshared: PreparedCorpus | None = None
     with state.database.write() as session:
         registry.find(session, corpus_id)
         row = registry.lock(session, corpus_id)
@@ -93,14 +92,11 @@ def delete_corpus(state: StateDep, caller: PrincipalDep, corpus_id: str) -> None
         if row.status == CorpusStatus.PREPARING:
             # The scheduler stops the process, and deletes the rest when it has ended.
             row.deleted, row.requested = True, False
-            key = None
-        else:
-            key, unshared = row.key, registry.unshared(session, row)
-            session.delete(row)
-    if key is None:
-        state.scheduler.wake()
-        return
-    delete_corpus_files(settings.corpus_cache, key, unshared)
+            state.scheduler.wake()
+            return
+        unshared = registry.unshared(session, row)
+        session.delete(row)
+    delete_corpus_files(settings.corpus_cache, unshared)
     delete_run_directory(settings.home, corpus_id)
 
 

@@ -35,6 +35,7 @@ export const ALL_CHARTS = [
   { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (row.loss_ema === null ? null : Math.exp(row.loss_ema)), fields: [] }], format: fewDigits, log: true },
   { name: "Loss range within a point", lines: [{ name: "spread", label: "spread", of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
   { name: "Data wait as share of step time", lines: [{ name: "waiting", label: "share", of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
+  { name: "Slowest rank over median", lines: [fieldLine("step_seconds_spread", "ratio")], format: fewDigits },
   { name: "Tokens", lines: [fieldLine("tokens", "tokens")], format: compactNumber, ticks: SI },
   { name: "Epoch", lines: [fieldLine("epoch", "epoch")], format: fewDigits },
   { name: "Auxiliary loss", lines: [fieldLine("aux_loss", "auxiliary")], format: fewDigits },

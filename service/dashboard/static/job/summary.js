@@ -73,7 +73,7 @@ function currentValue(job, name) {
 
 // Table of key facts beside the loss chart.
 
-const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Started"];
+const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Slowest rank", "Started"];
 
 export class KeyFacts {
   constructor() {
@@ -89,6 +89,7 @@ export class KeyFacts {
 
   update(job) {
     const { progress, plan, checkpoint } = job;
+    this.ranks = plan.ranks ?? [];
     this.updatePoint({ ...progress });
     const running = job.status === "running";
     this.steps = progress.steps;
@@ -116,6 +117,15 @@ export class KeyFacts {
     if (isEvaluated) this.put("Held-out", heldOutText(row), `step ${count(row.eval_step ?? row.step)}, all held-out sets together`);
     this.put("Learning rate", fewDigits(row.learning_rate));
     this.put("Gradient norm", fewDigits(row.grad_norm));
+    this.put("Slowest rank", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
+  }
+
+  /** Returns the text and the title for the rank that computed longest; a run with one rank has none. */
+  slowestText(rank, spread) {
+    if (rank === null || rank === undefined) return ["–"];
+    const place = this.ranks.find((known) => known.rank === rank);
+    const where = place ? `, ${place.host} ${place.device}` : "";
+    return [`${rank}${where}: ${fewDigits(spread)} × median`, place ? `${place.name}; time to compute a step, without waiting for other ranks` : null];
   }
 
   stepText(step) {

@@ -6,6 +6,7 @@ import { navigate } from "../router.js";
 import { ConfigTab } from "./config-tab.js";
 import { LogsTab } from "./logs-tab.js";
 import { MetricsTab } from "./metrics-tab.js";
+import { TryTab } from "./try-tab.js";
 
 // Base class of tabs that show one of a job's lists as a table.
 
@@ -273,4 +274,4 @@ class EventsTab extends ListTab {
   }
 }
 
-export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, config: ConfigTab, events: EventsTab };
+export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, try: TryTab, config: ConfigTab, events: EventsTab };
