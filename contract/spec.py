@@ -375,6 +375,9 @@ class SlurmSpec(Group):
     """Options for Slurm. null: the setting of the service."""
 
     partition: SlurmWord | None = Field(None, description="Slurm partition, or several separated by commas")
+    prepare_partition: SlurmWord | None = Field(
+        None, description="partition of the job without GPUs that tokenizes the corpus; null: that of the run"
+    )
     account: SlurmWord | None = Field(None, description="Slurm account (--account)")
     qos: SlurmWord | None = Field(None, description="Slurm quality of service (--qos)")
     gpu_type: SlurmWord | None = Field(

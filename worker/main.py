@@ -25,8 +25,8 @@ from trainyard.worker.events.console import ConsoleLogger
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.events.writer import AnyEventWriter, EventWriter, NullEventWriter
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.train import EventSink, train
-from trainyard.worker.training.control import StopSignal
 from trainyard.worker.training.metrics import memory_bytes
 
 FAILED, USAGE = 1, 2

@@ -31,12 +31,12 @@ from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths, weight_roots
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
     LiveSettings,
-    StopSignal,
     settings_changed_event,
     with_settings,
 )

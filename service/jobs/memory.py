@@ -36,9 +36,11 @@ def needed(spec: JobSpec, kind: str) -> int:
 
 
 def state_bytes(spec: JobSpec, kind: str) -> int:
-    """Return the part of `needed` that no batch size changes: weights, gradients and optimizer state."""
-    own = per_rank(spec)
-    state = own.weights + own.gradients + own.optimizer
+    """Return the least that a run holds: float32 weights, gradients and optimizer state, but nothing for the moment."""
+    own = per_rank(with_settings(spec, {"training": {"dtype": "float32"}}))
+    is_gathered = spec.resources.parallelism == "fsdp" and spec.resources.ranks > 1
+    momentary = costs.gathered_bytes(spec.model, "float32") if is_gathered else 0
+    state = own.weights - momentary + own.gradients + own.optimizer
     return state * spec.resources.nproc_per_node if kind == "cpu" else state
 
 

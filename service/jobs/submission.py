@@ -328,25 +328,13 @@ class _SpecValidator:
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
         if self.runs_on_slurm or limit is None or not size:
             return
-        least = memory.with_settings(
-            self.spec,
-            {
-                "model": {"vocab_size": size},
-                "data": {"max_seq_len": 1},
-                "training": {"batch_size": 1, "dtype": "float32"},
-            },
-        )
-        needed = memory.state_bytes(least, kind)
+        # It may be less than the tokenizer has, which is another mistake.
+        whole = memory.with_settings(self.spec, {"model": {"vocab_size": size}})
+        needed = memory.state_bytes(whole, kind)
         if needed > limit:
-            parallelism = next(
-                (
-                    value
-                    for value in ("zero1", "fsdp")
-                    if memory.state_bytes(memory.with_settings(least, {"resources": {"parallelism": value}}), kind)
-                    <= limit
-                ),
-                None,
-            )
+            split = [memory.with_settings(whole, {"resources": {"parallelism": name}}) for name in ("zero1", "fsdp")]
+            fitting = (each.resources.parallelism for each in split if memory.state_bytes(each, kind) <= limit)
+            parallelism = next(fitting, None)
             whose = "this host" if kind == "cpu" else "the device"
             message = (
                 f"needs {needed / 1e9:,.1f} GB for weights, gradients and the optimizer alone, and {whose} has "

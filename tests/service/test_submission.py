@@ -153,12 +153,30 @@ def test_more_memory_than_there_is(rig: ServiceHarness, make_rig: MakeHarness, s
     small.close()
 
 
+def test_a_model_that_only_several_gpus_can_hold_names_the_parallelism(make_rig: MakeHarness, sqlite_url: str) -> None:
+    rig = make_rig(sqlite_url, devices=[replace(device, memory_bytes=10**9) for device in gpus(4)])
+    found = []
+    for layers in (7, 16, 100):
+        spec = rig.spec(model={"hidden_size": 1024, "num_hidden_layers": layers}, resources={"nproc_per_node": 4})
+        found.append(mistakes(rig, spec)["/model"].partition("1.0 GB: ")[2])
+        for parallelism in ("zero1", "fsdp"):
+            if parallelism in found[-1]:
+                spec["resources"]["parallelism"] = parallelism
+                assert rig.client.post("/jobs", json=spec).status_code == 201
+    advice = "set resources.parallelism to {}"
+    assert found == [advice.format("zero1"), advice.format("fsdp"), "take a smaller model"]
+    rig.close()
+
+
 def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     fifo, empty, link = rig.home / "fifo", rig.home / "empty", rig.home / "link"
     os.mkfifo(fifo)
     empty.touch()
     link.symlink_to("/etc/passwd")
     (rig.home / "folder").mkdir()
+    (rig.home / "leads-out").mkdir()
+    (rig.home / "leads-out" / "a\nb.jsonl").symlink_to("/etc/passwd")
+    leads = "'/leads-out/a\\nb.jsonl', which leads outside the directories that TRAINYARD_DATA_ROOTS allows"
     roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
     outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
@@ -168,6 +186,7 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
         ): "is a directory without a corpus file: it needs files that end in .jsonl, .ndjson, .txt "
         "or .parquet, or one of the first three with .gz or .zst",
         f"{rig.home}/folder/*.x": "matches no file. Links to directories are not followed",
+        str(rig.home / "leads-out"): f"holds {leads}".replace("'/", f"'{rig.home}/"),
         str(empty): "is empty",
         str(link): outside,
         "/etc/passwd": outside,

@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.microbatch import MicroBatch
-from trainyard.worker.data.packing import Batch, Integers, PackedDataset
+from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
 
