@@ -40,9 +40,11 @@ from trainyard.client.types import (
     Plan,
     ResumedJob,
     Token,
+    TokenizedCorpus,
     Version,
 )
 from trainyard.client.webhooks import Webhooks
+from trainyard.contract.status import CorpusStatus
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
@@ -270,6 +272,55 @@ class Client:
                 raise WaitTimedOut(stall_timeout, job, stalled=True)
             time.sleep(interval)
 
+    # Corpora
+
+    def build_corpus(self, data: Mapping[str, Any]) -> TokenizedCorpus:
+        """Tokenize a corpus without a job. ``data``: the fields of a job spec's ``data``. Returns at once.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the fields.
+        """
+        return cast(TokenizedCorpus, self._connection.call("POST", "/corpora", body=data))
+
+    def wait_for_corpus(
+        self,
+        corpus_id: str,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        on_progress: Callable[[TokenizedCorpus], None] = lambda _: None,
+    ) -> TokenizedCorpus:
+        """Poll until the corpus is ``ready``, ``failed`` or ``stopped``, and return it. Waits for the service too.
+
+        Raises:
+            WaitTimedOut: ``timeout`` seconds passed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        corpus: TokenizedCorpus | None = None
+        while True:
+            try:
+                corpus = self.corpus(corpus_id)
+                on_progress(corpus)
+                if corpus["status"] not in (CorpusStatus.QUEUED, CorpusStatus.PREPARING):
+                    return corpus
+            except ServiceUnreachable:
+                if corpus is None:
+                    raise
+            if deadline is not None and time.monotonic() + interval > deadline:
+                raise WaitTimedOut(timeout or 0.0, corpus or {})
+            time.sleep(interval)
+
+    def corpora(self, limit: int | None = None) -> Iterator[TokenizedCorpus]:
+        """Iterate over the corpora, newest first."""
+        return cast(Iterator[TokenizedCorpus], self._pages("/corpora", {}, limit))
+
+    def corpus(self, corpus_id: str) -> TokenizedCorpus:
+        """Return the corpus with this id."""
+        return cast(TokenizedCorpus, self._connection.call("GET", f"/corpora/{quote(corpus_id, safe='')}"))
+
+    def delete_corpus(self, corpus_id: str) -> None:
+        """Delete a corpus from the cache; the files that it was made of stay."""
+        self._connection.call("DELETE", f"/corpora/{quote(corpus_id, safe='')}")
+
     # Metrics, logs, checkpoints and events of a job
 
     def metrics(
@@ -432,7 +483,7 @@ class Client:
 
     def clear_device(self, device_id: str) -> dict[str, Any]:
         """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
-        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
+        return cast(dict[str, Any], self._connection.call("POST", f"/devices/{quote(device_id, safe='')}/clear"))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""
@@ -533,4 +584,5 @@ def _reached(job: Job, until: Collection[str] | Callable[[Job], bool] | None) ->
 def _progress_of(job: Job) -> tuple[object, ...]:
     """Return what changes whenever the job makes progress."""
     step = (job.get("progress") or {}).get("step")
-    return job["status"], job.get("attempt"), job.get("phase"), job.get("phase_detail"), step
+    prepared = (job.get("preparation") or {}).get("done_bytes")
+    return job["status"], job.get("attempt"), job.get("phase"), job.get("phase_detail"), step, prepared

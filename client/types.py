@@ -69,6 +69,42 @@ class Checkpoint(TypedDict, total=False):
     created_at: str
 
 
+class CorpusProgress(TypedDict, total=False):
+    """Progress of the preparation of a corpus."""
+
+    done_bytes: int | None
+    total_bytes: int | None
+    percent: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+
+
+class TokenizedCorpus(TypedDict, total=False):
+    """A corpus with its tokenizer, tokenized once for all jobs. ``spec``: the fields of a job spec's ``data``.
+
+    ``report``: what it holds, a `contract.corpus_report.CorpusReport`; None until it is tokenized.
+    """
+
+    object: str
+    id: str
+    status: str
+    cached: bool
+    spec: dict[str, Any]
+    launcher: str
+    attempt: int | None
+    progress: CorpusProgress | None
+    report: dict[str, Any] | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    jobs: list[str]
+    restart_at: str | None
+    submitted_by: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
 class Export(TypedDict, total=False):
     """An exported checkpoint. ``path`` is on the service's host."""
 
@@ -204,6 +240,8 @@ class Job(TypedDict, total=False):
     status: str
     desired: str
     phase: str | None
+    corpus_id: str | None
+    preparation: CorpusProgress | None
     reason: str | None
     message: str | None
     error: ErrorCard | None

@@ -17,7 +17,7 @@ All lines but the first three have the ``id`` of the task.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 MAX_NEW_TOKENS = 1 << 20
 MAX_CHOICES = 16
@@ -25,14 +25,30 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 8
 MAX_PROMPTS = 128
 
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+def is_text(value: str) -> bool:
+    """Return whether the string can be encoded: JSON can hold one half of a surrogate pair, which is no character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_text(value: str) -> str:
+    if not is_text(value):
+        raise ValueError("must be text: it has one half of a surrogate pair")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_require_text)]
+StopText = Annotated[Text, StringConstraints(min_length=1, max_length=200)]
 Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
 NewTokens = Annotated[int, Field(ge=0, le=MAX_NEW_TOKENS)]
 Temperature = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=0, le=1 << 24)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 63)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1)]
 
 
 class ChatMessage(BaseModel):
@@ -41,7 +57,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: Text
 
 
 class GenerationTask(BaseModel):

@@ -196,11 +196,13 @@ def printable(value: str) -> str:
 
 
 def _first_per_field(error: ValidationError) -> Iterator[dict[str, Any]]:
-    # One error per field: a union reports an error for each of its branches.
+    # One error per field: a union reports an error for each of its branches. An entry of a list has fields of its own.
     seen: set[tuple[int | str, ...]] = set()
     for found in error.errors(include_input=False, include_url=False, include_context=False):
-        if found["loc"][:3] not in seen:
-            seen.add(found["loc"][:3])
+        loc = found["loc"]
+        field = loc[: 4 if len(loc) > 3 and isinstance(loc[2], int) else 3]
+        if field not in seen:
+            seen.add(field)
             yield dict(found)
 
 

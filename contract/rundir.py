@@ -56,6 +56,11 @@ class AttemptDir:
         return self.path / "spec.json"
 
     @property
+    def prepare(self) -> Path:
+        """If it exists, the attempt prepares a corpus and trains nothing: a `contract.prepared.PrepareTask`."""
+        return self.path / "prepare.json"
+
+    @property
     def outbox(self) -> Path:
         """Events of rank 0, one a line; the agent sends them to the service."""
         return self.path / "events.jsonl"
@@ -409,9 +414,12 @@ def temporary_file(path: Path) -> Path:
         return temporary
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON with `write_atomically`. Raises ValueError for NaN and infinity."""
-    write_atomically(path, json.dumps(value, allow_nan=False, ensure_ascii=True, indent=1).encode() + b"\n")
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """Write strict JSON with `write_atomically`. Raises ValueError for NaN and infinity.
+
+    Without ``indent`` it is ten times as fast: for long lists.
+    """
+    write_atomically(path, json.dumps(value, allow_nan=False, ensure_ascii=True, indent=indent).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any | None:

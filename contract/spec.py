@@ -236,6 +236,14 @@ class TrainingSpec(Group):
         False, description="use only deterministic CUDA kernels; CPU runs are always deterministic"
     )
     use_compile: bool = Field(False, description="compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default",
+        description="mode of torch.compile; reduce-overhead replays CUDA graphs, which helps small models on a GPU; "
+        "not used with parallelism fsdp",
+    )
+    allow_tf32: bool = Field(
+        False, description="with dtype float32 on a GPU: compute matrix products in TF32, several times faster"
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the inputs of the layers, and compute each layer again in the backward pass: less "
@@ -367,6 +375,9 @@ class SlurmSpec(Group):
     """Options for Slurm. null: the setting of the service."""
 
     partition: SlurmWord | None = Field(None, description="Slurm partition, or several separated by commas")
+    prepare_partition: SlurmWord | None = Field(
+        None, description="partition of the job without GPUs that tokenizes the corpus; null: that of the run"
+    )
     account: SlurmWord | None = Field(None, description="Slurm account (--account)")
     qos: SlurmWord | None = Field(None, description="Slurm quality of service (--qos)")
     gpu_type: SlurmWord | None = Field(

@@ -52,10 +52,16 @@ class AlreadyRunning(Exception):
     """Another service runs on the same home."""
 
 
-def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
+def main(
+    arguments: list[str] | None = None,
+    agent: tuple[str, ...] = WORKER_AGENT,
+    timing: Timing = Timing(),
+    prepares: bool = True,
+) -> int:
     """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue, or save first: see `Settings.on_stop`.
 
-    ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
+    ``agent``: the command that starts an attempt's agent. It, ``timing`` and ``prepares`` (corpora are prepared before
+    jobs get devices) are for tests.
     """
     try:
         settings, schedules = _read_settings(arguments)
@@ -65,7 +71,7 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
             secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]
             configure_logging(settings.log_format, settings.log_level, secrets)
             _protect_home(settings)
-            return _serve(settings, schedules, agent, timing)
+            return _serve(settings, schedules, agent, timing, prepares)
     except InvalidSettings as error:
         return _fail(str(error), code=2)
     except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
@@ -123,12 +129,13 @@ def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     return settings, not options.no_scheduler
 
 
-def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
+def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing, prepares: bool) -> int:
     descriptors.raise_limit()
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         local = _local_launcher(settings, agent)
-        state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
+        launcher = _launcher(settings, local, agent)
+        state = build_state(settings, launcher, schedules=schedules, timing=timing, prepares=prepares)
         state = replace(state, matrix_speed=MatrixSpeed(settings.home))
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")

@@ -18,6 +18,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
+    corpora,
     devices,
     documentation,
     exports,
@@ -72,6 +73,7 @@ ROUTERS = (
     streams,
     checkpoints,
     exports,
+    corpora,
     generation,
     openai,
     ingest,
@@ -91,10 +93,12 @@ def build_state(
     inventory: Inventory | None = None,
     schedules: bool = True,
     timing: Timing = Timing(),
+    prepares: bool = False,
 ) -> AppState:
     """Create the parts of a service. Nothing is started.
 
-    Creates only the home directory. With ``schedules`` False the service only serves the API.
+    Creates only the home directory. With ``schedules`` False the service only serves the API. With ``prepares``,
+    corpora are prepared before jobs get devices.
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
@@ -108,6 +112,7 @@ def build_state(
         enabled=schedules,
         preempts=settings.preemption,
         timing=timing,
+        corpora=(settings.corpus_cache, settings.home) if prepares else None,
         xid_watcher=XidWatcher(),
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)

@@ -70,6 +70,18 @@ class JobNotFound(ServiceError):
     status, code = 404, "job_not_found"
 
 
+class CorpusNotFound(ServiceError):
+    """No corpus has this id."""
+
+    status, code = 404, "corpus_not_found"
+
+
+class CorpusInUse(ServiceError):
+    """A run uses the corpus."""
+
+    status, code = 409, "corpus_in_use"
+
+
 class DeviceNotFound(ServiceError):
     """The service has no such device."""
 

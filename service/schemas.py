@@ -5,10 +5,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
-from trainyard.contract.status import Desired, JobStatus
+from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.service.bodies import OptionalBody, StrictBody
 
 T = TypeVar("T")
@@ -242,8 +243,49 @@ class Score(ResponseModel):
     step: int
 
 
+class CorpusProgress(ResponseModel):
+    """Progress of the preparation of a corpus. ``percent`` is 0 to 100."""
+
+    done_bytes: int | None
+    total_bytes: int | None
+    percent: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+
+
+class TokenizedCorpus(ResponseModel):
+    """A corpus with its tokenizer: tokenized on CPUs, once, for all jobs that have the same.
+
+    ``status``: queued, preparing, ready, failed or stopped. ``cached``: its token shards are in the cache. ``spec``:
+    the fields of a job spec's ``data``. ``jobs``: the jobs with this corpus. ``progress``: null once it is ready.
+    ``report``: what it holds; null until it is ready.
+    """
+
+    object: Literal["corpus"] = "corpus"
+    id: str
+    status: CorpusStatus
+    cached: bool
+    spec: dict[str, Any]
+    launcher: str
+    attempt: int | None
+    progress: CorpusProgress | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    jobs: list[str]
+    report: CorpusReport | None
+    restart_at: datetime | None
+    submitted_by: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
 class JobSummary(ResponseModel):
-    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
+    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list.
+
+    ``preparation``: the progress of its corpus while the status is preparing, else null.
+    """
 
     object: Literal["job"] = "job"
     id: str
@@ -256,6 +298,8 @@ class JobSummary(ResponseModel):
     status: JobStatus
     desired: Desired
     phase: str | None
+    corpus_id: str | None
+    preparation: CorpusProgress | None
     reason: str | None
     message: str | None
     error: FailureCard | None

@@ -1,6 +1,7 @@
 """Foreseen failures of a run, each with a reason, a message and a hint. Any other exception is a crash and a bug."""
 
 import errno
+import re
 from typing import Any
 
 from trainyard.contract.messages import ErrorCard, Outcome
@@ -8,6 +9,12 @@ from trainyard.contract.spec import ResourcesSpec, TrainingSpec, next_memory_sav
 from trainyard.contract.status import Reason
 
 COMPILER_MODULES = ("torch._dynamo", "torch._inductor")
+OUT_OF_MEMORY_TEXT = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    r"|NCCL[\s\S]*out of memory"
+)
+"""What the CPU's allocator says, and on a full card the driver, cuBLAS, cuDNN and NCCL."""
+
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -82,9 +89,9 @@ def out_of_memory_error(
 
     ``step``: the last one that was done. ``peak_bytes``: peak memory of the rank.
     """
-    # torch raises its own class on CUDA and a plain RuntimeError on a CPU.
+    # torch raises its own class if its allocator on CUDA has no memory, and a RuntimeError in all other cases.
     if type(error).__name__ not in ("OutOfMemoryError", "MemoryError") and not (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY_TEXT.search(str(error))
     ):
         return None
     text = " ".join(str(error).split())[:300]

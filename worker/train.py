@@ -31,15 +31,16 @@ from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths, weight_roots
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
     LiveSettings,
-    StopSignal,
     settings_changed_event,
     with_settings,
 )
+from trainyard.worker.training.device_setup import set_up_device
 from trainyard.worker.training.evaluate import generate_samples
 from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
@@ -88,8 +89,7 @@ def train(
     phases.enter(Phase.LOADING)
     for warning in device_warnings(spec, ranks.device.type, supports_bfloat16(ranks.device)):
         emit(warning)
-    if spec.training.is_deterministic:
-        torch.use_deterministic_algorithms(True)
+    set_up_device(spec, ranks.device)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
@@ -156,6 +156,8 @@ def train(
             spec.training.loss_normalization,
             # The model is compiled for each shape that it sees, so it must see one only.
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
+            fixed_shape=spec.training.use_compile,
+            prefetches=ranks.device.type == "cuda",
             equal_counts=state.gathers_weights,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),

@@ -199,7 +199,11 @@ SAMPLING = (
 )
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
+TOKENIZER = Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)")
+SPECIAL_TOKENS = Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
+    help="as in the job spec (text)")
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
+TEXT_FIELD_OF_JOB = Option("--text_field", "--text-field", metavar="KEY", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
 YES = _flag("-y", "--yes", help="do not ask; required without a terminal")
 SERVICE = (
@@ -306,12 +310,26 @@ COMMANDS = (
         Command("train", "cli.commands.local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
             Option("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)"),
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
-    _group("corpus", "check a corpus; list or remove the tokenized ones",
+    _group("corpus", "tokenize, describe, check or sample a corpus; list or remove the tokenized ones",
+        _remote("build", "cli.commands.corpora:build", "tokenize a corpus on the service's CPUs, without a job",
+            _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1),
+            Option("--spec", type=FILE, metavar="SPEC.json", help="a job spec: its data is tokenized, also a mixture"),
+            TEXT_FIELD_OF_JOB, TOKENIZER,
+            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]),
+                help="as in the job spec (text)"),
+            _flag("--no-wait", help="return at once; `GET /corpora/ID` has the progress"),
+            _timeout("stop waiting after this time; exit 124")),
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
-            CORPUS_PATHS, TEXT_FIELD,
-            Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
-            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
-                help="as in the job spec (text)"), JSON),
+            CORPUS_PATHS, TEXT_FIELD, TOKENIZER, SPECIAL_TOKENS, JSON),
+        _remote("show", "cli.commands.corpus_show:show",
+            "describe a corpus: of the service by its id, or files of this host; tokenizes them if they are not cached",
+            _argument("corpus", "CORPUS|PATH...", "an id, a key of `corpus list`, or files, directories, quoted globs",
+                type=FILE, nargs=-1, required=True),
+            TEXT_FIELD, TOKENIZER, SPECIAL_TOKENS, HOME),
+        Command("sample", "cli.commands.local:sample_corpus", "write a random sample of the documents as JSONL",
+            _argument("out", "OUT.jsonl", "must not exist yet", type=FILE), CORPUS_PATHS, TEXT_FIELD,
+            Option("--documents", type=POSITIVE, default=1000, metavar="N", help="how many (1000)"),
+            Option("--seed", type=int, default=42, metavar="N", help="the same seed gives the same sample (42)")),
         Command("list", "cli.commands.local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
         Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no run has open", HOME,
             Option("--days", metavar="N", help="first those unused for N days; 0: none by age (TRAINYARD_CORPUS_DAYS)"),

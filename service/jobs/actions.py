@@ -58,6 +58,7 @@ def stop(session: Session, job_id: str, action: Action, by: Principal, now: date
         changes |= {"preempted_by": None, "reason": None}
     if decision.to in IDLE_MESSAGE:
         changes |= {"reason": Reason.USER, "message": IDLE_MESSAGE[decision.to], "asked_at": None}
+        changes |= {"phase": None, "phase_detail": None}  # of a job whose corpus was being prepared
     if decision.to in TERMINAL:
         changes["finished_at"] = now
     draft = EventDraft(action, f"asked to {REQUESTED[action]}", by.name, data={"action": action})
@@ -178,8 +179,11 @@ def resume(
     by: Principal,
     now: datetime,
     rates: RateChange | None = None,
+    corpus_id: str | None = None,
 ) -> JobRow:
     """Queue the job again with ``spec``, which is ``before`` with the user's changes. ``rates``: `resumed_rates`.
+
+    ``corpus_id``: the corpus that it waits for.
 
     Raises Conflict, InvalidState, SpecInvalid, StepUnavailable or QuotaExceeded.
     """
@@ -202,7 +206,7 @@ def resume(
     quotas.check_quota(session, by, ranks, requeued_job=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
-    job.ranks, job.queued_by = ranks, by.name
+    job.ranks, job.queued_by, job.corpus_id = ranks, by.name, corpus_id
     rates = rates or RateChange(job.facts.get("steps"), None, None)
     job.facts = {**job.facts, "steps": rates.steps, **rates.fields}
     data = {"changes": differences(before, after), **rates.fields}

@@ -85,7 +85,9 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
 
 def next_actions(job: FailureContext) -> list[NextAction]:
     """Return what to do now, most likely first."""
-    return [*_memory_saving(job), *_changed_run(job), *_resume(job), _read_log(job)]
+    # Without an attempt its corpus could not be prepared, and the card has the end of the log.
+    log = [_read_log(job)] if job.attempt else []
+    return [*_memory_saving(job), *_changed_run(job), *_resume(job), *log]
 
 
 def _memory_saving(job: FailureContext) -> Iterator[NextAction]:

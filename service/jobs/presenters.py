@@ -24,6 +24,7 @@ from trainyard.service.schemas import (
     AllowedAction,
     Attempt,
     Checkpoint,
+    CorpusProgress,
     Event,
     Job,
     JobSummary,
@@ -99,6 +100,8 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         status=state.status,
         desired=state.desired,
         phase=job.phase,
+        corpus_id=job.corpus_id,
+        preparation=_preparation(job),
         reason=job.reason,
         message=job.message,
         error=failure_card(job, newest.step if newest is not None else None),
@@ -119,6 +122,20 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         queued_at=job.queued_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
+    )
+
+
+def _preparation(job: JobRow) -> CorpusProgress | None:
+    if job.status != JobStatus.PREPARING:
+        return None
+    detail = job.phase_detail or {}
+    done, total = detail.get("done"), detail.get("total")
+    return CorpusProgress(
+        done_bytes=done,
+        total_bytes=total,
+        percent=100 * done / total if done is not None and total else None,
+        bytes_per_second=detail.get("bytes_per_second"),
+        eta_seconds=detail.get("eta_seconds"),
     )
 
 

@@ -10,7 +10,15 @@ from trainyard.contract.spec import JobSpec
 from trainyard.service.db.models import JobRow
 
 MAX_RUNS = 300  # number of newest jobs that are searched
-SAME_TRAINING = ("batch_size", "accumulation_steps", "dtype", "use_compile", "deterministic")
+SAME_TRAINING = (
+    "batch_size",
+    "accumulation_steps",
+    "dtype",
+    "use_compile",
+    "compile_mode",
+    "allow_tf32",
+    "deterministic",
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from http import HTTPStatus
+from pathlib import Path
 
 from sqlalchemy.orm import Session
 
@@ -21,6 +22,7 @@ from trainyard.service.leadership import LeaderLease, LeadershipLost
 from trainyard.service.observability.logging import log_context
 from trainyard.service.scheduler.executor import PlanExecutor
 from trainyard.service.scheduler.plan import Action, Inspect, Preempt, Restart, Start, plan, subject
+from trainyard.service.scheduler.preparations import Prepare
 from trainyard.service.scheduler.published_inventory import InventorySnapshot, PublishTracker
 from trainyard.service.scheduler.queue_preview import QueuePreview
 from trainyard.service.scheduler.snapshot import SchedulerMemory, Snapshot, load_snapshot
@@ -47,7 +49,9 @@ class Scheduler:
 
     With a ``lease`` it acts only while it leads; ``on_lead`` is called each time it becomes the leader. If not
     ``enabled``, the thread never starts: another service on the same database schedules. With ``preempts``, jobs of
-    lower priority are paused for those of higher priority. ``xid_watcher``: the source of errors of this host's GPUs.
+    lower priority are paused for those of higher priority. ``corpora``: the corpus cache and the home, if corpora are
+    prepared before jobs get devices; None if each run prepares its own. ``xid_watcher``: the source of errors of this
+    host's GPUs.
     """
 
     def __init__(
@@ -61,16 +65,19 @@ class Scheduler:
         preempts: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
         timing: Timing = Timing(),
+        corpora: tuple[Path, Path] | None = None,
         xid_watcher: XidWatcher | None = None,
     ) -> None:
         self.timing = timing
+        self.prepares = corpora is not None
         self._xid_watcher = xid_watcher
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
         self._clock = clock
         self._memory = SchedulerMemory()
-        self._executor = PlanExecutor(database, launcher, self._memory, clock, lease, timing)
+        cache, home = corpora or (Path(), Path())
+        self._executor = PlanExecutor(database, launcher, self._memory, clock, lease, timing, cache, home)
         self._lease = lease
         self._enabled = enabled
         self._preempts = preempts
@@ -205,7 +212,7 @@ class Scheduler:
             log.exception("the lease could not be released; it expires on its own")
 
     def _execute(self, action: Action) -> bool:
-        if not isinstance(action, Start | Restart | Preempt):
+        if not isinstance(action, Start | Restart | Preempt | Prepare):
             return self._try(action)
         with self._launching:
             return self._launches and self._try(action)
@@ -225,7 +232,7 @@ class Scheduler:
         devices = self._inventory.devices()
         with self._database.read() as session:
             snapshot = load_snapshot(session, devices, self._memory, self._clock(), self._preempts, self.timing)
-        self._memory.forget_ended(snapshot.live)
+        self._memory.forget_ended(snapshot.live, snapshot.preparations)
         return snapshot
 
     def _run(self) -> None:

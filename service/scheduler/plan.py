@@ -11,6 +11,17 @@ from trainyard.service.devices.inventory import Device, kind_for
 from trainyard.service.devices.placement import choose, has_neighbours
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
+from trainyard.service.scheduler.preparations import (
+    InspectPreparation,
+    KillPreparation,
+    MoveWaitingJob,
+    PreparationAction,
+    Prepare,
+    StopPreparation,
+    log_fields,
+    plan_live_preparations,
+    plan_new_preparations,
+)
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from trainyard.service.timing import Timing
 
@@ -80,7 +91,7 @@ class Reclaim:
     job_id: str
 
 
-Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim
+Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim | PreparationAction
 
 
 def subject(action: Action) -> dict[str, Any]:
@@ -90,6 +101,8 @@ def subject(action: Action) -> dict[str, Any]:
             return {"job_id": action.job_id}
         case Inspect() | NotifyStop() | Kill() | Preempt():
             return action.attempt.name.fields
+        case Prepare() | InspectPreparation() | StopPreparation() | KillPreparation() | MoveWaitingJob():
+            return log_fields(action)
         case _:
             assert_never(action)
 
@@ -106,8 +119,9 @@ def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Schedu
     """Attend to live attempts first, then restart and start jobs."""
     live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
+    preparing = plan_live_preparations(snapshot.preparations, snapshot.waiting_jobs, now, timing)
     placed, waiting = _place(snapshot, now)
-    return SchedulingPlan((*live_actions, *restarts, *placed), waiting)
+    return SchedulingPlan((*live_actions, *restarts, *preparing, *placed), waiting)
 
 
 def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:
@@ -209,14 +223,17 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim], dict[str, str]]:
-    """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted."""
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
+    """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted.
+
+    A job whose corpus is not ready takes no part. Corpora are prepared with the CPU slots that are left.
+    """
     pools = _Pools(snapshot)
     budget = PreemptionBudget(snapshot)
     auto_kind = kind_for("auto", snapshot.devices)
-    placed: list[Start | Preempt | Reclaim] = []
+    placed: list[Start | Preempt | Reclaim | Prepare] = []
     waiting: dict[str, str] = {}
-    for job in sorted(snapshot.queued, key=_queue_order):
+    for job in sorted((job for job in snapshot.queued if job.corpus_id is None), key=_queue_order):
         if job.launcher not in (None, LOCAL):
             placed.append(Start(job.id, ()))  # the cluster has its own queue
             continue
@@ -242,7 +259,15 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Re
         if victims is not None or now - job.queued_at > BACKFILL_PATIENCE:
             # Free devices are kept meanwhile: else the preempted job would take them and be preempted again.
             pools.reserve(kind)
-    return placed, waiting
+    prepared, before = plan_new_preparations(
+        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now
+    )
+    for job in snapshot.queued:
+        if job.corpus_id is not None:
+            count = before.get(job.corpus_id, 0)
+            others = f", after {count} other{'' if count == 1 else 's'}" if count else ""
+            waiting[job.id] = f"the preparation of its corpus{others}"
+    return [*placed, *prepared], waiting
 
 
 def _queue_order(job: QueuedJob) -> tuple[int, datetime, int]:

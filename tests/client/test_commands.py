@@ -480,6 +480,18 @@ def test_a_value_that_json_cannot_express_is_named(
             {},
         ),
         (
+            ["corpus", "show", "f", "g", "--tokenizer_path", "t", "--home", "/h"],
+            "trainyard.worker.data.inspection",
+            ["show", "--text-field", "text", "--special-tokens", "text", "--tokenizer", "t", "--", "f", "g"],
+            {"TRAINYARD_HOME": "/h"},
+        ),
+        (
+            ["corpus", "sample", "o.jsonl", "f", "--documents", "5", "--seed=-1"],
+            "trainyard.worker.data.inspection",
+            ["sample", "--documents=5", "--seed=-1", "--text-field", "text", "--", "o.jsonl", "f"],
+            {},
+        ),
+        (
             ["corpus", "check", "f", "--text-field", "b"],
             "trainyard.worker.data.corpus",
             ["check", "f", "--text-field", "b", "--special-tokens", "text"],

@@ -186,9 +186,11 @@ def test_every_mistake_in_a_held_out_set_is_named() -> None:
         return pointers({"data": {"data_path": "/x", "eval_sources": list(sets)}})
 
     assert found({"name": "web", "path": "/w"}, {"name": "web", "path": "/v"}) == ["/data/eval_sources/1/name"]
-    assert found({"name": "Web", "path": "/w"}, {"name": "a"}, {"name": "b", "path": "/b", "max_tokens": 0}) == [
+    assert found({"name": "Web", "path": 3}, {"name": "a"}, {"name": "b", "path": [""], "max_tokens": 0}) == [
         "/data/eval_sources/0/name",
+        "/data/eval_sources/0/path",
         "/data/eval_sources/1/path",
+        "/data/eval_sources/2/path/0",
         "/data/eval_sources/2/max_tokens",
     ]
     assert found({"name": "web", "path": "/w", "weight": 1}) == ["/data/eval_sources/0/weight"]

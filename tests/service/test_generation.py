@@ -2,18 +2,24 @@
 
 import contextlib
 import http.client
+import io
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 
+from tests.client.fake_service import console, written
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_checkpoints import at_rest, saved, write_checkpoint
+from trainyard.client.api import Client
+from trainyard.client.cli.main import main
+from trainyard.client.errors import ApiError
 from trainyard.service.db.models import DeviceLeaseRow
 from trainyard.service.devices.inventory import Device, cpu_slots
 from trainyard.service.generation import pool
@@ -60,6 +66,9 @@ while True:
         link.send({"id": task, "event": "text", "choice": 0, "text": "x" * 100})
     time.sleep(0.01 if slow else 0)
 """
+
+
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(autouse=True)
@@ -136,11 +145,20 @@ def test_all_mistakes_of_a_request_are_named(rig: ServiceHarness) -> None:
     assert generate(rig, job_id, prompt="long")[1]["errors"] == [{"pointer": "/prompt", "message": "is too long"}]
     assert generate(rig, job_id, stream=True, prompt="long")[0] == 422, "before the stream begins"
     assert rig.client.post(f"/jobs/{job_id}/checkpoints/10/generate", json={}).status_code == 422
+    for field in ("prompt", "messages/0/content", "stop/1"):
+        lone = {"prompt": '"\\ud800"', "stop/1": '"x", "stop": ["a", "\\udc00"]'}.get(field, "null")
+        messages = ', "messages": [{"role": "user", "content": "\\ud800"}]' * field.startswith("messages")
+        answer = rig.client.post(
+            f"/jobs/{job_id}/checkpoints/10/generate", content=f'{{"prompt": {lone}{messages}}}', headers=JSON
+        )
+        assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, f"/{field}"), answer.text
+    assert (
+        rig.client.post("/v1/completions", content=b'{"model": "m", "prompt": "\\ud800"}', headers=JSON).status_code
+        == 400
+    )
     for text in ("nan", "Infinity"):
         content = f'{{"prompt": "x", "temperature": {text}}}'
-        answer = rig.client.post(
-            f"/jobs/{job_id}/checkpoints/10/generate", content=content, headers={"Content-Type": "application/json"}
-        )
+        answer = rig.client.post(f"/jobs/{job_id}/checkpoints/10/generate", content=content, headers=JSON)
         assert answer.status_code == 422
 
 
@@ -338,6 +356,44 @@ def test_twenty_clients_at_once_share_one_process(rig: ServiceHarness) -> None:
             connection.close()
         assert len([line for line in log(rig, job_id) if line.startswith("start")]) == 1
         until(lambda: generation(rig).requests == 0)
+
+
+def test_the_command_prints_the_text_and_says_who_wrote_it(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10, 20, name="mine")
+    with live(rig) as (host, port):
+
+        def run(*arguments: str, given: str = "") -> tuple[int, str, str]:
+            to = replace(console(), stdin=io.StringIO(given))
+            return (int(main([*arguments, "--url", f"http://{host}:{port}"], to)), *written(to))
+
+        summary = "2 tokens by step 10 on cpu: it ended by itself\n"
+        assert run("generate", "mine@10", "hi") == (0, "\u4e2dHI\n", summary)
+        assert run("generate", job_id, "-", given="from stdin")[1] == "\u4e2dFROM STDIN\n"
+        code, out, _ = run("generate", "mine@latest", "hi", "--json", "--stop", "a", "--stop", "b", "--top_k", "3")
+        assert (code, json.loads(out)["text"], json.loads(out)["step"]) == (0, "\u4e2dHI", 20)
+        code, out, err = run("chat", "mine", "--system", "be brief", given="one\ntwo\n\nnot read\n")
+        assert (code, out) == (0, "\u4e2dCHAT\n" * 2)
+        assert err.count("no chat template") == 1
+        code, _, err = run("generate", "mine@11", "hi")
+        assert (code, "Those it has: 20, 10." in err) == (1, True)
+        code, _, err = run("generate", "mine", "hi", "--temperature", "-1")
+        assert (code, "/temperature" in err) == (1, True)
+        assert run("generate", "mine", "hi", "--seed", "-1")[0] == 2
+        code, _, err = run("generate", "mine", "diverged")
+        assert (code, "Not finite. [generation_failed]" in err) == (1, True)
+
+
+def test_the_python_client_gives_a_text_up_if_its_iterator_is_closed(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10)
+    with live(rig) as (host, port), Client(f"http://{host}:{port}") as client:
+        assert client.generate(job_id, "hi", step=10)["text"] == "\u4e2dHI"
+        stream = client.generate_stream(job_id, "slow")
+        assert next(stream).kind == "start"
+        assert next(stream).data["text"].startswith("xxx")
+        stream.close()  # type: ignore[attr-defined] # it is a generator
+        until(lambda: generation(rig).requests == 0)
+        with pytest.raises(ApiError, match="Not finite"):
+            list(client.generate_stream(job_id, "diverged"))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

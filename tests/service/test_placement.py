@@ -9,7 +9,7 @@ import pytest
 
 from tests.fakes import nvml
 from tests.fakes.nvml import NvmlHost
-from tests.service.conftest import MakeHarness
+from tests.service.conftest import Command, MakeHarness
 from trainyard.service.devices import inventory, xids
 from trainyard.service.devices.inventory import Device, HostInventory, same_pci_address
 from trainyard.service.devices.placement import choose
@@ -181,3 +181,10 @@ def test_an_error_counts_for_a_day(make_rig: MakeHarness, sqlite_url: str) -> No
         xids.store(session, [XidError("GPU-a", 79, NOW)])
         assert list(xids.uncleared(session, NOW + timedelta(hours=23, minutes=59))) == ["GPU-a"]
         assert xids.uncleared(session, NOW + timedelta(hours=24, minutes=1)) == {}
+
+
+def test_the_command_clears_a_device(command: Command) -> None:
+    code, out, err = command("devices", "--clear", "cpu:0")
+    assert code == 0, err
+    assert out.splitlines()[1].split()[0] == "cpu:0"
+    assert command("devices", "--clear", "cuda:7")[0] == 1

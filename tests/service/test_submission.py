@@ -174,6 +174,9 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     empty.touch()
     link.symlink_to("/etc/passwd")
     (rig.home / "folder").mkdir()
+    (rig.home / "leads-out").mkdir()
+    (rig.home / "leads-out" / "a\nb.jsonl").symlink_to("/etc/passwd")
+    leads = "'/leads-out/a\\nb.jsonl', which leads outside the directories that TRAINYARD_DATA_ROOTS allows"
     roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
     outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
@@ -183,6 +186,7 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
         ): "is a directory without a corpus file: it needs files that end in .jsonl, .ndjson, .txt "
         "or .parquet, or one of the first three with .gz or .zst",
         f"{rig.home}/folder/*.x": "matches no file. Links to directories are not followed",
+        str(rig.home / "leads-out"): f"holds {leads}".replace("'/", f"'{rig.home}/"),
         str(empty): "is empty",
         str(link): outside,
         "/etc/passwd": outside,

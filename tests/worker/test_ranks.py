@@ -25,7 +25,7 @@ from trainyard.worker.data.loader import rank_slice, split_microbatches
 from trainyard.worker.data.prepare import prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.control import StopSignal
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.training.state import initial_model
 
 pytestmark = pytest.mark.slow

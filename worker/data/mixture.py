@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from trainyard.contract.rundir import write_atomically
 from trainyard.worker.data.corpus import Corpus
-from trainyard.worker.data.packing import Integers
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.sampler import FeistelPermutation, StepSampler, sum_of
 from trainyard.worker.data.shards import memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64

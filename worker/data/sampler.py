@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainyard.worker.data.packing import Integers
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
 ROUNDS = 8

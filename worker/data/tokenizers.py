@@ -37,6 +37,7 @@ from trainyard.contract.tokenizer_info import (
     special_pattern,
     tokenizer_file,
 )
+from trainyard.contract.units import counted
 from trainyard.worker.data.byte_lengths import ByteLengths, byte_lengths_of_bytes, byte_lengths_of_file
 from trainyard.worker.data.jsonl import DataInvalid, Document
 from trainyard.worker.data.readers import Reader, open_reader
@@ -331,7 +332,7 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
     if stats.documents == 0:
         raise DataInvalid(f"{shown(file)} {stats.empty_reason(text_field)}")
     size = _save(tokenizer, out)
-    print(f"{out}: {size:,} tokens from {stats.documents:,} documents")
+    print(f"{out}: {size:,} tokens from {counted(stats.documents, 'document')}")
     if stats.bad_lines:
         print(stats.describe_bad(), file=sys.stderr)
     if size < vocab_size:
@@ -363,7 +364,7 @@ def _with_progress(reader: Reader, text_field: str) -> Iterator[Document]:
 
 def _print_progress(reader: Reader) -> None:
     share = f", {100 * reader.bytes_read / reader.size:.0f} % of the file" if reader.size else ""
-    print(f"read {reader.stats.documents:,} documents{share}", file=sys.stderr, flush=True)
+    print(f"read {counted(reader.stats.documents, 'document')}{share}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ class Engine:
             return given, False
         try:
             ids = [int(token) for token in self._tokenizer.encode_batch([given])[0]]
-        except (TokenizerInvalid, UnicodeError) as error:
+        except TokenizerInvalid as error:
             raise TaskRejected(pointer, f"cannot be tokenized: {str(error)[:200]}") from error
         # As in training, where each document begins with this token.
         has_bos = not ids or ids[0] != self._tokenizer.bos_id

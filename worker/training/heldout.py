@@ -9,8 +9,8 @@ import torch
 
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.failpoints import hit
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.loader import split_microbatches, to_device
-from trainyard.worker.data.packing import Integers
 from trainyard.worker.data.prepare import HeldOutSet
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested

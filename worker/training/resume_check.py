@@ -11,8 +11,9 @@ from trainyard.contract.events import Event, ResumeVerified, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.spec import TrainingSpec
 from trainyard.model.loss import IGNORED
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.loader import to_device
-from trainyard.worker.data.packing import Batch, Integers, PackedDataset
+from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.sampler import FeistelPermutation
 from trainyard.worker.training.state import TrainState
 

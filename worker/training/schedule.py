@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from trainyard.contract.spec import JobSpec, TrainingSpec
-from trainyard.worker.data.packing import Integers
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.training.state import TrainProgress
 

@@ -172,7 +172,7 @@ def build_train_state(
     optimizer = _build_optimizer(model, split, training)
     scaler = _build_scaler(ranks.device.type, split, enabled=dtype is torch.float16)
     train_step = TrainStep(
-        module=model if isinstance(split, FsdpModel) else _wrap_model(model, training.use_compile, ranks),
+        module=model if isinstance(split, FsdpModel) else _wrap_model(model, training, ranks),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -183,6 +183,7 @@ def build_train_state(
         byte_counter=byte_counter,
         split=split,
         recomputes=training.gradient_checkpointing,
+        replays_graphs=training.use_compile and training.compile_mode != "default" and ranks.device.type == "cuda",
     )
     return TrainState(model, optimizer, scaler, train_step, shapes)
 
@@ -252,10 +253,10 @@ def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> Non
         raise TrainingError(Reason.CHECKPOINT_INVALID, f"{path} was trained with {saved}", hint)
 
 
-def _wrap_model(model: nn.Module, compiled: bool, ranks: DistributedContext) -> nn.Module:
+def _wrap_model(model: nn.Module, training: TrainingSpec, ranks: DistributedContext) -> nn.Module:
     # One graph for each shape. With dynamic shapes the graph would depend on the shapes seen before, and a resumed run
     # has seen others.
-    inner: Any = torch.compile(model, dynamic=False) if compiled else model
+    inner: Any = torch.compile(model, dynamic=False, mode=training.compile_mode) if training.use_compile else model
     if ranks.world == 1:
         module: nn.Module = inner
         return module

@@ -134,6 +134,8 @@ class TrainStep:
     byte_counter: ByteCounter | None = None
     split: SplitModel | None = None
     recomputes: bool = False
+    replays_graphs: bool = False
+    """Whether the compiled model is a CUDA graph."""
 
     def run(
         self,
@@ -225,6 +227,9 @@ class TrainStep:
         for index, (micro, is_last) in enumerate(_with_last(micro_batches)):
             seed_micro_batch(index)
             hit("step.micro_batch")
+            if self.replays_graphs:
+                compiler: Any = torch.compiler  # unannotated
+                compiler.cudagraph_mark_step_begin()  # what the last micro-batch returned may be overwritten
             with self._no_sync_unless(is_last):
                 with self.precision.autocast(keep_copies=not self.recomputes):
                     output = forward(self.module, micro.batch)
@@ -233,7 +238,8 @@ class TrainStep:
                     verifier.record_next()
                 self.scaler.scale(loss).backward()
             sums += [output.loss_sum.detach().to(torch.float64), output.aux_sum.detach().to(torch.float64)]
-            expert_counts += [output.expert_counts] if output.expert_counts is not None else []
+            # A copy: a CUDA graph writes to the same memory in the next micro-batch.
+            expert_counts += [output.expert_counts.clone()] if output.expert_counts is not None else []
             done.append(micro)
         return sums, expert_counts, done
 

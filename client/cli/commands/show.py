@@ -80,6 +80,8 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
     step = f"{count(progress.get('step'))} / {count(progress.get('steps'))}" if progress.get("step") is not None else ""
     loss = fixed(progress.get("loss")) if progress.get("loss") is not None else ""
     eta = duration(progress["eta_seconds"]) if progress.get("eta_seconds") and job["status"] == "running" else ""
+    if preparation := job.get("preparation"):
+        eta = duration(preparation["eta_seconds"]) if preparation.get("eta_seconds") is not None else ""
     name = one_line(job["name"], 30)
     group, score = job.get("group") or "", job.get("score")
     units = {"eval_loss": " eval", "bpb": " bpb"}

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi import Path as InPath
 from pydantic import Field
 
-from trainyard.contract.generation import ChatMessage, NewTokens, Seed, Temperature, TopK, TopP
+from trainyard.contract.generation import ChatMessage, NewTokens, Seed, Temperature, Text, TopK, TopP
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.generating import Options, StopTexts, load, respond, stream
@@ -37,7 +37,7 @@ router = APIRouter(tags=["generation"], route_class=ServiceRoute)
 class GenerateBody(StrictBody):
     """A prompt or a conversation, and how to continue it."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1000)] | None = None
     max_new_tokens: NewTokens = 128
     temperature: Temperature = 0.85

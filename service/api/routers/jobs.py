@@ -15,6 +15,7 @@ from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
+from trainyard.service.api.routers.corpora import ensure_corpus
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import NO_FIELDS, JsonBody
@@ -127,9 +128,11 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
     if ignored is not None:
         alerts.append(repository.new_alert("epochs_ignored", ignored, now))
     facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec, state.settings.readable_roots)}
+    corpus_id = ensure_corpus(state, spec, caller)
     try:
         with state.database.write() as session:
             job = repository.create(session, spec, facts, alerts, caller, now)
+            job.corpus_id = corpus_id
             if ignored is not None:
                 draft = EventDraft("warning", ignored, caller.name, data={"code": "epochs_ignored"})
                 repository.record_event(session, job, draft, now)
@@ -299,8 +302,9 @@ def resume_job(
         spec = actions.resumed_spec(job, changes, state.host_limits(caller))
         at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
         spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
+        corpus_id = ensure_corpus(state, spec, caller)
         with state.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates)
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates, corpus_id)
         state.scheduler.wake()
     resumed = load_response(state, job_id)
     names = ("learning_rate_before", "learning_rate_after")

@@ -19,6 +19,7 @@ from trainyard.contract.generation import (
     Temperature,
     TopK,
     TopP,
+    is_text,
 )
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import AppState, StateDep
@@ -119,7 +120,9 @@ def _prompts(given: Any) -> list[Any]:
 
 
 def _is_prompt(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(map(_is_id, value)))
+    return (isinstance(value, str) and is_text(value)) or (
+        isinstance(value, list) and bool(value) and all(map(_is_id, value))
+    )
 
 
 def _is_id(value: Any) -> bool:

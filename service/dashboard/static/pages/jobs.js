@@ -157,6 +157,7 @@ function setCell(node, text) {
 /** Why the job is not simply running: what it waits for, its phase, or why it ended. */
 function statusDetail(job) {
   if (job.status === "queued") return `position ${count(job.queue.position)}, waits for ${job.queue.waiting_for}`;
+  if (job.preparation) return `corpus ${percent(job.preparation.percent)}, ${duration(job.preparation.eta_seconds)} left`;
   const spaced = (name) => name?.replaceAll("_", " ");
   return [job.phase && job.phase !== "training" ? spaced(job.phase) : null, spaced(job.reason)].filter(Boolean).join(", ");
 }

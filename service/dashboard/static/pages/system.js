@@ -8,7 +8,7 @@ import { FINAL_STATUSES, STATUSES } from "../status.js";
 const DEVICES = [["Device"], ["Model"], ["Memory in use", "num"], ["Temperature", "num"], ["Held by"], ["Unknown processes"]];
 const QUEUE = [["Position", "narrow"], ["Job"], ["Priority", "num narrow"], ["Waits for"]];
 const DISKS = [["Contents"], ["In use", "num"], ["Free", "num"], ["State"]];
-const HOLDING_STATUSES = STATUSES.filter((status) => !FINAL_STATUSES.has(status) && !["queued", "paused", "interrupted"].includes(status));
+const HOLDING_STATUSES = STATUSES.filter((status) => !FINAL_STATUSES.has(status) && !["queued", "preparing", "paused", "interrupted"].includes(status));
 
 export const systemPage = { title: "System", open };
 
