@@ -636,6 +636,22 @@ class ProblemDetails(ResponseModel):
     errors: list[FieldError] = []
 
 
+class OpenAIError(ResponseModel):
+    """An error in OpenAI's shape. ``param``: the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class OpenAIErrorBody(ResponseModel):
+    """The body of an error response in OpenAI's shape."""
+
+    error: OpenAIError
+
+
 MAX_INT32 = 2**31 - 1
 
 TEN_YEARS = 3650 * 86_400
