@@ -38,6 +38,7 @@ from trainyard.client.types import (
     Metric,
     NewToken,
     Plan,
+    Proposal,
     ResumedJob,
     Token,
     TokenizedCorpus,
@@ -98,6 +99,17 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
+
+    def propose(self, depth: int, spec: Mapping[str, Any] | None = None) -> Proposal:
+        """Return a spec for a model of ``depth`` layers by published rules, to be edited, and the reason of each value.
+
+        ``spec``: the part that is decided, which stays as it is; it may lack the corpus. Nothing is stored.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the spec.
+        """
+        body = {"depth": depth, "spec": spec or {}}
+        return cast(Proposal, self._connection.call("POST", "/jobs/proposal", body=body))
 
     def plan(self, spec: Mapping[str, Any]) -> Plan:
         """Return the size, memory, disk, time and warnings of a run of ``spec``. Nothing is stored.
@@ -181,10 +193,10 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
-        ``gradient_checkpointing`` and ``save_dir``
-        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
-        from the start) or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``max_minutes``, ``target_loss``,
+        ``resources``, ``gradient_checkpointing`` and ``save_dir`` (the checkpoints and weights are moved there).
+        ``schedule`` of a longer run: "extend" (as if it had this length from the start) or "continue" (decays from the
+        current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 

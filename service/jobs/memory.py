@@ -59,6 +59,26 @@ def options(spec: JobSpec, kind: str, limit: int | None) -> Iterator[dict[str, A
             }
 
 
+MAX_BATCH_SIZE = 65536
+MEMORY_SHARE = 0.9
+"""Part of the free memory that a suggested batch size may use: temporary buffers are not part of the estimate."""
+
+
+def suggested_batch_size(spec: JobSpec, kind: str, free: int | None) -> int | None:
+    """Return the largest batch_size that fits into ``free`` bytes; None if unknown, or if no size fits."""
+
+    def fits(size: int) -> bool:
+        return needed(with_settings(spec, {"training": {"batch_size": size}}), kind) <= MEMORY_SHARE * (free or 0)
+
+    if free is None or not fits(1):
+        return None
+    low, high = 1, MAX_BATCH_SIZE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
 def settings_that_fit(spec: JobSpec, kind: str, limit: int | None) -> dict[str, dict[str, Any]] | None:
     """Return the changes with which a run fits that does not, as {group: {field: value}}; None if it fits or none do.
 

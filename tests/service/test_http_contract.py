@@ -28,6 +28,7 @@ GROUP_SCHEMAS = {
     "training": "TrainingSpec",
     "checkpoint": "CheckpointSpec",
     "reporting": "ReportingSpec",
+    "limits": "LimitsSpec",
     "resources": "ResourcesSpec",
     "timeouts": "Timeouts",
 }
@@ -103,6 +104,9 @@ def test_changes_are_described_by_the_job_spec(rig: ServiceHarness) -> None:
         "epochs",
         "max_steps",
         "max_tokens",
+        "max_minutes",
+        "target_loss",
+        "gradient_checkpointing",
         "resources",
         "step",
         "save_dir",
