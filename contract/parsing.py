@@ -1,7 +1,7 @@
 """Parsing of a client's JSON into a `JobSpec`: aliases, MiniMind's conventions, and all problems with pointers."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,8 +199,11 @@ def _first_per_field(error: ValidationError) -> Iterator[dict[str, Any]]:
     # One error per field: a union reports an error for each of its branches.
     seen: set[tuple[int | str, ...]] = set()
     for found in error.errors(include_input=False, include_url=False, include_context=False):
-        if found["loc"][:3] not in seen:
-            seen.add(found["loc"][:3])
+        loc = found["loc"]
+        # An item of a list, such as a source or a task, has fields of its own.
+        field_of = loc[:4] if len(loc) > 3 and isinstance(loc[2], int) else loc[:3]
+        if field_of not in seen:
+            seen.add(field_of)
             yield dict(found)
 
 
@@ -253,6 +256,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if spec.data.eval_data_path is not None and spec.data.eval_fraction > 0:
         message = "cannot be combined with eval_data_path: give one of them"
         yield Problem("/data/eval_fraction", message), ("/data/eval_fraction", "/data/eval_data_path")
+    yield from duplicate_names((task.name for task in spec.evaluation.tasks), "/evaluation/tasks", "task")
     steps = spec.training.max_steps
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
@@ -290,11 +294,7 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
         return
     if data.data_path is not None:
         yield Problem("/data/sources", "cannot be combined with data_path: give one of them"), both
-    seen: set[str] = set()
-    for index, source in enumerate(data.sources):
-        if source.name in seen:
-            yield Problem(f"/data/sources/{index}/name", "is the name of an earlier source"), ("/data/sources",)
-        seen.add(source.name)
+    yield from duplicate_names((source.name for source in data.sources), "/data/sources", "source")
     unweighted = [index for index, source in enumerate(data.sources) if source.weight is None]
     if 0 < len(unweighted) < len(data.sources):
         message = "is required, because other sources have a weight"
@@ -302,6 +302,15 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
     if data.is_mixture and spec.training.max_steps is None:
         message = "is required: a weighted mixture has no epochs"
         yield Problem("/training/max_steps", message), ("/training/max_steps", "/data/sources")
+
+
+def duplicate_names(names: Iterable[str], pointer: str, what: str) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    """Yield a problem for each entry of the list at ``pointer`` whose name an earlier entry has."""
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            yield Problem(f"{pointer}/{index}/name", f"is the name of an earlier {what}"), (pointer,)
+        seen.add(name)
 
 
 def pointer_to(*parts: int | str) -> str:

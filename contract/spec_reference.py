@@ -31,11 +31,13 @@ TITLES = {
     "training": ("`training`", "Training. A step is an optimizer step. Steps are counted from 1 over the whole job."),
     "checkpoint": ("`checkpoint`", "Checkpoints and saved weights."),
     "reporting": ("`reporting`", "Logging, evaluation and samples."),
+    "evaluation": ("`evaluation`", "Tasks that the model is scored on, see [the guide](../guides/evaluating.md)."),
     "resources": ("`resources`", "Devices, nodes and restarts."),
     "sources": (
         "`data.sources`",
         "Several sources instead of `data_path`, see [the guide](../guides/corpora.md#several-sources).",
     ),
+    "tasks": ("`evaluation.tasks`", "A JSONL file of examples, below a data root of the service."),
     "timeouts": ("`resources.timeouts`", "Timeouts in seconds."),
     "slurm": ("`resources.slurm`", "Options for [Slurm](../guides/slurm.md). null: the setting of the service."),
 }
@@ -80,7 +82,7 @@ NOTES = {
 def render() -> str:
     """The whole page."""
     schema = JobSpec.model_json_schema()
-    nested = {"sources": "SourceSpec", "timeouts": "Timeouts", "slurm": "SlurmSpec"}
+    nested = {"sources": "SourceSpec", "tasks": "TaskSpec", "timeouts": "Timeouts", "slurm": "SlurmSpec"}
     below = {name: schema["$defs"][kind]["properties"] for name, kind in nested.items()}
     groups = {"": schema["properties"], **_groups(schema), **below}
     return HEAD + "".join(_section(group, leaves) for group, leaves in groups.items())

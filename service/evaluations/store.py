@@ -1,0 +1,51 @@
+"""Scores on tasks in the database: those of the training, and of evaluations that were requested."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, tuple_
+
+from trainyard.contract.parsing import Problem
+from trainyard.service.db.models import EvaluationRow
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs.listing import MAX_DIGITS
+from trainyard.service.jobs.presenters import columns
+from trainyard.service.jobs.queries import require_job
+from trainyard.service.schemas import TaskScore
+
+ORDER = (EvaluationRow.step, EvaluationRow.task, EvaluationRow.number)
+
+
+def page(
+    connection: Connection, job_id: str, step: int | None, task: str | None, limit: int, after: str | None
+) -> tuple[Sequence[Row[Any]], bool]:
+    """Return a page of the job's scores by step and task, and whether more follow.
+
+    Scores of steps that were repeated since are left out. Raises JobNotFound, or RequestInvalid if no score has the id
+    ``after``.
+    """
+    require_job(connection, job_id)
+    query = select(*EvaluationRow.__table__.c).where(EvaluationRow.job_id == job_id, EvaluationRow.stitched.is_(True))
+    if step is not None:
+        query = query.where(EvaluationRow.step == step)
+    if task is not None:
+        query = query.where(EvaluationRow.task == task)
+    if after is not None:
+        query = query.where(tuple_(*ORDER) > tuple_(*_place_of(connection, job_id, after)))
+    rows = connection.execute(query.order_by(*ORDER).limit(limit + 1)).all()
+    return rows[:limit], len(rows) > limit
+
+
+def _place_of(connection: Connection, job_id: str, after: str) -> tuple[int, str, int]:
+    valid = after.isdecimal() and after.isascii() and len(after) <= MAX_DIGITS
+    number = int(after) if valid else 0
+    own = select(*ORDER).where(EvaluationRow.job_id == job_id, EvaluationRow.number == number)
+    row = connection.execute(own).first()
+    if row is None:
+        raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
+    return row.step, row.task, row.number
+
+
+def to_score_response(row: EvaluationRow | Row[Any]) -> TaskScore:
+    """Return a row as the API shows it."""
+    return TaskScore(id=str(row.number), **columns(row, TaskScore, "id"))
