@@ -337,11 +337,20 @@ def try_mutation(trained: Trained, number: int, index: int) -> bool:
         if (
             name != MANIFEST_FILE
             and chooser.random() < 0.9
-            and all((newer / each).is_file() for each in CHECKPOINT_FILES)
+            # An earlier change may have put a folder or a FIFO in a file's place.
+            and all((newer / each).is_file() for each in (*CHECKPOINT_FILES, MANIFEST_FILE))
         ):
-            # An earlier change may have put a folder in the manifest's place.
-            with contextlib.suppress(OSError):
-                sign(newer)
+            sign(newer)
+    try:
+        return resume_passes_over(trained)
+    finally:
+        for path in trained.artifacts.checkpoints.iterdir():
+            if path != trained.artifacts.checkpoint(OLDER):
+                shutil.rmtree(path)
+
+
+def resume_passes_over(trained: Trained) -> bool:
+    """Resume, load and train a step. Return whether the newer checkpoint was passed over."""
     try:
         found, warnings = trained.resume()
     except TrainingError as error:
@@ -353,9 +362,6 @@ def try_mutation(trained: Trained, number: int, index: int) -> bool:
     passed_over = found == trained.artifacts.checkpoint(OLDER)
     assert passed_over == bool(warnings), warnings
     assert trained.load(found).step == (OLDER if passed_over else NEWER)
-    for path in trained.artifacts.checkpoints.iterdir():
-        if path != trained.artifacts.checkpoint(OLDER):
-            shutil.rmtree(path)
     return passed_over
 
 
