@@ -112,12 +112,14 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
     rounds themselves.
     """
     maintenance = _maintenance_loop(state)
+    state.scheduler.reclaim_devices_by(state.sidecars.reclaim)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         state.database.upgrade(state.settings.home / "migrate.lock")
         deletion.sweep(state.settings, state.database)
+        state.sidecars.end_orphans()
         state.leader  # noqa: B018 - creates the monitor, which counts the seconds since a renewal from now on
         if scheduling:
             state.scheduler.start()
@@ -128,6 +130,7 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         yield
         state.broadcaster.stop()
         maintenance.stop()
+        state.sidecars.close()
         # Before the scheduler gives up the lease: the sender still has to record what it has just sent.
         state.sender.stop()
         state.scheduler.stop()

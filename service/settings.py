@@ -103,7 +103,8 @@ class Settings(EnvironmentSettings):
     for a waiting job of higher priority. ``on_stop``: whether the runs of this host save and end before the service, or
     are left running. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
     `service.maintenance.corpus_cache`. ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is
-    None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none.
+    None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none. ``sidecar_threads``: CPU threads of
+    each side process. ``generation_...``: limits of the processes that generate text, see `service.generation.pool`.
     """
 
     home: Folder = Field(default_factory=lambda: Path("trainyard-home").resolve(), alias="TRAINYARD_HOME")
@@ -159,6 +160,16 @@ class Settings(EnvironmentSettings):
     )
     slurm: Annotated[SlurmSetup | None, BeforeValidator(SlurmSetup.read)] = None
     launcher: Annotated[str, AfterValidator(_validate_launcher)] = Field(LOCAL, alias="TRAINYARD_LAUNCHER")
+    sidecar_threads: WholeNumber = Field(
+        default_factory=lambda: max(1, (os.cpu_count() or 1) // 4),
+        alias="TRAINYARD_SIDECAR_THREADS",
+        ge=1,
+        description="must be a whole number, 1 or more",
+    )
+    generation_device: Literal["auto", "cpu"] = Field("auto", alias="TRAINYARD_GENERATION_DEVICE")
+    generation_processes: WholeNumber = Field(2, alias="TRAINYARD_GENERATION_PROCESSES")
+    generation_bytes: WholeNumber = Field(0, alias="TRAINYARD_GENERATION_BYTES")
+    generation_idle_seconds: WholeNumber = Field(300, alias="TRAINYARD_GENERATION_IDLE_SECONDS")
     thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")

@@ -19,6 +19,7 @@ from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
+from trainyard.service.sidecars.sidecars import Sidecars
 from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.webhooks.sender import Sender
 
@@ -48,6 +49,13 @@ class AppState:
     @cached_property
     def authenticator(self) -> Authenticator:
         return Authenticator(self.settings, self.database)
+
+    @cached_property
+    def sidecars(self) -> Sidecars:
+        settings, scheduler = self.settings, self.scheduler
+        roots = settings.readable_roots, settings.writable_roots
+        schedules = lambda: scheduler.leads and scheduler.launches  # noqa: E731
+        return Sidecars(self.database, self.inventory, settings.sidecar_threads, *roots, schedules)
 
     def host_limits(self, caller: Principal) -> HostLimits:
         """Return the limits that the caller's spec is validated against, with the current devices."""

@@ -215,13 +215,19 @@ class AttemptRow(Base):
 
 
 class DeviceLeaseRow(Base):
-    """A device leased to an attempt. A free device has no row."""
+    """A device leased to an attempt, or to a side process of a service. A free device has no row.
+
+    ``sidecar``: the identity of that service, see `service.sidecars.sidecars`; null for an attempt.
+    """
 
     __tablename__ = "leases"
 
     device: Mapped[str] = mapped_column(String(20), primary_key=True)
-    attempt_id: Mapped[str] = mapped_column(String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True)
-    job_id: Mapped[str] = mapped_column(String(40))
+    attempt_id: Mapped[str | None] = mapped_column(
+        String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True
+    )
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    sidecar: Mapped[str | None]
 
 
 class SchedulerLeaseRow(Base):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import pynvml
 
 from trainyard.contract.processes import MARKER, variable_of
+from trainyard.contract.sidecar import SIDECAR
 
 CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
@@ -20,7 +21,7 @@ CPUINFO = Path("/proc/cpuinfo")
 class Device:
     """A device that a rank can use.
 
-    ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt.
+    ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
     """
 
     id: str
@@ -114,8 +115,8 @@ def _cuda_device(index: int) -> Device:
         memory_used_bytes=int(memory.used),
         temperature_celsius=_temperature(handle),
         processes=running,
-        # An attempt's process has the marker in its environment, which is unreadable for other users' processes.
-        strangers=tuple(pid for pid in running if variable_of(pid, MARKER) is None),
+        # Our processes have a marker in their environment, which is unreadable for other users' processes.
+        strangers=tuple(pid for pid in running if not (variable_of(pid, MARKER) or variable_of(pid, SIDECAR))),
     )
 
 

@@ -35,7 +35,7 @@ from trainyard.service.launch.base import (
     LaunchRefused,
 )
 from trainyard.service.leadership import LeaderLease, fenced
-from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start
+from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Reclaim, Restart, Start
 from trainyard.service.scheduler.published_inventory import InventorySnapshot
 from trainyard.service.scheduler.snapshot import LiveAttempt, SchedulerMemory
 from trainyard.service.timing import Timing
@@ -48,7 +48,8 @@ log = logging.getLogger("trainyard")
 class PlanExecutor:
     """Executes one action at a time.
 
-    ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database.
+    ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database. ``reclaim``: ends the
+    side process that has a device.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class PlanExecutor:
         self._lease = lease
         self._alive: set[AttemptRef] = set()
         self.service_stops = False
+        self.reclaim: Callable[[str], None] = lambda _: None
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
         """Open a transaction; raise LeadershipLost if another service leads."""
@@ -96,6 +98,10 @@ class PlanExecutor:
                     return self._kill(action.attempt)
                 case Preempt():
                     return self._preempt(action)
+                case Reclaim():
+                    log.info("a side process makes room", extra={"devices": action.device})
+                    self.reclaim(action.device)
+                    return True
                 case _:
                     assert_never(action)
         except (Conflict, JobNotFound):

@@ -83,6 +83,10 @@ class Scheduler:
         self._waiting: Mapping[str, str] = {}
         self.on_lead: Callable[[], None] = lambda: None
 
+    def reclaim_devices_by(self, reclaim: Callable[[str], None]) -> None:
+        """Set what ends the side process that has a device, when a job needs it."""
+        self._executor.reclaim = reclaim
+
     def start(self) -> None:
         """Start the thread. The first round inspects every attempt that is live in the database."""
         if self._enabled:

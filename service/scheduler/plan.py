@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
-from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.devices.inventory import kind_for
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
@@ -71,13 +71,21 @@ class Preempt:
     job_id: str
 
 
-Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt
+@dataclass(frozen=True)
+class Reclaim:
+    """End the side process that has ``device``, so that ``job_id`` gets it. Runs always go first."""
+
+    device: str
+    job_id: str
+
+
+Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim
 
 
 def subject(action: Action) -> dict[str, Any]:
     """Return the log fields of the job, and of the attempt if there is one, that ``action`` applies to."""
     match action:
-        case Start() | Restart():
+        case Start() | Restart() | Reclaim():
             return {"job_id": action.job_id}
         case Inspect() | NotifyStop() | Kill() | Preempt():
             return action.attempt.name.fields
@@ -125,15 +133,18 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind, taken in the inventory's order."""
+    """Free devices by kind, taken in the inventory's order. ``lent``: those that side processes have."""
 
-    def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
-        self.leases = dict(leases)
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.leases = dict(snapshot.leases)
         self.total: dict[str, int] = {}
         self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
-        for device in devices:
+        self.lent: dict[str, None] = {}
+        for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
-            if device.id not in leases and not device.processes:
+            if device.id in snapshot.lent:
+                self.lent[device.id] = None
+            elif device.id not in snapshot.leases and not device.processes:
                 self.free[device.kind][device.id] = None
 
     def fits(self, kind: str, ranks: int) -> bool:
@@ -151,6 +162,17 @@ class _Pools:
             del pool[device]
             self.leases[device] = job_id
         return devices
+
+    def lent_to_sidecars(self, kind: str, ranks: int) -> tuple[str, ...]:
+        """Return the lent devices that ``ranks`` ranks need besides the free ones, as many as there are."""
+        fitting = (device for device in self.lent if kind in (device, _pool(device)))
+        return tuple(islice(fitting, max(0, ranks - self.count(kind))))
+
+    def reclaim(self, devices: Sequence[str], job_id: str) -> list["Reclaim"]:
+        """Take lent devices, so that no later job reclaims them too."""
+        for device in devices:
+            del self.lent[device]
+        return [Reclaim(device, job_id) for device in devices]
 
     def waiting_reason(self, kind: str, ranks: int) -> str:
         if kind not in DEVICE_NAMES:
@@ -171,12 +193,12 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], dict[str, str]]:
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim], dict[str, str]]:
     """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted."""
-    pools = _Pools(snapshot.devices, snapshot.leases)
+    pools = _Pools(snapshot)
     budget = PreemptionBudget(snapshot)
     auto_kind = kind_for("auto", snapshot.devices)
-    placed: list[Start | Preempt] = []
+    placed: list[Start | Preempt | Reclaim] = []
     waiting: dict[str, str] = {}
     for job in sorted(snapshot.queued, key=_queue_order):
         if job.launcher not in (None, LOCAL):
@@ -187,8 +209,16 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], di
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
         waiting[job.id] = pools.waiting_reason(kind, job.ranks)
-        victims = budget.find_victims(job, kind, pools.count(kind))
+        lent = pools.lent_to_sidecars(kind, job.ranks)
+        room = pools.count(kind) + len(lent)
+        if room >= job.ranks:
+            # They are free in the next round. Until then no later job gets what is free now.
+            placed += pools.reclaim(lent, job.id)
+            pools.reserve(kind)
+            continue
+        victims = budget.find_victims(job, kind, room)
         if victims is not None:
+            placed += pools.reclaim(lent, job.id)
             placed += [Preempt(attempt, job.id) for attempt in victims.victims]
             waiting[job.id] += f"; {victims}"
         else:

@@ -97,7 +97,8 @@ class PreemptionBudget:
 
 def _devices_being_freed(snapshot: Snapshot) -> dict[str, LiveAttempt | None]:
     # Devices without a lease on which the processes of an ended attempt are still seen.
-    return {d.id: None for d in snapshot.devices if d.processes and not d.strangers and d.id not in snapshot.leases}
+    held = {*snapshot.leases, *snapshot.lent}
+    return {d.id: None for d in snapshot.devices if d.processes and not d.strangers and d.id not in held}
 
 
 def _youngest_first(attempt: LiveAttempt) -> float:

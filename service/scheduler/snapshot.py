@@ -75,6 +75,7 @@ class LiveAttempt:
 class Snapshot:
     """``inspected_at`` and ``notified`` of live attempts come from this process's memory and are empty after a restart.
 
+    ``leases``: device -> the job that has it. ``lent``: devices that side processes have until a job needs them.
     ``preempts``: jobs of lower priority are paused for one of higher priority.
     """
 
@@ -82,6 +83,7 @@ class Snapshot:
     live: Sequence[LiveAttempt] = ()
     restarts_due: Sequence[str] = ()
     leases: Mapping[str, str] = field(default_factory=dict)
+    lent: frozenset[str] = frozenset()
     devices: Sequence[Device] = ()
     preempts: bool = False
 
@@ -114,12 +116,13 @@ def load_snapshot(
 ) -> Snapshot:
     awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
-    leases = session.execute(select(DeviceLeaseRow.device, DeviceLeaseRow.job_id)).all()
+    leases = session.scalars(select(DeviceLeaseRow)).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
-        leases={row.device: row.job_id for row in leases},
+        leases={row.device: row.job_id for row in leases if row.job_id is not None},
+        lent=frozenset(row.device for row in leases if row.sidecar is not None),
         devices=devices,
         preempts=preempts,
     )

@@ -102,7 +102,8 @@ def check(home: Home, sampler: Sampler | None = None, damage: Damage = fake_rank
 def check_leases(session: Session) -> None:
     """I3; a device has one row at most by its primary key."""
     held: dict[str, list[str]] = {}
-    for lease in session.scalars(select(DeviceLeaseRow)):
+    for lease in session.scalars(select(DeviceLeaseRow).where(DeviceLeaseRow.attempt_id.is_not(None))):
+        assert lease.attempt_id is not None
         held.setdefault(lease.attempt_id, []).append(lease.device)
     here = select(AttemptRow).where(AttemptRow.ended_at.is_(None), AttemptRow.launcher == LOCAL)
     live = {row.id: sorted(row.devices) for row in session.scalars(here)}

@@ -18,7 +18,7 @@ router = APIRouter(tags=["devices"], route_class=ServiceRoute)
 
 @router.get("/devices", dependencies=[READ])
 def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
-    """List the devices of this host, with the attempt that leases each, and processes that belong to no attempt.
+    """List the devices of this host, with the attempt that leases each, and processes of other programs.
 
     They are followed by the devices that a cluster has allocated to live attempts.
     """
