@@ -123,6 +123,7 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         state.leader  # noqa: B018 - creates the monitor, which counts the seconds since a renewal from now on
         if scheduling:
             state.scheduler.start()
+            state.evaluations.start()
             maintenance.start()
             state.sender.start()
         if ready is not None:
@@ -130,6 +131,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         yield
         state.broadcaster.stop()
         maintenance.stop()
+        # First: the end of its processes is then not taken for a failure.
+        state.evaluations.stop()
         state.sidecars.close()
         # Before the scheduler gives up the lease: the sender still has to record what it has just sent.
         state.sender.stop()

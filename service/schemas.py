@@ -354,6 +354,23 @@ class TaskScore(ResponseModel):
     finished_at: datetime | None
 
 
+class Evaluation(ResponseModel):
+    """The evaluation of a checkpoint on tasks. ``state``: failed if any of its tasks has failed."""
+
+    object: Literal["evaluation"] = "evaluation"
+    id: str
+    job_id: str
+    step: int
+    state: Literal["pending", "running", "done", "failed"]
+    device: str | None
+    error: str | None
+    requested_by: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    results: list[TaskScore]
+
+
 class LogChunk(ResponseModel):
     """A part of a log. The next part starts at ``next_offset``."""
 

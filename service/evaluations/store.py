@@ -7,11 +7,12 @@ from sqlalchemy import Connection, Row, select, tuple_
 
 from trainyard.contract.parsing import Problem
 from trainyard.service.db.models import EvaluationRow
-from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.errors import EvaluationNotFound, RequestInvalid, with_problems
+from trainyard.service.evaluations.requests import DONE, FAILED, PENDING, RUNNING
 from trainyard.service.jobs.listing import MAX_DIGITS
 from trainyard.service.jobs.presenters import columns
 from trainyard.service.jobs.queries import require_job
-from trainyard.service.schemas import TaskScore
+from trainyard.service.schemas import Evaluation, TaskScore
 
 ORDER = (EvaluationRow.step, EvaluationRow.task, EvaluationRow.number)
 
@@ -49,3 +50,26 @@ def _place_of(connection: Connection, job_id: str, after: str) -> tuple[int, str
 def to_score_response(row: EvaluationRow | Row[Any]) -> TaskScore:
     """Return a row as the API shows it."""
     return TaskScore(id=str(row.number), **columns(row, TaskScore, "id"))
+
+
+def to_evaluation_response(connection: Connection, job_id: str, evaluation_id: str) -> Evaluation:
+    """Return an evaluation and its scores as the API shows them. Raises EvaluationNotFound or JobNotFound."""
+    require_job(connection, job_id)
+    same = (EvaluationRow.job_id == job_id, EvaluationRow.evaluation_id == evaluation_id)
+    rows = connection.execute(select(*EvaluationRow.__table__.c).where(*same).order_by(EvaluationRow.number)).all()
+    if not rows:
+        raise EvaluationNotFound()
+    states = {row.state for row in rows}
+    state = next(state for state in (RUNNING, PENDING, FAILED, DONE) if state in states)
+    ended = state in (FAILED, DONE)
+    return Evaluation.model_validate(
+        {
+            "id": evaluation_id,
+            "state": RUNNING if state == PENDING and len(states) > 1 else state,
+            "error": next((row.error for row in rows if row.error is not None), None),
+            "finished_at": max(row.finished_at for row in rows) if ended else None,
+            "results": [to_score_response(row) for row in rows],
+            **{name: getattr(rows[0], name) for name in ("job_id", "step", "requested_by", "created_at")},
+            **{name: getattr(rows[-1], name) for name in ("device", "started_at")},
+        }
+    )
