@@ -66,6 +66,7 @@ PARAMETERS = {
     "listMetrics.lineage": "Whether a fork's curve starts with those of its ancestors.",
     "listEvaluations.step": "Only scores of this step.",
     "listEvaluations.task": "Only scores on the task with this name.",
+    "listEvaluations.newest": "`true`: only the score of the last step on each task.",
     "evaluateCheckpoint.step": "Step of the checkpoint, or `latest`.",
     "evaluation_id": "Id of the evaluation.",
     "streamLog.attempt": "Only the log of this attempt, counted from 1. Without it: the newest one and those after it.",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, tuple_
+from sqlalchemy import Connection, Row, Select, func, select, tuple_
 
 from trainyard.contract.parsing import Problem
 from trainyard.service.db.models import EvaluationRow
@@ -18,12 +18,18 @@ ORDER = (EvaluationRow.step, EvaluationRow.task, EvaluationRow.number)
 
 
 def page(
-    connection: Connection, job_id: str, step: int | None, task: str | None, limit: int, after: str | None
+    connection: Connection,
+    job_id: str,
+    step: int | None,
+    task: str | None,
+    limit: int,
+    after: str | None,
+    newest: bool = False,
 ) -> tuple[Sequence[Row[Any]], bool]:
     """Return a page of the job's scores by step and task, and whether more follow.
 
-    Scores of steps that were repeated since are left out. Raises JobNotFound, or RequestInvalid if no score has the id
-    ``after``.
+    ``newest``: only the score of the last step on each task, the newest one if there are several. Scores of steps that
+    were repeated since are left out. Raises JobNotFound, or RequestInvalid if no score has the id ``after``.
     """
     require_job(connection, job_id)
     query = select(*EvaluationRow.__table__.c).where(EvaluationRow.job_id == job_id, EvaluationRow.stitched.is_(True))
@@ -31,10 +37,24 @@ def page(
         query = query.where(EvaluationRow.step == step)
     if task is not None:
         query = query.where(EvaluationRow.task == task)
+    if newest:
+        query = query.where(EvaluationRow.number.in_(_newest(job_id)))
     if after is not None:
         query = query.where(tuple_(*ORDER) > tuple_(*_place_of(connection, job_id, after)))
     rows = connection.execute(query.order_by(*ORDER).limit(limit + 1)).all()
     return rows[:limit], len(rows) > limit
+
+
+def _newest(job_id: str) -> Select[Any]:
+    measured = (
+        EvaluationRow.job_id == job_id,
+        EvaluationRow.stitched.is_(True),
+        EvaluationRow.state == DONE,
+    )
+    last = select(EvaluationRow.task, func.max(EvaluationRow.step).label("step")).where(*measured)
+    last_step = last.group_by(EvaluationRow.task).subquery()
+    at_last = (EvaluationRow.task == last_step.c.task, EvaluationRow.step == last_step.c.step)
+    return select(func.max(EvaluationRow.number)).where(*measured, *at_last).group_by(EvaluationRow.task)
 
 
 def _place_of(connection: Connection, job_id: str, after: str) -> tuple[int, str, int]:

@@ -13,8 +13,19 @@ from tests.client.fake_service import FakeService, body_of, job, metric, problem
 from trainyard.client.cli.main import main
 from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
-READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samples", "devices", "version")
-OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
+READING = (
+    "list",
+    "show",
+    "metrics",
+    "events",
+    "checkpoints",
+    "attempts",
+    "samples",
+    "evaluations",
+    "devices",
+    "version",
+)
+OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "evaluations", "logs")
 
 
 def arguments(command: str) -> list[str]:
@@ -30,7 +41,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
     expected += (
         "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
     )
-    expected += "token webhook"
+    expected += "token webhook evaluate evaluations"
     assert set(subcommands()) == set(expected.split())
 
 

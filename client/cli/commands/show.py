@@ -26,7 +26,7 @@ from trainyard.client.cli.formatting import (
     table,
 )
 from trainyard.client.cli.watch.job_page import job_page
-from trainyard.client.errors import ServiceUnreachable
+from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.exit_codes import Exit
 
 CELL = 60
@@ -89,11 +89,19 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
 def show(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = find_job(trainyard, args.job, console)
+        scores = [] if args.json else _newest_scores(trainyard, job["id"])
     if args.json:
         console.json(job)
     else:
-        console.lines(job_page(job, datetime.now(UTC)))
+        console.lines(job_page(job, datetime.now(UTC), scores))
     return Exit.SUCCEEDED
+
+
+def _newest_scores(trainyard: Client, job_id: str) -> list[Any]:
+    try:
+        return list(trainyard.evaluations(job_id, newest=True))
+    except NotFound:
+        return []  # a service of 0.1, or the job was deleted just now
 
 
 def metrics(args: SimpleNamespace, console: Console) -> int:

@@ -43,13 +43,14 @@ def list_evaluations(
     task: OptionalText = None,
     limit: ScoreLimit = 1000,
     after: OptionalText = None,
+    newest: bool = False,
 ) -> Page[TaskScore]:
     """List the scores on tasks by step and task: those of the training, and those of evaluations.
 
     If a score was measured again, both are listed, the older one first.
     """
     with state.database.connection() as connection:
-        rows, has_more = store.page(connection, job_id, step, task, limit, after)
+        rows, has_more = store.page(connection, job_id, step, task, limit, after, newest)
     return Page(data=[store.to_score_response(row) for row in rows], has_more=has_more)
 
 
