@@ -26,7 +26,7 @@ help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
-	@echo "make test-long    the tests that do not fit into ten minutes: two releases, a browser with real runs"
+	@echo "make test-long    the tests that do not fit into ten minutes: guides, fault processes, two releases"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
 	@echo "make gpu     the tests that need a GPU; \`trainyard doctor --gpu\` tries the promises without the repository"
@@ -74,7 +74,7 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not soak and not long" $(PYTEST_ARGS)
 
 test-long: setup
-	$(BIN)/python -m pytest -m "long and not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m "long and not soak" $(PYTEST_ARGS)
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)

@@ -24,7 +24,7 @@ from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.evaluate import Evaluator
+from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
@@ -83,9 +83,10 @@ def train_all() -> list[Learner]:
         for step in range(1, STEPS + 1):
             for each, loader in zip(learners, loaders, strict=True):
                 each.learn(loader, step)
-        assert data.eval_set is not None
         for each in learners:
-            each.held_out = Evaluator(data.eval_set, ranks, ROWS).loss(each.state) or float("nan")
+            each.held_out = HeldOutEvaluator(data.eval_sets, ranks, ROWS, None).evaluate(each.state).loss or float(
+                "nan"
+            )
     return learners
 
 

@@ -91,7 +91,7 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
         from trainyard.worker.attempt import StepHeartbeat
         from trainyard.worker.events.trackers import Trackers
         from trainyard.worker.events.writer import EventWriter
-        from trainyard.worker.training.control import StopSignal
+        from trainyard.worker.stop_signal import StopSignal
         from trainyard.worker.training.metrics import MetricsProcessor
 
         self._clock = clock

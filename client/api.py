@@ -9,7 +9,7 @@ with Client() as client:
 import os
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import quote
@@ -18,13 +18,22 @@ import httpx2
 
 from trainyard.client.connection import Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint, download_export
-from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
+from trainyard.client.errors import (
+    AmbiguousName,
+    NotFound,
+    ServiceUnreachable,
+    UnexpectedStatus,
+    WaitTimedOut,
+    api_error,
+)
 from trainyard.client.exit_codes import is_idle
-from trainyard.client.sse import StreamEvent
+from trainyard.client.sse import OPENED, StreamEvent
 from trainyard.client.types import (
     Checkpoint,
     Evaluation,
     Export,
+    GeneratedText,
+    HeldOutResult,
     Job,
     LogChunk,
     Metric,
@@ -33,13 +42,16 @@ from trainyard.client.types import (
     ResumedJob,
     TaskScore,
     Token,
+    TokenizedCorpus,
     Version,
 )
 from trainyard.client.webhooks import Webhooks
+from trainyard.contract.status import CorpusStatus
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
 METRICS_PAGE = 1000
+GENERATION_SECONDS = 600.0
 
 
 class Client:
@@ -107,13 +119,22 @@ class Client:
         limit: int | None = None,
         group: str | None = None,
         discarded: bool = False,
+        owner: str | None = None,
     ) -> Iterator[Job]:
         """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``.
 
         ``order``: "newest" (the default), "oldest", "score" (the best first) or "-score". ``discarded``: list only the
-        jobs that were discarded, which are left out otherwise.
+        jobs that were discarded, which are left out otherwise. ``owner``: the name of the token that submitted them, or
+        "local".
         """
-        params = {"status": status, "label": list(labels) or None, "name": name, "order": order, "group": group}
+        params = {
+            "status": status,
+            "label": list(labels) or None,
+            "name": name,
+            "order": order,
+            "group": group,
+            "owner": owner,
+        }
         params["discarded"] = "true" if discarded else None
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 
@@ -162,9 +183,10 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir`` (the checkpoints
-        and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length from the start)
-        or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
+        ``gradient_checkpointing`` and ``save_dir``
+        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
+        from the start) or "continue" (decays from the current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
@@ -252,6 +274,55 @@ class Client:
                 raise WaitTimedOut(stall_timeout, job, stalled=True)
             time.sleep(interval)
 
+    # Corpora
+
+    def build_corpus(self, data: Mapping[str, Any]) -> TokenizedCorpus:
+        """Tokenize a corpus without a job. ``data``: the fields of a job spec's ``data``. Returns at once.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the fields.
+        """
+        return cast(TokenizedCorpus, self._connection.call("POST", "/corpora", body=data))
+
+    def wait_for_corpus(
+        self,
+        corpus_id: str,
+        timeout: float | None = None,
+        interval: float = 0.5,
+        on_progress: Callable[[TokenizedCorpus], None] = lambda _: None,
+    ) -> TokenizedCorpus:
+        """Poll until the corpus is ``ready``, ``failed`` or ``stopped``, and return it. Waits for the service too.
+
+        Raises:
+            WaitTimedOut: ``timeout`` seconds passed.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        corpus: TokenizedCorpus | None = None
+        while True:
+            try:
+                corpus = self.corpus(corpus_id)
+                on_progress(corpus)
+                if corpus["status"] not in (CorpusStatus.QUEUED, CorpusStatus.PREPARING):
+                    return corpus
+            except ServiceUnreachable:
+                if corpus is None:
+                    raise
+            if deadline is not None and time.monotonic() + interval > deadline:
+                raise WaitTimedOut(timeout or 0.0, corpus or {})
+            time.sleep(interval)
+
+    def corpora(self, limit: int | None = None) -> Iterator[TokenizedCorpus]:
+        """Iterate over the corpora, newest first."""
+        return cast(Iterator[TokenizedCorpus], self._pages("/corpora", {}, limit))
+
+    def corpus(self, corpus_id: str) -> TokenizedCorpus:
+        """Return the corpus with this id."""
+        return cast(TokenizedCorpus, self._connection.call("GET", f"/corpora/{quote(corpus_id, safe='')}"))
+
+    def delete_corpus(self, corpus_id: str) -> None:
+        """Delete a corpus from the cache; the files that it was made of stay."""
+        self._connection.call("DELETE", f"/corpora/{quote(corpus_id, safe='')}")
+
     # Metrics, logs, checkpoints and events of a job
 
     def metrics(
@@ -268,6 +339,12 @@ class Client:
             if not page["has_more"] or not page["data"]:
                 return
             after_step = page["data"][-1]["step"]
+
+    def held_out(self, job_id: str) -> dict[str, HeldOutResult]:
+        """Return the newest loss and bits per byte of each held-out set, by its name; {} before an evaluation."""
+        params = {"max_points": 1, "fields": "eval"}
+        page = self._connection.call("GET", _path(job_id, "metrics"), params=params)
+        return page["data"][-1].get("eval") or {} if page["data"] else {}
 
     def metric_stream(
         self, job_id: str, *, after_step: int = 0, last_event_id: str | None = None
@@ -366,6 +443,48 @@ class Client:
             evaluation = self.evaluation(evaluation["job_id"], evaluation["id"])
         return evaluation
 
+    def generate(
+        self,
+        job_id: str,
+        prompt: str | None = None,
+        *,
+        step: int | str = "latest",
+        messages: Sequence[Mapping[str, str]] | None = None,
+        timeout: float = GENERATION_SECONDS,
+        **options: Any,
+    ) -> GeneratedText:
+        """Continue a prompt, or the conversation ``messages``, with a checkpoint.
+
+        ``options``: ``max_new_tokens`` (128), ``temperature`` (0.85; 0: the likeliest token), ``top_p`` (0.95),
+        ``top_k`` (0: all), ``seed``, ``stop`` (texts that end it). ``timeout`` is in seconds: the first request waits
+        until the checkpoint is loaded.
+        """
+        body = _generation(prompt, messages, options)
+        path = _path(job_id, "checkpoints", str(step), "generate")
+        return cast(GeneratedText, self._connection.call("POST", path, body=body, timeout=timeout))
+
+    def generate_stream(
+        self,
+        job_id: str,
+        prompt: str | None = None,
+        *,
+        step: int | str = "latest",
+        messages: Sequence[Mapping[str, str]] | None = None,
+        timeout: float = GENERATION_SECONDS,
+        **options: Any,
+    ) -> Iterator[StreamEvent]:
+        """Do the same as `generate`, but yield the events ``start``, ``text`` for each part, and ``end``.
+
+        Closing the iterator ends the generation. Raises `ApiError` also if it fails after its beginning.
+        """
+        body = {**_generation(prompt, messages, options), "stream": True}
+        path = _path(job_id, "checkpoints", str(step), "generate")
+        for event in self._connection.stream(path, body=body, timeout=timeout):
+            if event.kind == "error":
+                raise api_error(int(event.data["status"]), event.data)
+            if event.kind != OPENED:
+                yield event
+
     def delete_checkpoint(self, job_id: str, step: int) -> None:
         """Delete a full checkpoint with its files. The service rejects this for the last valid one."""
         self._connection.call("DELETE", _path(job_id, "checkpoints", str(step)))
@@ -400,6 +519,10 @@ class Client:
     def devices(self) -> list[dict[str, Any]]:
         """Return the devices, each with its model, memory and the job that leases it."""
         return list(self._pages("/devices"))
+
+    def clear_device(self, device_id: str) -> dict[str, Any]:
+        """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
+        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""
@@ -480,6 +603,13 @@ def _path(job_id: str, *below: str) -> str:
     return "/".join(["/jobs", quote(job_id, safe=""), *below])
 
 
+def _generation(
+    prompt: str | None, messages: Sequence[Mapping[str, str]] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    given = {"prompt": prompt, "messages": messages, **options}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _token(name: str) -> str:
     return f"/tokens/{quote(name, safe='')}"
 
@@ -493,4 +623,5 @@ def _reached(job: Job, until: Collection[str] | Callable[[Job], bool] | None) ->
 def _progress_of(job: Job) -> tuple[object, ...]:
     """Return what changes whenever the job makes progress."""
     step = (job.get("progress") or {}).get("step")
-    return job["status"], job.get("attempt"), job.get("phase"), job.get("phase_detail"), step
+    prepared = (job.get("preparation") or {}).get("done_bytes")
+    return job["status"], job.get("attempt"), job.get("phase"), job.get("phase_detail"), step, prepared

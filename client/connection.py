@@ -99,20 +99,31 @@ class Connection:
         return self._result(self._send(request, repeatable))
 
     def stream(
-        self, path: str, params: Mapping[str, Any] | None = None, last_event_id: str | None = None
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        last_event_id: str | None = None,
+        *,
+        body: Any = None,
+        timeout: float = STREAM_TIMEOUT_SECONDS,
     ) -> Iterator[StreamEvent]:
         """Yield the events of a stream until the connection ends. The first one has the kind "open".
+
+        With a ``body`` it is sent by POST. ``timeout``: seconds without any data.
 
         Raises:
             StreamUnsupported: the response is no stream.
             ApiError: the service rejected the request.
-            ServiceUnreachable: there was no response, or nothing came for `STREAM_TIMEOUT_SECONDS`.
+            ServiceUnreachable: there was no response, or nothing came for ``timeout`` seconds.
         """
         query = {name: value for name, value in (params or {}).items() if value is not None}
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
-        timeout = httpx2.Timeout(CONNECT_SECONDS, read=STREAM_TIMEOUT_SECONDS)
+        _require_expressible(body, query)
+        request: dict[str, Any] = {"params": query, "headers": headers, **({} if body is None else {"json": body})}
+        limits = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
+        method = "GET" if body is None else "POST"
         try:
-            with self._http.stream("GET", path, params=query, headers=headers, timeout=timeout) as response:
+            with self._http.stream(method, path, **request, timeout=limits) as response:
                 if response.status_code >= 400:
                     response.read()
                     raise api_error(response.status_code, _problem(response))

@@ -31,19 +31,26 @@ class ErrorCard(TypedDict, total=False):
 
 
 class Progress(TypedDict, total=False):
-    """Progress of a run. ``step`` counts optimizer steps from 1; ``percent`` is 0 to 100."""
+    """Progress of a run. ``step`` counts optimizer steps from 1; ``percent`` is 0 to 100.
+
+    ``eval_loss``, ``eval_bpb``: of all held-out sets together, at ``eval_step``.
+    """
 
     step: int | None
     steps: int | None
     epoch: float | None
     tokens: int | None
     loss: float | None
+    bpb: float | None
     learning_rate: float | None
     grad_norm: float | None
     tokens_per_second: float | None
     mfu: float | None
     eta_seconds: float | None
     percent: float | None
+    eval_loss: float | None
+    eval_bpb: float | None
+    eval_step: int | None
     updated_at: str | None
 
 
@@ -62,6 +69,42 @@ class Checkpoint(TypedDict, total=False):
     created_at: str
 
 
+class CorpusProgress(TypedDict, total=False):
+    """Progress of the preparation of a corpus."""
+
+    done_bytes: int | None
+    total_bytes: int | None
+    percent: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+
+
+class TokenizedCorpus(TypedDict, total=False):
+    """A corpus with its tokenizer, tokenized once for all jobs. ``spec``: the fields of a job spec's ``data``.
+
+    ``report``: what it holds, a `contract.corpus_report.CorpusReport`; None until it is tokenized.
+    """
+
+    object: str
+    id: str
+    status: str
+    cached: bool
+    spec: dict[str, Any]
+    launcher: str
+    attempt: int | None
+    progress: CorpusProgress | None
+    report: dict[str, Any] | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    jobs: list[str]
+    restart_at: str | None
+    submitted_by: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
 class Export(TypedDict, total=False):
     """An exported checkpoint. ``path`` is on the service's host."""
 
@@ -73,6 +116,20 @@ class Export(TypedDict, total=False):
     path: str
     bytes: int
     files: list[dict[str, Any]]
+
+
+class GeneratedText(TypedDict, total=False):
+    """The continuation of a prompt. ``tokens``: how many new tokens it has. ``finish_reason``: stop or length."""
+
+    object: str
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: str
+    chat_template: bool
+    device: str
 
 
 class Action(TypedDict, total=False):
@@ -101,6 +158,25 @@ class PlanSource(TypedDict):
     passes: float | None
 
 
+class EvalSet(TypedDict):
+    """A held-out set. ``tokens``: those that are predicted. ``duplicates``: counted with ``eval_fraction``."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None
+
+
+class MemoryOption(TypedDict):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing; ``fits``: None if unknown."""
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: dict[str, int | None]
+    fits: bool | None
+
+
 class Plan(TypedDict, total=False):
     """Size and cost of a run. ``estimated``: the numbers that depend on the corpus come from a sample of it."""
 
@@ -110,6 +186,7 @@ class Plan(TypedDict, total=False):
     samples: int | None
     bad_lines: int | None
     duplicates: int | None
+    eval_sets: list[EvalSet]
     special_tokens: int | None
     special_texts: int | None
     bos_token: str | None
@@ -120,6 +197,8 @@ class Plan(TypedDict, total=False):
     world_size: int | None
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
+    memory_options: list[MemoryOption]
+    settings_that_fit: dict[str, dict[str, Any]] | None
     checkpoint_bytes: int | None
     snapshot_bytes: int | None
     disk_free_bytes: int | None
@@ -137,7 +216,10 @@ class Plan(TypedDict, total=False):
 
 
 class Score(TypedDict):
-    """What a job is ranked by; less is better. ``metric``: eval_loss (the best one) or loss (the newest smoothed)."""
+    """What a job is ranked by; less is better.
+
+    ``metric``: bpb (best held-out bits per byte), eval_loss (the best one) or loss (the newest smoothed one).
+    """
 
     metric: str
     value: float
@@ -158,6 +240,8 @@ class Job(TypedDict, total=False):
     status: str
     desired: str
     phase: str | None
+    corpus_id: str | None
+    preparation: CorpusProgress | None
     reason: str | None
     message: str | None
     error: ErrorCard | None
@@ -171,6 +255,7 @@ class Job(TypedDict, total=False):
     weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
+    owner: NotRequired[str]
     submitted_by: str | None
     allowed_actions: list[Action]
     summary: str
@@ -215,8 +300,18 @@ class NewToken(Token, total=False):
     token: str
 
 
+class HeldOutResult(TypedDict):
+    """The evaluation of a held-out set: loss in nats per token, and bits per byte of text."""
+
+    loss: float | None
+    bpb: float | None
+
+
 class Metric(TypedDict, total=False):
-    """One point of the curve. ``loss`` is the mean over all tokens since the previous point."""
+    """One point of the curve. ``loss`` is the mean over all tokens since the previous point, ``bpb`` in bits per byte.
+
+    ``eval``: the results of each held-out set, by its name; ``eval_loss`` and ``eval_bpb``: of all sets together.
+    """
 
     job_id: str
     step: int
@@ -230,9 +325,14 @@ class Metric(TypedDict, total=False):
     tokens_per_second: float | None
     mfu: float | None
     step_seconds: float | None
+    step_seconds_max_rank: int | None
+    step_seconds_spread: float | None
     data_seconds: float | None
     memory_bytes: int | None
     eval_loss: float | None
+    eval_bpb: float | None
+    eval: dict[str, HeldOutResult] | None
+    bpb: float | None
     nonfinite: bool
     at: str
 

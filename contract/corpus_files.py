@@ -60,34 +60,42 @@ def expand(data_path: str | Sequence[str]) -> list[NamedFile]:
     """Return the files of a ``data_path`` in their order: that of a list, and within a directory or glob by path.
 
     Below a directory, every file of a known form counts. Hidden files and directories, and links to directories, are
-    skipped. A file that two entries name counts once. Raises CorpusFilesInvalid.
+    skipped. A file that is reached twice, by two entries or by a link, counts once, under its first name. Raises
+    CorpusFilesInvalid.
     """
     entries = [data_path] if isinstance(data_path, str) else list(data_path)
-    files: dict[Path, NamedFile] = {}
+    files: dict[str, NamedFile] = {}
     for entry in entries:
-        for file in _expand_entry(entry):
-            files.setdefault(file.path, file)
+        for file, target in _expand_entry(entry):
+            files.setdefault(target, file)
         if len(files) > MAX_FILES:
             raise CorpusFilesInvalid(entry, f"has more than {MAX_FILES:,} files: join them into fewer")
     return list(files.values())
 
 
-def _expand_entry(entry: str) -> list[NamedFile]:
+def _expand_entry(entry: str) -> list[tuple[NamedFile, str]]:
+    """Return the files of an entry, each with the path that its links lead to."""
     if os.path.isdir(entry):
         base, empty = entry, f"is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
-        paths = (file.path for file in _Search(entry).files(entry, ("**",)) if has_known_form(file.name))
+        found = (file for file in _Search(entry).files(entry, ("**",)) if has_known_form(file.name))
     elif is_glob(entry):
         base, empty = glob_base(entry), "matches no file. Links to directories are not followed"
         parts = Path(entry).parts[len(Path(base).parts) :]
         if ".." in parts:
             raise CorpusFilesInvalid(entry, 'has ".." after a mark of a glob: name the directory')
-        paths = (file.path for file in _Search(entry).files(base, parts) if file.is_file())
+        found = (file for file in _Search(entry).files(base, parts) if file.is_file())
     else:
-        return [NamedFile(_checked(os.path.basename(entry), entry), Path(entry))]
-    files = [NamedFile(_name(path, base), Path(path)) for path in paths]
+        return [(NamedFile(_checked(os.path.basename(entry), entry), Path(entry)), os.path.realpath(entry))]
+    real_base = os.path.realpath(base)
+    files = []
+    for file in found:
+        name = _name(file.path, base)
+        # No directory below the base is a link, so only a link needs to be followed: that costs a stat for each part.
+        target = os.path.realpath(file.path) if file.is_symlink() else f"{real_base}/{name}"
+        files.append((NamedFile(name, Path(file.path)), target))
     if not files:
         raise CorpusFilesInvalid(entry, empty)
-    return sorted(files, key=lambda file: file.name.split("/"))
+    return sorted(files, key=lambda file: file[0].name.split("/"))
 
 
 def is_glob(entry: str) -> bool:
@@ -223,15 +231,22 @@ def fingerprint_inputs(
     Each source has one fingerprint for all its files. ``tokenizer``: its file, or None if it is built in. ``roots``:
     the directories below which the files must be, if given.
     """
-    paths: dict[str, str | list[str] | None] = {"data_path": data.data_path, "eval_data_path": data.eval_data_path}
-    paths |= {f"sources/{source.name}": source.path for source in data.sources or ()}
-    paths["tokenizer_path"] = None if tokenizer is None else str(tokenizer)
+    paths = corpus_paths(data)
+    if tokenizer is not None:
+        paths.append(("tokenizer_path", str(tokenizer)))
     found = {}
-    for name, path in paths.items():
-        if path is not None:
-            with suppress(OSError, ValueError):
-                found[name] = _fingerprint(path, roots)
+    for name, path in paths:
+        with suppress(OSError, ValueError):
+            found[name] = _fingerprint(path, roots)
     return found
+
+
+def corpus_paths(data: DataSpec) -> list[tuple[str, str | list[str]]]:
+    """Return the name of each field or source that names files of a corpus, and its path."""
+    fields = (("data_path", data.data_path), ("eval_data_path", data.eval_data_path))
+    sources = [(f"sources/{source.name}", source.path) for source in data.sources or ()]
+    held_out = [(f"eval_sources/{source.name}", source.path) for source in data.eval_sources or ()]
+    return [*((name, path) for name, path in fields if path is not None), *sources, *held_out]
 
 
 def _fingerprint(path: str | list[str], roots: Sequence[Path]) -> FileFingerprint:

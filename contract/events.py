@@ -26,13 +26,46 @@ class EventBase(BaseModel):
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
+class RankInfo(BaseModel):
+    """Where a rank runs. ``device``: as `GET /devices` numbers it, ``cuda:3`` or ``cpu``. ``name``: its model."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
+
+    def __str__(self) -> str:
+        bus = f", PCI {self.pci_bus_id}" if self.pci_bus_id is not None else ""
+        return f"rank {self.rank} (host {self.host}, {self.device} {self.name}{bus})"
+
+
+class HeldOutFacts(BaseModel):
+    """Size of a held-out set. ``tokens``: those that are predicted. ``documents``: null if unknown.
+
+    ``duplicates``: documents of its source with the text of an earlier one, counted if ``eval_fraction`` is used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int
+    duplicates: int | None = None
+
+
 class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
+    ``base_tokens``: tokens trained in them.
     ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
     ``bos_token``, ``eos_token``: the tokens before and after each document. ``inputs``: the files that were read, see
     `contract.file_identity.fingerprint_inputs`.
+    ``ranks``: host and device of each rank; [] from an older worker.
     ``duplicates``: documents with the text of an earlier one, counted if ``eval_fraction`` is used; else null.
     """
 
@@ -61,8 +94,11 @@ class Started(EventBase):
     steps_per_epoch: int
     flops_per_token: float
     base_step: Step = 0
+    base_tokens: int = Field(default=0, ge=0)
     duplicates: int | None = None
+    eval_sets: list[HeldOutFacts] = Field(default_factory=list)
     resumed_from: str | None = None
+    ranks: list[RankInfo] = Field(default_factory=list)
 
 
 class PhaseChanged(EventBase):
@@ -75,12 +111,25 @@ class PhaseChanged(EventBase):
     total: int | None = None
 
 
+class HeldOutResult(BaseModel):
+    """The evaluation of a held-out set. ``loss``: in nats per token. ``bpb``: in bits per byte of text."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    loss: float | None = None
+    bpb: float | None = None
+
+
 class MetricEvent(EventBase):
     """One point of the curve, at an optimizer step.
 
-    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``tokens``: trained tokens of the
+    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``bpb``: the same in bits per byte of
+    text; null if the bytes of a token are unknown. ``eval``: the results of each held-out set, by its name;
+    ``eval_loss``, ``eval_bpb``: over all sets together, each token counting once. ``tokens``: trained tokens of the
     whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
-    since the previous point, over all layers; null for a dense model. Times are in seconds.
+    since the previous point, over all layers; null for a dense model. ``step_seconds_max_rank``: the rank that computed
+    longest in a step, and ``step_seconds_spread`` its time over the median of all ranks, both without the time that a
+    rank waits for others; null for one rank. Times are in seconds.
     """
 
     kind: Literal["metric"] = "metric"
@@ -94,11 +143,16 @@ class MetricEvent(EventBase):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
     expert_load: list[float] | None = None
     nonfinite: bool = False
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
 
 
 class CheckpointSaved(EventBase):

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.contract.spec import DataSpec, JobSpec, TrainingSpec
 
 ALIASES: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("training", "epochs"),
@@ -196,14 +196,13 @@ def printable(value: str) -> str:
 
 
 def _first_per_field(error: ValidationError) -> Iterator[dict[str, Any]]:
-    # One error per field: a union reports an error for each of its branches.
+    # One error per field: a union reports an error for each of its branches. An entry of a list has fields of its own.
     seen: set[tuple[int | str, ...]] = set()
     for found in error.errors(include_input=False, include_url=False, include_context=False):
         loc = found["loc"]
-        # An item of a list, such as a source or a task, has fields of its own.
-        field_of = loc[:4] if len(loc) > 3 and isinstance(loc[2], int) else loc[:3]
-        if field_of not in seen:
-            seen.add(field_of)
+        field = loc[: 4 if len(loc) > 3 and isinstance(loc[2], int) else 3]
+        if field not in seen:
+            seen.add(field)
             yield dict(found)
 
 
@@ -253,14 +252,15 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = f"must be at most model.max_position_embeddings ({limit})"
         yield Problem("/data/max_seq_len", message), ("/data/max_seq_len", "/model/max_position_embeddings")
     yield from _source_conflicts(spec)
-    if spec.data.eval_data_path is not None and spec.data.eval_fraction > 0:
-        message = "cannot be combined with eval_data_path: give one of them"
-        yield Problem("/data/eval_fraction", message), ("/data/eval_fraction", "/data/eval_data_path")
+    yield from _held_out_conflicts(spec.data)
     yield from duplicate_names((task.name for task in spec.evaluation.tasks), "/evaluation/tasks", "task")
     steps = spec.training.max_steps
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
         yield Problem("/training/warmup_steps", message), ("/training/warmup_steps", "/training/max_steps")
+    if steps is not None and spec.training.max_tokens is not None:
+        message = "cannot be combined with max_steps: give one of them"
+        yield Problem("/training/max_tokens", message), ("/training/max_tokens", "/training/max_steps")
     yield from _decay_conflicts(spec.training)
     resources = spec.resources
     if resources.min_nodes > resources.max_nodes:
@@ -299,9 +299,26 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
     if 0 < len(unweighted) < len(data.sources):
         message = "is required, because other sources have a weight"
         yield from ((Problem(f"/data/sources/{index}/weight", message), ("/data/sources",)) for index in unweighted)
-    if data.is_mixture and spec.training.max_steps is None:
-        message = "is required: a weighted mixture has no epochs"
-        yield Problem("/training/max_steps", message), ("/training/max_steps", "/data/sources")
+    if data.is_mixture and spec.training.max_steps is None and spec.training.max_tokens is None:
+        message = "is required, or max_tokens: a weighted mixture has no epochs"
+        lengths = ("/training/max_steps", "/training/max_tokens")
+        yield Problem("/training/max_steps", message), (*lengths, "/data/sources")
+
+
+def _held_out_conflicts(data: DataSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    path, sources, fraction = (f"/data/eval_{name}" for name in ("data_path", "sources", "fraction"))
+    conflict = "cannot be combined with {}: give one of them"
+    if data.eval_sources is not None and data.eval_data_path is not None:
+        yield Problem(sources, conflict.format("eval_data_path")), (sources, path)
+    if data.eval_fraction > 0 and data.eval_data_path is not None:
+        yield Problem(fraction, conflict.format("eval_data_path")), (fraction, path)
+    if data.eval_fraction > 0 and data.eval_sources is not None:
+        yield Problem(fraction, conflict.format("eval_sources")), (fraction, sources)
+    seen: set[str] = set()
+    for index, source in enumerate(data.eval_sources or ()):
+        if source.name in seen:
+            yield Problem(f"{sources}/{index}/name", "is the name of an earlier held-out set"), (sources,)
+        seen.add(source.name)
 
 
 def duplicate_names(names: Iterable[str], pointer: str, what: str) -> Iterator[tuple[Problem, tuple[str, ...]]]:

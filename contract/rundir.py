@@ -56,6 +56,11 @@ class AttemptDir:
         return self.path / "spec.json"
 
     @property
+    def prepare(self) -> Path:
+        """If it exists, the attempt prepares a corpus and trains nothing: a `contract.prepared.PrepareTask`."""
+        return self.path / "prepare.json"
+
+    @property
     def outbox(self) -> Path:
         """Events of rank 0, one a line; the agent sends them to the service."""
         return self.path / "events.jsonl"

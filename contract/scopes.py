@@ -10,6 +10,11 @@ class Scope(StrEnum):
 
     READ = "read"
     SUBMIT = "submit"
+    """Submit jobs, fork any job, and act on the token's own jobs."""
+
+    OPERATE = "operate"
+    """Act on all jobs, and manage webhooks."""
+
     ADMIN = "admin"
 
     def covers(self, needed: "Scope") -> bool:

@@ -4,6 +4,8 @@
 which also knows the aliases and reports every mistake at once.
 """
 
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -57,6 +59,7 @@ NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Nodes = Annotated[int, Field(ge=1, le=4096)]
+Parallelism = Literal["ddp", "zero1", "fsdp"]
 SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_.,:+-]{0,99}$")]
 SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%@/+*&|()\[\]-]{1,200})?$")]
 
@@ -93,6 +96,19 @@ class SourceSpec(Group):
     text_field: Name | None = Field(None, description="null: data.text_field")
 
 
+class EvalSourceSpec(Group):
+    """One held-out set."""
+
+    name: SourceName = Field(description="name in metrics and charts; unique")
+    path: DataPath = Field(description="as data_path")
+    text_field: Name | None = Field(None, description="null: data.text_field")
+    max_tokens: Positive | None = Field(
+        None,
+        description="evaluate only the first documents, whole, that have at most so many tokens together; "
+        "at least one document; null: all",
+    )
+
+
 class DataSpec(Group):
     """Corpus and tokenizer."""
 
@@ -123,10 +139,15 @@ class DataSpec(Group):
     max_bad_lines: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="maximum fraction of invalid documents; above it the run fails"
     )
-    eval_data_path: DataPath | None = Field(None, description="held-out data, in the same forms as data_path")
+    eval_data_path: DataPath | None = Field(
+        None, description="held-out data, in the same forms as data_path: one held-out set, called eval"
+    )
+    eval_sources: Annotated[list[EvalSourceSpec], Field(min_length=1, max_length=MAX_SOURCES)] | None = Field(
+        None, description="several held-out sets instead of eval_data_path, each with its own loss and bits per byte"
+    )
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0,
-        description="fraction of the documents that is held out if eval_data_path is null; "
+        description="fraction of the documents of each source that is held out, if there is no other held-out data; "
         "documents with the same text are held out together",
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
@@ -140,6 +161,15 @@ class DataSpec(Group):
             return self.sources
         assert self.data_path is not None, "parsing requires one of the two"
         return [SourceSpec(name="data", path=self.data_path)]
+
+    @property
+    def held_out_sources(self) -> list[EvalSourceSpec]:
+        """The held-out sets that have files of their own: none with ``eval_fraction``."""
+        if self.eval_sources is not None:
+            return self.eval_sources
+        if self.eval_data_path is not None:
+            return [EvalSourceSpec(name="eval", path=self.eval_data_path)]
+        return []
 
     @property
     def is_mixture(self) -> bool:
@@ -162,8 +192,12 @@ def paths_in(data_path: str | list[str] | None) -> list[str]:
 class TrainingSpec(Group):
     """Training. A step is an optimizer step."""
 
-    epochs: Positive = Field(1, description="passes over the corpus; ignored if max_steps is set")
+    epochs: Positive = Field(1, description="passes over the corpus; ignored if max_steps or max_tokens is set")
     max_steps: Positive | None = Field(None, description="total number of optimizer steps; null: from epochs")
+    max_tokens: Positive | None = Field(
+        None,
+        description="instead of max_steps: the run ends with the first step at which so many tokens are trained",
+    )
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="sequences per rank per micro-batch")
     accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(8, description="micro-batches per step")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(5e-4, description="peak learning rate")
@@ -204,6 +238,19 @@ class TrainingSpec(Group):
         False, description="use only deterministic CUDA kernels; CPU runs are always deterministic"
     )
     use_compile: bool = Field(False, description="compile the model with torch.compile")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
+        "default",
+        description="mode of torch.compile; reduce-overhead replays CUDA graphs, which helps small models on a GPU; "
+        "not used with parallelism fsdp",
+    )
+    allow_tf32: bool = Field(
+        False, description="with dtype float32 on a GPU: compute matrix products in TF32, several times faster"
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of the layers, and compute each layer again in the backward pass: less "
+        "memory, about a third more computation, the same gradients",
+    )
     loss_normalization: Literal["global_tokens", "micro_batch_mean"] = Field(
         "global_tokens",
         description="global_tokens: mean over all tokens of a step; "
@@ -211,6 +258,11 @@ class TrainingSpec(Group):
     )
     on_nonfinite: Literal["fail", "skip", "rollback"] = Field(
         "fail", description="what to do after a step with a non-finite loss or gradient"
+    )
+    verify_every: Positive | None = Field(
+        None,
+        description="every so many steps, run the forward and backward passes twice and compare all bits before the "
+        "update; needs deterministic kernels, and so switches them on",
     )
     from_weight: PathText | None = Field(
         None,
@@ -226,6 +278,22 @@ class TrainingSpec(Group):
             object.__setattr__(self, "decay_fraction", None)
         return self
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether only deterministic kernels are used. Other kernels give other bits in a pass that is repeated."""
+        return self.deterministic or self.verify_every is not None
+
+    def run_steps(self, steps_per_epoch: int | None, tokens_per_step: float | None) -> int | None:
+        """Return the steps of the whole run, or None if unknown. With ``max_tokens`` it is an estimate.
+
+        ``tokens_per_step``: the mean number of predicted tokens of a step.
+        """
+        if self.max_steps is not None:
+            return self.max_steps
+        if self.max_tokens is not None:
+            return math.ceil(self.max_tokens / tokens_per_step) if tokens_per_step else None
+        return self.epochs * steps_per_epoch if steps_per_epoch else None
+
     def smaller_batch(self) -> tuple[int, int] | None:
         """Return a smaller batch_size, and the accumulation_steps that keep the step's sequences; None if it is 1."""
         if self.batch_size == 1:
@@ -234,10 +302,19 @@ class TrainingSpec(Group):
         return self.batch_size // factor, self.accumulation_steps * factor
 
 
+def replace_length(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``training`` (JSON) without the one of max_steps and max_tokens that ``changes`` gives the other of."""
+    replaced = {"max_steps": "max_tokens", "max_tokens": "max_steps"}
+    gone = {other for name, other in replaced.items() if changes.get(name) is not None and other not in changes}
+    return {name: None if name in gone else value for name, value in training.items()}
+
+
 def epochs_ignored(training: TrainingSpec) -> str:
-    """Return the warning that ``max_steps`` overrides ``epochs``."""
-    epochs, steps = training.epochs, training.max_steps
-    return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
+    """Return the warning that ``max_steps`` or ``max_tokens`` overrides ``epochs``."""
+    name, length = "max_steps", f"{training.max_steps:,} steps" if training.max_steps is not None else ""
+    if training.max_tokens is not None:
+        name, length = "max_tokens", f"{training.max_tokens:,} tokens"
+    return f"epochs {training.epochs:,} is ignored, because {name} is set: the run ends after {length}"
 
 
 class CheckpointSpec(Group):
@@ -323,6 +400,9 @@ class SlurmSpec(Group):
     """Options for Slurm. null: the setting of the service."""
 
     partition: SlurmWord | None = Field(None, description="Slurm partition, or several separated by commas")
+    prepare_partition: SlurmWord | None = Field(
+        None, description="partition of the job without GPUs that tokenizes the corpus; null: that of the run"
+    )
     account: SlurmWord | None = Field(None, description="Slurm account (--account)")
     qos: SlurmWord | None = Field(None, description="Slurm quality of service (--qos)")
     gpu_type: SlurmWord | None = Field(
@@ -350,6 +430,11 @@ class ResourcesSpec(Group):
         1,
         description="number of nodes; more than 1 needs a cluster launcher; "
         '`{"min": 1, "max": 2}`: as many as are available',
+    )
+    parallelism: Parallelism = Field(
+        "ddp",
+        description="what each rank holds. ddp: everything; zero1: its share of the optimizer state; "
+        "fsdp: its share of weights, gradients and optimizer state",
     )
     launcher: Literal["local", "slurm"] | None = Field(None, description="null: the default of the service")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
@@ -381,6 +466,18 @@ class ResourcesSpec(Group):
         return self.nproc_per_node * self.max_nodes
 
 
+def next_memory_saving(training: TrainingSpec, resources: ResourcesSpec) -> dict[str, dict[str, Any]] | None:
+    """Return the next setting with which a rank needs less memory, as {group: {field: value}}; None if all are set.
+
+    First the one without communication, then those that split more and more over the ranks, if there are several.
+    """
+    if not training.gradient_checkpointing:
+        return {"training": {"gradient_checkpointing": True}}
+    if resources.parallelism == "fsdp" or resources.ranks == 1:
+        return None
+    return {"resources": {"parallelism": "zero1" if resources.parallelism == "ddp" else "fsdp"}}
+
+
 class JobSpec(Group):
     """One pretraining run. Every field has a default, except that ``data`` needs ``data_path`` or ``sources``."""
 
@@ -404,9 +501,9 @@ class JobSpec(Group):
 
 
 def gives_both_lengths(spec: JobSpec) -> bool:
-    """Return whether a client gave both ``epochs`` and ``max_steps``, if the spec still shows it."""
+    """Return whether a client gave ``epochs`` and another length, if the spec still shows it."""
     training = spec.training
     # A stored spec has every field: one epoch may be the default.
     complete = training.model_fields_set == set(TrainingSpec.model_fields)
     given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
-    return training.max_steps is not None and given
+    return (training.max_steps is not None or training.max_tokens is not None) and given

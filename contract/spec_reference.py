@@ -38,6 +38,10 @@ TITLES = {
         "Several sources instead of `data_path`, see [the guide](../guides/corpora.md#several-sources).",
     ),
     "tasks": ("`evaluation.tasks`", "A JSONL file of examples, below a data root of the service."),
+    "eval_sources": (
+        "`data.eval_sources`",
+        "Held-out sets, see [the guide](../guides/corpora.md#held-out-sets).",
+    ),
     "timeouts": ("`resources.timeouts`", "Timeouts in seconds."),
     "slurm": ("`resources.slurm`", "Options for [Slurm](../guides/slurm.md). null: the setting of the service."),
 }
@@ -82,7 +86,13 @@ NOTES = {
 def render() -> str:
     """The whole page."""
     schema = JobSpec.model_json_schema()
-    nested = {"sources": "SourceSpec", "tasks": "TaskSpec", "timeouts": "Timeouts", "slurm": "SlurmSpec"}
+    nested = {
+        "sources": "SourceSpec",
+        "eval_sources": "EvalSourceSpec",
+        "tasks": "TaskSpec",
+        "timeouts": "Timeouts",
+        "slurm": "SlurmSpec",
+    }
     below = {name: schema["$defs"][kind]["properties"] for name, kind in nested.items()}
     groups = {"": schema["properties"], **_groups(schema), **below}
     return HEAD + "".join(_section(group, leaves) for group, leaves in groups.items())

@@ -7,6 +7,7 @@ class JobStatus(StrEnum):
     """The status of a job. `docs/guides/life-of-a-job.md` has a diagram."""
 
     QUEUED = "queued"
+    PREPARING = "preparing"
     STARTING = "starting"
     RUNNING = "running"
     PAUSING = "pausing"
@@ -16,6 +17,16 @@ class JobStatus(StrEnum):
     INTERRUPTED = "interrupted"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+
+
+class CorpusStatus(StrEnum):
+    """The status of a corpus of `GET /corpora`."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    READY = "ready"
+    FAILED = "failed"
+    STOPPED = "stopped"
 
 
 class Desired(StrEnum):
@@ -49,6 +60,7 @@ class Reason(StrEnum):
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     DISK_FULL = "disk_full"
     DIVERGED = "diverged"
+    SILENT_CORRUPTION = "silent_corruption"
     WORKER_CRASHED = "worker_crashed"
     HUNG = "hung"
     HOST_RESTARTED = "host_restarted"
@@ -70,6 +82,9 @@ UNCOUNTED_REASONS = frozenset(
 RESTARTABLE = UNCOUNTED_REASONS | {Reason.WORKER_CRASHED, Reason.HUNG, Reason.LAUNCH_FAILED, Reason.UNKNOWN}
 """Reasons after which another attempt of the same spec may succeed."""
 
+WAITING = frozenset({JobStatus.QUEUED, JobStatus.PREPARING})
+"""Statuses in which a job waits for devices or for its corpus. It has no attempt with processes."""
+
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
 """Statuses in which an attempt may have processes."""
 
@@ -81,7 +96,8 @@ IDLE = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
 
 _S = JobStatus
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    _S.QUEUED: frozenset({_S.STARTING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+    _S.QUEUED: frozenset({_S.PREPARING, _S.STARTING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+    _S.PREPARING: frozenset({_S.QUEUED, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
     _S.STARTING: frozenset({_S.QUEUED, _S.RUNNING, _S.PAUSING, _S.CANCELLING, _S.INTERRUPTED, _S.FAILED}),
     _S.RUNNING: frozenset({_S.PAUSING, _S.CANCELLING, _S.PAUSED, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),
     _S.PAUSING: frozenset({_S.PAUSED, _S.CANCELLING, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),

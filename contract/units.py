@@ -1,4 +1,4 @@
-"""Units of the spec's numbers, for forms, and byte sizes as text."""
+"""Units of the spec's numbers, for forms, and sizes and counts as text."""
 
 
 def human_bytes(count: float) -> str:
@@ -7,6 +7,11 @@ def human_bytes(count: float) -> str:
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return e.g. ``1 document`` or ``12,000 documents``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 UNITS = {
@@ -21,6 +26,7 @@ UNITS = {
     "num_workers": "threads",
     "epochs": "passes",
     "max_steps": "steps",
+    "max_tokens": "tokens",
     "batch_size": "sequences",
     "accumulation_steps": "micro-batches",
     "warmup_steps": "steps",

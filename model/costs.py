@@ -14,6 +14,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Optimizer = Literal["adamw", "muon"]
+Parallelism = Literal["ddp", "zero1", "fsdp"]
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,71 @@ def flops_per_token(config: ModelConfig, attention_length: float) -> float:
 
 
 def memory_bytes(
-    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw"
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: Dtype = "bfloat16",
+    optimizer: Optimizer = "adamw",
+    gradient_checkpointing: bool = False,
+    parallelism: Parallelism = "ddp",
+    world: int = 1,
 ) -> MemoryEstimate:
     """Return the bytes of one rank at the peak of a step. Weights, gradients and optimizer state are float32.
 
     Weights include autocast's copies of the matrices in ``dtype``. Activations are what the layers keep for backward,
     the gradient of the output matrix, which is computed with the loss, and in float32 the experts' stacked matrices,
     which backward needs. Temporary buffers of single operations and the libraries' own memory are not counted.
+
+    With ``gradient_checkpointing`` the layers keep their inputs alone. Copies, activations and stacks are those of the
+    one layer that is computed again; the peak is there, or at the end of the forward pass.
+
+    On ``world`` ranks, ``zero1`` splits the optimizer state and ``fsdp`` also weights and gradients; then the weights
+    include what is whole for the moment, see `gathered_bytes`, instead of copies.
     """
-    count = parameters(config)
-    copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
+    count, layers, width = parameters(config), config.num_hidden_layers, DTYPE_BYTES[dtype]
+    copies = 0 if dtype == "float32" else width * _matrices(config, config.num_experts)
     stacks = FLOAT32 * _stacked(config) if dtype == "float32" else 0
+    head = FLOAT32 * _vocabulary(config) * config.hidden_size
+    tokens, layer, tail = batch_size * seq_len, _layer_bytes(config, width), _tail_bytes(config, width)
+    if gradient_checkpointing:
+        inputs, copies = tokens * layers * FLOAT32 * config.hidden_size, copies // layers
+        recomputed = tokens * (layer - FLOAT32 * config.hidden_size) + stacks // layers
+        activations = inputs + max(tokens * tail + head, recomputed)
+    else:
+        activations = tokens * (layers * layer + tail) + head + stacks
+    is_fsdp = parallelism == "fsdp" and world > 1
+    share = -(-count // world) if is_fsdp else count
     return MemoryEstimate(
-        weights=FLOAT32 * count + copies,
-        gradients=FLOAT32 * count,
-        optimizer=optimizer_bytes(config, optimizer),
-        activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
-        + FLOAT32 * _vocabulary(config) * config.hidden_size
-        + stacks,
+        weights=FLOAT32 * share + (gathered_bytes(config, dtype) if is_fsdp else copies),
+        gradients=FLOAT32 * share,
+        optimizer=-(-optimizer_bytes(config, optimizer) // (1 if parallelism == "ddp" else world)),
+        activations=activations,
     )
+
+
+def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:
+    """Return the bytes of weights and gradients that are whole for the moment with FSDP.
+
+    Embedding, head and last norm are float32, and whole for the whole step, as are their gradients. Of the layers these
+    are, in ``dtype``, the one that runs, the next one, the buffer of their exchange and the gradients of one, which are
+    summed in float32.
+    """
+    layers = _layers(config, config.num_experts) - config.hidden_size
+    layer, rest = layers // config.num_hidden_layers, parameters(config) - layers
+    return 2 * FLOAT32 * rest + (4 * DTYPE_BYTES[dtype] + FLOAT32) * layer
+
+
+def snapshot_bytes(
+    config: ModelConfig, optimizer: Optimizer = "adamw", parallelism: Parallelism = "ddp", ranks: int = 1
+) -> int:
+    """Return the bytes of the copies in the memory of a host from which a save is written.
+
+    Rank 0 has a copy of everything. With ``zero1`` and ``fsdp`` the other ``ranks`` of its host copy their parts first.
+    """
+    whole = checkpoint_bytes(config, optimizer)
+    split = {"ddp": 0, "zero1": optimizer_bytes(config, optimizer), "fsdp": whole}[parallelism]
+    return whole + split * (ranks - 1) // ranks
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
@@ -89,10 +136,7 @@ def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
 
 
 def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
-    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers.
-
-    The copy in host memory that a save is written from has the same size.
-    """
+    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers."""
     return FLOAT32 * parameters(config) + optimizer_bytes(config, optimizer)
 
 
@@ -136,16 +180,19 @@ def _matrices(config: ModelConfig, experts: int) -> int:
     return config.num_hidden_layers * (attention + feed_forward)
 
 
-def _activation_bytes(config: ModelConfig, width: int) -> int:
-    """Bytes kept for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
-    C, L = config.hidden_size, config.num_hidden_layers
+def _layer_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes that a layer keeps for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
+    C = config.hidden_size
     feed_forward = (
         _expert_bytes(config, width) if config.use_moe else _feed_forward_bytes(config.intermediate_size, width)
     )
-    # In each layer: both norms' inputs, the inputs of the first products, attention, feed-forward.
-    layer = 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
-    # After them: the last norm's input and output, and the gradient of the output, which is computed with the loss.
-    return L * layer + FLOAT32 * (C + 1) + 2 * width * C
+    # Both norms' inputs, the inputs of the first products, attention, feed-forward.
+    return 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
+
+
+def _tail_bytes(config: ModelConfig, width: int) -> int:
+    """The same for the last norm's input and output, and the gradient of the output, computed with the loss."""
+    return FLOAT32 * (config.hidden_size + 1) + 2 * width * config.hidden_size
 
 
 def _attention_bytes(config: ModelConfig, width: int) -> int:

@@ -5,19 +5,19 @@ Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from trainyard.model.config import ModelConfig
+from trainyard.model.kv_cache import BatchKVCache, Cache, KVCache, LayerCache
 from trainyard.model.layers import (
     Attention,
     AttentionMask,
     FeedForward,
-    LayerKVCache,
     Linear,
     RMSNorm,
     RotaryTables,
@@ -45,24 +45,11 @@ class DecoderOutput(NamedTuple):
     expert_counts: Tensor | None = None
 
 
-@dataclass
-class KVCache:
-    """Keys and values of all layers, for one batch of prompts. The first ``length`` positions are filled."""
-
-    layers: list[LayerKVCache]
-    length: int = field(default=0)
-
-    @classmethod
-    def empty(cls, config: ModelConfig, rows: int, capacity: int, like: Tensor) -> "KVCache":
-        """Allocate ``capacity`` positions of ``rows`` rows, in the dtype that products of ``like`` run in."""
-        assert config.head_dim is not None
-        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
-        buffer = torch.zeros((config.num_hidden_layers, 2, *shape), dtype=compute_dtype(like), device=like.device)
-        return cls([LayerKVCache(*pair.unbind()) for pair in buffer.unbind()])
-
-
 class TransformerBlock(nn.Module):
-    """One pre-norm block: attention, then feed-forward or experts."""
+    """One pre-norm block: attention, then feed-forward or experts.
+
+    ``recomputes``: keep only the input for the backward pass, and run the block again there (gradient checkpointing).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,6 +59,7 @@ class TransformerBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config) if config.use_moe else FeedForward(config.hidden_size, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.recomputes = False
 
     def forward(
         self,
@@ -79,10 +67,31 @@ class TransformerBlock(nn.Module):
         rotary: RotaryTables,
         mask: AttentionMask,
         segments: Segments | None,
-        cache: LayerKVCache | None,
+        cache: LayerCache | None,
         cached: int,
     ) -> tuple[Tensor, RouterStats | None]:
         """[B, S, C] -> ([B, S, C], how its router chose, or None without experts)."""
+        if not (self.recomputes and torch.is_grad_enabled()):
+            return self._forward(x, rotary, mask, segments, cache, cached)
+        # Here and not around the block: FSDP's hooks must not run again in the second pass.
+        result: tuple[Tensor, RouterStats | None] = checkpoint(
+            self._forward,
+            *(x, rotary, mask, segments, cache, cached),
+            use_reentrant=False,
+            # Dropout must draw the same numbers again. Without it, there is no generator state to keep.
+            preserve_rng_state=self.dropout.p > 0,
+        )
+        return result
+
+    def _forward(
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        mask: AttentionMask,
+        segments: Segments | None,
+        cache: LayerCache | None,
+        cached: int,
+    ) -> tuple[Tensor, RouterStats | None]:
         # The residual stream x keeps its dtype (float32 under autocast). Inputs of products are cast once, here.
         dtype = compute_dtype(x)
         x = x + self.dropout(self.self_attn(self.input_layernorm(x, dtype), rotary, mask, cache, cached))
@@ -117,7 +126,7 @@ class Transformer(nn.Module):
         rotary: RotaryTables,
         mask: AttentionMask,
         segments: Segments | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> tuple[Tensor, RouterStats | None]:
         """[B, S] token ids -> ([B, S, C] normed hidden states in the compute dtype, how all routers chose).
 
@@ -125,11 +134,12 @@ class Transformer(nn.Module):
         """
         x, total = self.dropout(self.embed_tokens(input_ids)), None
         cached = cache.length if cache is not None else 0
-        for number, layer in enumerate(self.layers):
-            x, stats = layer(x, rotary, mask, segments, cache.layers[number] if cache is not None else None, cached)
+        caches = cache.layers if cache is not None else [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x, stats = layer(x, rotary, mask, segments, layer_cache, cached)
             total = stats if total is None else total.add(stats)
         if cache is not None:
-            cache.length += input_ids.shape[1]
+            cache.advance(input_ids.shape[1])
         return self.norm(x, compute_dtype(x)), total
 
 
@@ -150,6 +160,12 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.initialise(generator)
+
+    def recompute_layers(self, enabled: bool = True) -> None:
+        """Switch gradient checkpointing of all layers on or off. Gradients are the same, bit for bit."""
+        for layer in self.model.layers:
+            assert isinstance(layer, TransformerBlock)
+            layer.recomputes = enabled
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
@@ -274,11 +290,11 @@ class Decoder(nn.Module):
 
     def _generate(self, input_ids: Tensor, steps: int, sampling: "SamplingParams", eos: int | None) -> Iterator[Tensor]:
         B, S = input_ids.shape
-        cache = KVCache.empty(self.config, B, S + steps, self.lm_head.weight)
+        cache = self.new_cache(B, S + steps)
         done = torch.zeros(B, 1, dtype=torch.bool, device=input_ids.device)
         tokens = input_ids
         for _ in range(steps):
-            tokens = sampling.sample(self._last_logits(tokens, cache))
+            tokens = sampling.sample(self.next_logits(tokens, cache))
             if eos is not None:
                 tokens = tokens.masked_fill(done, eos)
                 done = done | (tokens == eos)
@@ -286,7 +302,31 @@ class Decoder(nn.Module):
             if eos is not None and bool(done.all()):
                 return
 
-    def _last_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """Return an empty cache for ``rows`` rows of at most ``capacity`` positions."""
+        weight = self.lm_head.weight
+        return KVCache.empty(self.config, rows, capacity, compute_dtype(weight), weight.device)
+
+    def new_batch_cache(self) -> BatchKVCache:
+        """Return an empty cache for rows of different lengths."""
+        weight = self.lm_head.weight
+        return BatchKVCache(self.config, compute_dtype(weight), weight.device)
+
+    @torch.no_grad()
+    def decode_batch(self, tokens: Tensor, cache: BatchKVCache) -> Tensor:
+        """Append the next token of each row of ``cache``, [B, 1], and return the logits of the one after it, [B, V]."""
+        assert self.config.head_dim is not None
+        positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
+        rotary = RotaryTables.at(positions, self.config.head_dim, self.config.rope_theta)
+        visible = torch.arange(cache.length + 1, device=tokens.device) <= positions
+        mask = AttentionMask(visible[:, None, None], causal=False)
+        hidden, _ = self.model(tokens, rotary, mask, None, cache)
+        logits: Tensor = self.lm_head(hidden[:, -1]).float()
+        return logits
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Append ``tokens`` [B, S] to ``cache``, and return the logits of the token after them, [B, V]."""
         rotary, mask = self._rotary(tokens, None, cache), self._mask(tokens, None, None, cache)
         hidden, _ = self.model(tokens, rotary, mask, None, cache)
         logits: Tensor = self.lm_head(hidden[:, -1]).float()

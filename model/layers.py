@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainyard.model.config import ModelConfig
+from trainyard.model.kv_cache import LayerCache
 from trainyard.model.varlen_attention import varlen_attention
 
 
@@ -90,20 +91,6 @@ class RotaryTables(NamedTuple):
         return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
 
 
-class LayerKVCache(NamedTuple):
-    """Keys and values of one layer, [B, K, capacity, D]; the first ``length`` positions are filled."""
-
-    keys: Tensor
-    values: Tensor
-
-    def append(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``keys`` and ``values`` [B, K, S, D] after ``length`` positions; return all [B, K, length + S, D]."""
-        end = length + keys.shape[2]
-        self.keys[:, :, length:end] = keys
-        self.values[:, :, length:end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
 class AttentionMask(NamedTuple):
     """Which keys a query sees. With ``offsets``, ``tensor`` and ``causal`` are not used.
 
@@ -135,7 +122,7 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, mask: AttentionMask, cache: LayerKVCache | None = None, cached: int = 0
+        self, x: Tensor, rotary: RotaryTables, mask: AttentionMask, cache: LayerCache | None = None, cached: int = 0
     ) -> Tensor:
         """[B, S, C] -> [B, S, C]. Append S positions to ``cache``, if given, after the ``cached`` ones that it has."""
         per_head = (*x.shape[:2], -1, self.head_dim)
@@ -159,7 +146,7 @@ class Attention(nn.Module):
         keys: Tensor,
         values: Tensor,
         mask: AttentionMask,
-        cache: LayerKVCache | None,
+        cache: LayerCache | None,
         cached: int,
     ) -> Tensor:
         """[B, H, S, D] and twice [B, K, S, D] -> [B, H, S, D]."""

@@ -9,7 +9,7 @@ Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). The scal
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,26 @@ UPDATE_RMS = 0.2
 
 def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the matrices of attention, feed-forward layers and experts; not embeddings, head, router or norms."""
-    return [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
+    return [parameter for name, parameter in model.named_parameters() if is_matrix(name)]
+
+
+def is_matrix(name: str) -> bool:
+    """Return whether the parameter ``name`` is one of `matrix_parameters`."""
+    return name.endswith("_proj.weight")
+
+
+class NewtonSchulz:
+    """Makes ``batch`` matrices orthogonal at once. A subclass may know that they are parts of larger ones."""
+
+    batch = 1
+
+    def shape(self, parameter: Tensor) -> Sequence[int]:
+        """Return the shape of the whole matrix."""
+        return parameter.shape
+
+    def __call__(self, parameters: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[Tensor]:  # noqa: ARG002
+        """Return `newton_schulz` of each of ``matrices``, which belong to ``parameters``."""
+        return [newton_schulz(matrix) for matrix in matrices]
 
 
 class Muon(torch.optim.Optimizer):
@@ -37,7 +56,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
+        orthogonalizer: NewtonSchulz | None = None,
     ) -> None:
+        self._orthogonalizer = orthogonalizer or NewtonSchulz()
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         groups = [{"params": list(matrices), "lr": lr, "weight_decay": weight_decay}, *self._adamw.param_groups]
         super().__init__(groups, {})
@@ -47,29 +68,36 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters that have a gradient; none if the attribute ``found_inf`` (a tensor) is 1."""
         assert closure is None
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        group = self.param_groups[0]
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], found_inf)
+        group, batch = self.param_groups[0], self._orthogonalizer.batch
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for start in range(0, len(parameters), batch):
+            self._update(parameters[start : start + batch], group["lr"], group["weight_decay"], found_inf)
         # load_state_dict replaces state and param_groups, so AdamW gets the present ones at each step.
         self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
         self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self._adamw.step()
 
     def _update(
-        self, parameter: nn.Parameter, grad: Tensor, lr: float, weight_decay: float, found_inf: Tensor | None
+        self, parameters: Sequence[nn.Parameter], lr: float, weight_decay: float, found_inf: Tensor | None
     ) -> None:
+        momenta = [self._new_momentum(parameter) for parameter in parameters]
+        grads: list[Any] = [parameter.grad for parameter in parameters]
+        nesterov = [grad.lerp(momentum, MOMENTUM) for grad, momentum in zip(grads, momenta, strict=True)]
+        directions = self._orthogonalizer(parameters, nesterov)
+        for parameter, momentum, direction in zip(parameters, momenta, directions, strict=True):
+            new = parameter * (1 - lr * weight_decay)
+            rows, columns = self._orthogonalizer.shape(parameter)
+            new.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(rows, columns)))
+            for old, updated in ((self.state[parameter]["momentum"], momentum), (parameter, new)):
+                # A choice and not a product with 0 or 1: 0 times a non-finite update is NaN, not 0.
+                old.copy_(updated if found_inf is None else torch.where(found_inf.bool(), old, updated))
+
+    def _new_momentum(self, parameter: nn.Parameter) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
-        new_momentum = momentum.lerp(grad, 1 - MOMENTUM)
-        direction = newton_schulz(grad.lerp(new_momentum, MOMENTUM))
-        new_parameter = parameter * (1 - lr * weight_decay)
-        new_parameter.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape)))
-        for old, new in ((momentum, new_momentum), (parameter, new_parameter)):
-            # A choice and not a product with 0 or 1: 0 times a non-finite update is NaN, not 0.
-            old.copy_(new if found_inf is None else torch.where(found_inf.bool(), old, new))
+        return momentum.lerp(parameter.grad, 1 - MOMENTUM)  # type: ignore[arg-type] # `step` has left out None
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.service import descriptors, home
+from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
@@ -51,10 +52,16 @@ class AlreadyRunning(Exception):
     """Another service runs on the same home."""
 
 
-def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
+def main(
+    arguments: list[str] | None = None,
+    agent: tuple[str, ...] = WORKER_AGENT,
+    timing: Timing = Timing(),
+    prepares: bool = True,
+) -> int:
     """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue, or save first: see `Settings.on_stop`.
 
-    ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
+    ``agent``: the command that starts an attempt's agent. It, ``timing`` and ``prepares`` (corpora are prepared before
+    jobs get devices) are for tests.
     """
     try:
         settings, schedules = _read_settings(arguments)
@@ -64,7 +71,7 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
             secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]
             configure_logging(settings.log_format, settings.log_level, secrets)
             _protect_home(settings)
-            return _serve(settings, schedules, agent, timing)
+            return _serve(settings, schedules, agent, timing, prepares)
     except InvalidSettings as error:
         return _fail(str(error), code=2)
     except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
@@ -122,12 +129,13 @@ def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     return settings, not options.no_scheduler
 
 
-def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
+def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing, prepares: bool) -> int:
     descriptors.raise_limit()
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         local = _local_launcher(settings, agent)
-        state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
+        launcher = _launcher(settings, local, agent)
+        state = build_state(settings, launcher, schedules=schedules, timing=timing, prepares=prepares)
         state = replace(state, matrix_speed=MatrixSpeed(settings.home))
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
@@ -153,11 +161,16 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         before_exit = None
         if schedules and settings.on_stop == "save":
             before_exit = partial(_save_runs, state.scheduler, local)
-        server = GracefulServer(config, state.broadcaster.stop, before_exit)
+        server = GracefulServer(config, partial(_end_streams, state), before_exit)
         server.run(sockets=[listener])
         if server.started:
             log.info("stopped")
         return 0 if server.started else 1
+
+
+def _end_streams(state: AppState) -> None:
+    state.broadcaster.stop()
+    state.generation.stop()
 
 
 def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:

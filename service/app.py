@@ -18,15 +18,18 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
+    corpora,
     devices,
     documentation,
     evaluations,
     exports,
     forks,
+    generation,
     ingest,
     jobs,
     logs,
     metrics,
+    openai,
     planning,
     prometheus,
     status,
@@ -40,7 +43,8 @@ from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
-from trainyard.service.errors import ServiceError, from_exception, problem_response
+from trainyard.service.devices.xids import XidWatcher
+from trainyard.service.errors import ServiceError, error_response, from_exception
 from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
@@ -71,6 +75,9 @@ ROUTERS = (
     checkpoints,
     evaluations,
     exports,
+    corpora,
+    generation,
+    openai,
     ingest,
     devices,
     tokens,
@@ -88,17 +95,27 @@ def build_state(
     inventory: Inventory | None = None,
     schedules: bool = True,
     timing: Timing = Timing(),
+    prepares: bool = False,
 ) -> AppState:
     """Create the parts of a service. Nothing is started.
 
-    Creates only the home directory. With ``schedules`` False the service only serves the API.
+    Creates only the home directory. With ``schedules`` False the service only serves the API. With ``prepares``,
+    corpora are prepared before jobs get devices.
     """
     create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
-    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices(), settings.excluded_devices)
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database, launcher, host_inventory, lease=lease, enabled=schedules, preempts=settings.preemption, timing=timing
+        database,
+        launcher,
+        host_inventory,
+        lease=lease,
+        enabled=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+        corpora=(settings.corpus_cache, settings.home) if prepares else None,
+        xid_watcher=XidWatcher(),
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)
@@ -133,7 +150,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         maintenance.stop()
         # First: the end of its processes is then not taken for a failure.
         state.evaluations.stop()
-        state.sidecars.close()
+        await state.generation.close()
+        await asyncio.to_thread(state.sidecars.close)
         # Before the scheduler gives up the lease: the sender still has to record what it has just sent.
         state.sender.stop()
         state.scheduler.stop()
@@ -175,7 +193,7 @@ def _handle_error(request: Request, exception: Exception) -> JSONResponse:
         # Starlette lists only the methods of the first route that matches the path.
         methods = methods_at(request.url.path, ROUTES)
         error.headers |= {"Allow": ", ".join(methods)} if methods else {}
-    return problem_response(error, request.scope.get("request_id"))
+    return error_response(error, request.url.path, request.scope.get("request_id"))
 
 
 def _maintenance_loop(state: AppState) -> MaintenanceLoop:

@@ -70,6 +70,24 @@ class JobNotFound(ServiceError):
     status, code = 404, "job_not_found"
 
 
+class CorpusNotFound(ServiceError):
+    """No corpus has this id."""
+
+    status, code = 404, "corpus_not_found"
+
+
+class CorpusInUse(ServiceError):
+    """A run uses the corpus."""
+
+    status, code = 409, "corpus_in_use"
+
+
+class DeviceNotFound(ServiceError):
+    """The service has no such device."""
+
+    status, code = 404, "device_not_found"
+
+
 class WebhookNotFound(ServiceError):
     """No webhook has this id."""
 
@@ -193,6 +211,65 @@ class ExportFailed(ServiceError):
     """The checkpoint could not be exported."""
 
     status, code = 409, "export_failed"
+
+
+class GenerationUnavailable(ServiceError):
+    """The server has no torch, so it cannot generate text. Use a service on a host that has."""
+
+    status, code = 501, "generation_unavailable"
+
+
+class TooManyGenerations(ServiceError):
+    """Too many requests generate text or wait for it. Try again."""
+
+    status, code = 429, "too_many_generations"
+    default_headers = (("Retry-After", "2"),)
+
+
+class GenerationBusy(ServiceError):
+    """All processes that generate text are in use with other checkpoints. Try again."""
+
+    status, code = 503, "generation_busy"
+    default_headers = (("Retry-After", "5"),)
+
+
+class DeviceReclaimed(ServiceError):
+    """A job needed the device, so the text ends early. Try again: it is then generated elsewhere."""
+
+    status, code = 503, "device_reclaimed"
+    default_headers = (("Retry-After", "1"),)
+
+
+class GenerationEnded(ServiceError):
+    """The process that generates text ended. The reason is in the service's log. Try again."""
+
+    status, code = 503, "generation_ended"
+    default_headers = (("Retry-After", "1"),)
+
+
+class ServiceStopping(ServiceError):
+    """The service is stopping. Try again when it is back."""
+
+    status, code = 503, "service_stopping"
+    default_headers = (("Retry-After", "5"),)
+
+
+class GenerationFailed(ServiceError):
+    """The checkpoint cannot be used to generate text."""
+
+    status, code = 409, "generation_failed"
+
+
+class ModelTooLarge(ServiceError):
+    """The checkpoint is too large to generate text here."""
+
+    status, code = 409, "model_too_large"
+
+
+class ModelNotFound(ServiceError):
+    """There is no such model. A model is a job's id or name, @, and the step of a checkpoint or latest."""
+
+    status, code = 404, "model_not_found"
 
 
 class ExportUnavailable(ServiceError):
@@ -363,7 +440,12 @@ def with_problems(kind: type[ServiceError], problems: Sequence[Problem]) -> Serv
 
 def problem_response(error: ServiceError, request_id: str | None) -> JSONResponse:
     """Return the error as a problem+json response."""
-    body = {
+    return JSONResponse(problem_body(error, request_id), error.status, headers=error.headers, media_type=PROBLEM)
+
+
+def problem_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
+    """Return the body of a problem+json response."""
+    return {
         "type": "about:blank",
         "title": HTTPStatus(error.status).phrase,
         "status": error.status,
@@ -372,7 +454,35 @@ def problem_response(error: ServiceError, request_id: str | None) -> JSONRespons
         "request_id": request_id,
         **error.extra,
     }
-    return JSONResponse(body, error.status, headers=error.headers, media_type=PROBLEM)
+
+
+OPENAI_PATH = "/v1/"
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def openai_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
+    """Return the body of an error in OpenAI's shape. ``param``: the first field at fault."""
+    problems = error.extra.get("errors") or []
+    listed = "; ".join(f"{one['pointer'].lstrip('/') or 'the body'} {one['message']}" for one in problems)
+    kind = "server_error" if error.status >= 500 else OPENAI_TYPES.get(error.status, "invalid_request_error")
+    return {
+        "error": {
+            "message": f"{error.detail}: {listed}" if listed else error.detail,
+            "type": kind,
+            "param": problems[0]["pointer"].strip("/").partition("/")[0] if problems else None,
+            "code": error.code,
+            "request_id": request_id,
+        }
+    }
+
+
+def error_response(error: ServiceError, path: str, request_id: str | None) -> JSONResponse:
+    """Return the error as problem+json, or in OpenAI's shape for the paths of its API."""
+    if not path.startswith(OPENAI_PATH):
+        return problem_response(error, request_id)
+    # OpenAI has no 422.
+    status = HTTPStatus.BAD_REQUEST if error.status == HTTPStatus.UNPROCESSABLE_ENTITY else error.status
+    return JSONResponse(openai_body(error, request_id), status, headers=error.headers)
 
 
 def from_exception(error: Exception) -> ServiceError:

@@ -1,10 +1,11 @@
-"""Random ids, the pattern of job ids, and the hash of tokens."""
+"""Random ids, the patterns of the ids of jobs and corpora, and the hash of tokens."""
 
 import re
 import secrets
 from hashlib import sha256
 
 JOB_ID = re.compile(r"job_[a-z2-7]{1,30}")
+CORPUS_ID = re.compile(r"corpus_[a-z2-7]{1,30}")
 LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
 
 

@@ -5,9 +5,11 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from trainyard.contract.corpus_report import CorpusReport
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
-from trainyard.contract.status import Desired, JobStatus
+from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
 
@@ -37,11 +39,43 @@ class MemoryPlan(ResponseModel):
     activations: int | None = None
 
 
+class RankPlace(ResponseModel):
+    """Where a rank runs. ``name``: the model of its device."""
+
+    rank: int
+    host: str
+    device: str
+    name: str
+    pci_bus_id: str | None = None
+
+
+class EvalSet(ResponseModel):
+    """A held-out set. ``tokens``: those that are predicted. null: unknown, or not counted."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    duplicates: int | None = None
+
+
+class MemoryOption(ResponseModel):
+    """Memory of each rank with one parallelism, with or without gradient checkpointing.
+
+    ``fits``: null if the memory of the device is unknown.
+    """
+
+    parallelism: str
+    gradient_checkpointing: bool
+    memory_bytes: MemoryPlan
+    fits: bool | None
+
+
 class Plan(ResponseModel):
     """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
-    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``snapshot_bytes``: memory of rank 0's host for the copies of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
     speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
@@ -53,6 +87,7 @@ class Plan(ResponseModel):
     documents: int | None = None
     bad_lines: int | None = None
     duplicates: int | None = None
+    eval_sets: list[EvalSet] = []
     special_tokens: int | None = None
     special_texts: int | None = None
     bos_token: str | None = None
@@ -65,6 +100,7 @@ class Plan(ResponseModel):
     world_size: int | None = None
     device: str | None = None
     device_name: str | None = None
+    ranks: list[RankPlace] = []
     dtype: str | None = None
     torch_version: str | None = None
     vocab_size: int | None = None
@@ -92,12 +128,18 @@ class Progress(ResponseModel):
     epoch: float | None = None
     tokens: int | None = None
     loss: float | None = None
+    bpb: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
     mfu: float | None = None
     eta_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     percent: float | None = None
+    eval_loss: float | None = None
+    eval_bpb: float | None = None
+    eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
 
@@ -124,12 +166,15 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
-    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown. ``settings_that_fit``:
+    changes of the spec, by group and field, with which a run fits that does not; null if it fits, or if none do.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
+    memory_options: list[MemoryOption] = []
+    settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 
@@ -189,18 +234,59 @@ class Checkpoint(ResponseModel):
 
 
 class Score(ResponseModel):
-    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+    """What a job is ranked by; less is better. ``step``: the step that ``value`` is of.
 
-    ``step``: the step that ``value`` is of.
+    ``metric``: bpb, the best held-out bits per byte; eval_loss, the best one; or loss, the newest smoothed one.
     """
 
-    metric: Literal["eval_loss", "loss"]
+    metric: Literal["bpb", "eval_loss", "loss"]
     value: float
     step: int
 
 
+class CorpusProgress(ResponseModel):
+    """Progress of the preparation of a corpus. ``percent`` is 0 to 100."""
+
+    done_bytes: int | None
+    total_bytes: int | None
+    percent: float | None
+    bytes_per_second: float | None
+    eta_seconds: float | None
+
+
+class TokenizedCorpus(ResponseModel):
+    """A corpus with its tokenizer: tokenized on CPUs, once, for all jobs that have the same.
+
+    ``status``: queued, preparing, ready, failed or stopped. ``cached``: its token shards are in the cache. ``spec``:
+    the fields of a job spec's ``data``. ``jobs``: the jobs with this corpus. ``progress``: null once it is ready.
+    ``report``: what it holds; null until it is ready.
+    """
+
+    object: Literal["corpus"] = "corpus"
+    id: str
+    status: CorpusStatus
+    cached: bool
+    spec: dict[str, Any]
+    launcher: str
+    attempt: int | None
+    progress: CorpusProgress | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    jobs: list[str]
+    report: CorpusReport | None
+    restart_at: datetime | None
+    submitted_by: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
 class JobSummary(ResponseModel):
-    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
+    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list.
+
+    ``preparation``: the progress of its corpus while the status is preparing, else null.
+    """
 
     object: Literal["job"] = "job"
     id: str
@@ -213,6 +299,8 @@ class JobSummary(ResponseModel):
     status: JobStatus
     desired: Desired
     phase: str | None
+    corpus_id: str | None
+    preparation: CorpusProgress | None
     reason: str | None
     message: str | None
     error: FailureCard | None
@@ -224,6 +312,7 @@ class JobSummary(ResponseModel):
     queue: Queue | None
     placement: Placement | None
     parent: Parent | None
+    owner: str
     submitted_by: str | None
     summary: str
     alerts: list[Alert]
@@ -307,6 +396,75 @@ class Export(ResponseModel):
     path: str
     bytes: int
     files: list[ExportedFile]
+
+
+class GeneratedText(ResponseModel):
+    """The continuation of a prompt by a checkpoint. ``tokens``: how many new tokens it has."""
+
+    object: Literal["generation"] = "generation"
+    job_id: str
+    step: int
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    chat_template: bool
+    device: str
+
+
+class OpenAIModel(ResponseModel):
+    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    name: str
+    step: int
+
+
+class OpenAIModels(ResponseModel):
+    """All models, in OpenAI's shape."""
+
+    object: Literal["list"] = "list"
+    data: list[OpenAIModel]
+
+
+class OpenAILogprobs(ResponseModel):
+    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class OpenAIChoice(ResponseModel):
+    """One continuation, in OpenAI's shape."""
+
+    text: str
+    index: int
+    logprobs: OpenAILogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class OpenAIUsage(ResponseModel):
+    """Numbers of tokens, in OpenAI's shape."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class OpenAICompletion(ResponseModel):
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[OpenAIChoice]
+    usage: OpenAIUsage | None = None
 
 
 class Sample(ResponseModel):
@@ -435,11 +593,16 @@ class Metric(ResponseModel):
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    step_seconds_max_rank: int | None = None
+    step_seconds_spread: float | None = None
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
     expert_load: list[Any] | None = None
     nonfinite: bool | None = None
+    bpb: float | None = None
+    eval_bpb: float | None = None
+    eval: dict[str, HeldOutResult] | None = None
     at: datetime | None = None
     job_id: str | None = None
 
@@ -512,7 +675,7 @@ class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
-    scope: Literal["read", "submit", "admin"] = "read"
+    scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 
 
@@ -549,6 +712,13 @@ class NewToken(Token):
     token: str
 
 
+class XidErrorResponse(ResponseModel):
+    """An error that the driver reported for a GPU, and the time of it."""
+
+    xid: int
+    at: datetime
+
+
 class DeviceResponse(ResponseModel):
     """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
@@ -559,6 +729,12 @@ class DeviceResponse(ResponseModel):
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: Literal["nvlink", "pcie"] | None = None
+    nvlink_peers: list[str] = Field(default_factory=list)
+    xid_errors: list[XidErrorResponse] = Field(default_factory=list)
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

@@ -97,14 +97,15 @@ Switch = Annotated[
 class Settings(EnvironmentSettings):
     """Settings of the service.
 
-    Jobs may read files below ``data_roots`` and write below ``save_roots``; the home belongs to both. ``cpu_slots`` is
-    the number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
-    ``idempotency_days``: how long an Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused
-    for a waiting job of higher priority. ``on_stop``: whether the runs of this host save and end before the service, or
-    are left running. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
-    `service.maintenance.corpus_cache`. ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is
-    None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none. ``sidecar_threads``: CPU threads of
-    each side process. ``generation_...``: limits of the processes that generate text, see `service.generation.pool`.
+    Jobs may read files below ``data_roots`` and write below ``save_roots``; the home belongs to both. ``cpu_slots``
+    is the number of CPU ranks that may run at once. ``excluded_devices``: ids, UUIDs or PCI addresses.
+    ``allowed_hosts`` holds Host names without port; "*" allows any. ``idempotency_days``: how long an
+    Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused for a waiting job of higher
+    priority. ``on_stop``: whether the runs of this host save and end before the service, or are left running.
+    ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see `service.maintenance.corpus_cache`.
+    ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is None if Slurm is not used.
+    ``launcher``: launcher of jobs whose spec names none. ``sidecar_threads``: CPU threads of each side process.
+    ``generation_...``: limits of the processes that generate text, see `service.generation.pool`.
     ``evaluation_processes``: evaluations of checkpoints that run at once.
     """
 
@@ -145,6 +146,9 @@ class Settings(EnvironmentSettings):
     allowed_hosts: Annotated[
         tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *split_commas(text.lower())])
     ] = Field(default_factory=_default_hosts, alias="TRAINYARD_ALLOWED_HOSTS")
+    excluded_devices: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
+        (), alias="TRAINYARD_EXCLUDE_DEVICES"
+    )
     idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
     on_stop: Literal["leave", "save"] = Field(
         default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"

@@ -2,12 +2,13 @@
 
 Also `python -m trainyard.worker RUN_DIR` for one rank. Without --attempt it is started by hand: it runs
 RUN_DIR/spec.json, and resumes from a checkpoint in RUN_DIR. Exit code 0: done, or stopped on request; 1: failed;
-2: wrong usage.
+2: wrong usage. `python -m trainyard.worker prepare RUN_DIR --attempt N` prepares a corpus, see `worker.prepare`.
 """
 
 import argparse
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from trainyard.contract.rundir import RANK_FILE, RunDir
@@ -16,7 +17,11 @@ from trainyard.worker.output import redirect_output
 
 
 def main() -> None:
-    """Run one rank of one attempt."""
+    """Run one rank of one attempt, or prepare a corpus."""
+    if sys.argv[1:2] == ["prepare"]:
+        from trainyard.worker.prepare import main as prepare
+
+        sys.exit(prepare(sys.argv[2:]))
     run, number, from_step = _parse()
     if number is not None and os.environ.get(RANK_LOGS):
         attempt = run.attempt(number)

@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -15,8 +15,11 @@ from trainyard.contract.parsing import parse_spec
 from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, temporary_file, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
+
+if TYPE_CHECKING:
+    # The process that prepares a corpus has no ranks, and does not load torch.
+    from trainyard.worker.distributed import DistributedContext
 
 LOCK_SECONDS = 10.0
 STEP_DIGITS = 20
@@ -59,7 +62,7 @@ def read_spec(run: RunDir, number: int | None) -> JobSpec:
 
 
 def acquire(
-    run: RunDir, number: int | None, ranks: DistributedContext, spec: JobSpec, from_step: int | None = None
+    run: RunDir, number: int | None, ranks: "DistributedContext", spec: JobSpec, from_step: int | None = None
 ) -> AttemptContext:
     """Take the liveness lock and check that this attempt is the current one. Raises TrainingError otherwise.
 
@@ -68,6 +71,11 @@ def acquire(
     locks: list[FileLock] = []
     if number is None:
         number = ranks.broadcast_from_rank0(lambda: _create_attempt(run, spec, from_step, locks))
+    return AttemptContext(run, run.attempt(number), (*locks, take_alive_lock(run, number, ranks.rank)))
+
+
+def take_alive_lock(run: RunDir, number: int, rank: int = 0) -> FileLock:
+    """Take the liveness lock. Raises TrainingError if attempt ``number`` is not the current one."""
     # The order matters. Another attempt takes this lock exclusively before it writes ``current``: either it finds our
     # lock taken, or we find its number.
     alive = FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS)
@@ -77,8 +85,8 @@ def acquire(
         current = None
     if current is not None and current != number:
         message = f"attempt {number} of {run.path} is not the current one, which is {current}"
-        raise TrainingError(Reason.LAUNCH_FAILED, message, rank=ranks.rank)
-    return AttemptContext(run, run.attempt(number), (*locks, alive))
+        raise TrainingError(Reason.LAUNCH_FAILED, message, rank=rank)
+    return alive
 
 
 def _create_attempt(run: RunDir, spec: JobSpec, from_step: int | None, locks: list[FileLock]) -> int:

@@ -1,8 +1,8 @@
 """The process group: this rank's place in it, its device and threads, and the collectives other than the gradient's.
 
-There are two groups. The default one carries gradients (NCCL on CUDA, else gloo) and times out after
+There are three groups. The default one carries gradients (NCCL on CUDA, else gloo) and times out after
 ``timeouts.collective``. The control group is always gloo and has a long timeout, because all ranks wait while one
-prepares data or saves.
+prepares data or saves. The background group is like it, for threads beside training.
 """
 
 import os
@@ -26,7 +26,10 @@ FloatRow = list[float]
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Rank, world size, device and control group. A single rank has no group, and its collectives return at once."""
+    """Rank, world size, device and groups. A single rank has no group, and its collectives return at once.
+
+    ``background``: a group for background threads, whose collectives must not mix with those of the training thread.
+    """
 
     rank: int
     world: int
@@ -34,6 +37,9 @@ class DistributedContext:
     local_world: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    preparing_timeout: timedelta | None = None
+    """How long a rank waits for another one that prepares data or saves; None: torch's default."""
+    background: dist.ProcessGroup | None = None
 
     @property
     def is_main_process(self) -> bool:
@@ -47,6 +53,26 @@ class DistributedContext:
         rows = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(rows, own, group=self.control)
         return [each.tolist() for each in rows]
+
+    def gather_objects(self, own: T) -> list[T]:
+        """Return the picklable object of every rank, in rank order."""
+        if self.control is None:
+            return [own]
+        objects: list[Any] = [None] * self.world
+        dist.all_gather_object(objects, own, group=self.control)
+        return objects
+
+    def gather_in_background(self, numbers: list[int]) -> list[list[int]]:
+        """Return the 64-bit ``numbers`` of every rank on rank 0, [] on the others. One background thread a rank.
+
+        Raises RuntimeError if a rank has died.
+        """
+        if self.background is None:
+            return [numbers]
+        own = torch.tensor(numbers, dtype=torch.int64)
+        rows = [torch.empty_like(own) for _ in range(self.world)] if self.is_main_process else None
+        dist.gather(own, rows, dst=0, group=self.background)
+        return [row.tolist() for row in rows or []]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -100,8 +126,9 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
     except (ValueError, dist.DistError) as error:
         message = f"rank {rank} of {world} did not meet the other ranks: {str(error).splitlines()[0]}"
         raise TrainingError(Reason.LAUNCH_FAILED, message, BY_HAND, rank) from error
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
-    return DistributedContext(rank, world, local_rank, local_world, own, control)
+    preparing = timedelta(seconds=timeouts.preparing)
+    control, background = (dist.new_group(backend="gloo", timeout=preparing) for _ in range(2))
+    return DistributedContext(rank, world, local_rank, local_world, own, control, preparing, background)
 
 
 BY_HAND = (

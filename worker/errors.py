@@ -1,12 +1,20 @@
 """Foreseen failures of a run, each with a reason, a message and a hint. Any other exception is a crash and a bug."""
 
 import errno
+import re
+from typing import Any
 
 from trainyard.contract.messages import ErrorCard, Outcome
-from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.spec import ResourcesSpec, TrainingSpec, next_memory_saving
 from trainyard.contract.status import Reason
 
 COMPILER_MODULES = ("torch._dynamo", "torch._inductor")
+OUT_OF_MEMORY_TEXT = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    r"|NCCL[\s\S]*out of memory"
+)
+"""What the CPU's allocator says, and on a full card the driver, cuBLAS, cuDNN and NCCL."""
+
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -69,21 +77,28 @@ def describe_error(error: OSError | MemoryError) -> str:
 
 
 def out_of_memory_error(
-    error: BaseException, *, rank: int, step: int, training: TrainingSpec, peak_bytes: int | None = None
+    error: BaseException,
+    *,
+    rank: int,
+    step: int,
+    training: TrainingSpec,
+    resources: ResourcesSpec | None = None,
+    peak_bytes: int | None = None,
 ) -> TrainingError | None:
     """Return the error for an exception that reports too little memory, or None for any other exception.
 
     ``step``: the last one that was done. ``peak_bytes``: peak memory of the rank.
     """
-    # torch raises its own class on CUDA and a plain RuntimeError on a CPU.
+    # torch raises its own class if its allocator on CUDA has no memory, and a RuntimeError in all other cases.
     if type(error).__name__ not in ("OutOfMemoryError", "MemoryError") and not (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and OUT_OF_MEMORY_TEXT.search(str(error))
     ):
         return None
     text = " ".join(str(error).split())[:300]
     rows = training.batch_size
     message = f"out of memory on rank {rank} in step {step + 1} with {rows} rows in a micro-batch: {text}"
-    return TrainingError(Reason.OUT_OF_MEMORY, message, _memory_hint(training), rank, peak_bytes)
+    hint = _memory_hint(training, resources or ResourcesSpec())
+    return TrainingError(Reason.OUT_OF_MEMORY, message, hint, rank, peak_bytes)
 
 
 def compile_error(error: BaseException) -> TrainingError | None:
@@ -102,7 +117,29 @@ def compile_error(error: BaseException) -> TrainingError | None:
     return TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
-def _memory_hint(training: TrainingSpec) -> str:
+def _memory_hint(training: TrainingSpec, resources: ResourcesSpec) -> str:
+    saving = next_memory_saving(training, resources)
+    if saving is None:
+        return _smaller_batch_hint(training)
+    return f"{_saving_hint(saving)} {_smaller_batch_hint(training)}"
+
+
+def _saving_hint(saving: dict[str, dict[str, Any]]) -> str:
+    if "training" in saving:
+        return (
+            "Resume with training.gradient_checkpointing true: a layer then keeps only its input and is computed again "
+            "in the backward pass; the result is the same."
+        )
+    return (
+        f'Resume with resources.parallelism "{saving["resources"]["parallelism"]}": a rank then holds its share of '
+        f"{SHARED[saving['resources']['parallelism']]}."
+    )
+
+
+SHARED = {"zero1": "the optimizer state", "fsdp": "weights, gradients and optimizer state"}
+
+
+def _smaller_batch_hint(training: TrainingSpec) -> str:
     smaller = training.smaller_batch()
     if smaller is None:
         return "One row needs too much: submit it with a lower data.max_seq_len or a smaller model, or use more memory."

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import NoReturn
 
 from trainyard.contract.events import Event, Finished, WarningEvent
 from trainyard.contract.failpoints import hit
@@ -24,8 +25,8 @@ from trainyard.worker.events.console import ConsoleLogger
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.events.writer import AnyEventWriter, EventWriter, NullEventWriter
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.train import EventSink, train
-from trainyard.worker.training.control import StopSignal
 from trainyard.worker.training.metrics import memory_bytes
 
 FAILED, USAGE = 1, 2
@@ -42,7 +43,7 @@ def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> N
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
         sys.exit(USAGE)
-    if spec.training.deterministic:
+    if spec.training.is_deterministic:
         # cuBLAS reads it when it first uses the device.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
@@ -57,8 +58,17 @@ def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> N
             hint = f"\n  {outcome.error.hint}" if outcome.error is not None and outcome.error.hint else ""
             print(f"failed at step {outcome.step}: {outcome.message}{hint}", file=sys.stderr, flush=True)
         # The other ranks may be anywhere by now: do not wait for them.
-        sys.exit(FAILED)
+        _exit_failed(ranks)
     shutdown_distributed(ranks)
+
+
+def _exit_failed(ranks: DistributedContext) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if ranks.control is not None:
+        # At an orderly exit, the destructor of a NCCL communicator may wait for ranks that are gone. All is on disk.
+        os._exit(FAILED)
+    sys.exit(FAILED)
 
 
 def _run(spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext, *, by_hand: bool) -> Outcome:
@@ -107,7 +117,12 @@ def _run_training(
                 outcome="stopped", step=heartbeat.step, reason=Reason.USER, message="stopped while compiling"
             )
         known = not_compiled or out_of_memory_error(
-            error, rank=ranks.rank, step=heartbeat.step, training=spec.training, peak_bytes=memory_bytes(ranks.device)
+            error,
+            rank=ranks.rank,
+            step=heartbeat.step,
+            training=spec.training,
+            resources=spec.resources,
+            peak_bytes=memory_bytes(ranks.device),
         )
         if known is None:
             raise

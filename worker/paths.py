@@ -8,7 +8,7 @@ from pathlib import Path
 from trainyard.contract.allowed_paths import outside_reason, parse_roots
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, glob_base, is_glob
 from trainyard.contract.rundir import ArtifactDir, RunDir, find_named_weights, weights_name
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import DataSpec, EvalSourceSpec, JobSpec
 from trainyard.contract.status import Reason
 from trainyard.contract.tokenizer_info import BYTE
 from trainyard.worker.errors import TrainingError
@@ -81,8 +81,13 @@ def _corpora(spec: JobSpec) -> Iterator[FieldPath]:
     data = spec.data
     for source in data.training_sources:
         yield from _corpus_files("data.data_path" if data.sources is None else f"source {source.name}", source.path)
-    if data.eval_data_path is not None:
-        yield from _corpus_files("data.eval_data_path", data.eval_data_path)
+    for held_out in data.held_out_sources:
+        yield from _corpus_files(held_out_field(data, held_out), held_out.path)
+
+
+def held_out_field(data: DataSpec, source: EvalSourceSpec) -> str:
+    """Return what messages call the files of a held-out set."""
+    return "data.eval_data_path" if data.eval_sources is None else f"held-out set {source.name}"
 
 
 def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:

@@ -22,6 +22,7 @@ from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
+from trainyard.worker.data.byte_lengths import ByteLengths
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.prepare import TrainingData, prepare_data
@@ -30,24 +31,35 @@ from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths, weight_roots
+from trainyard.worker.stop_signal import StopSignal
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.control import (
     ControlFlags,
     ControlSync,
     LiveSettings,
-    StopSignal,
     settings_changed_event,
     with_settings,
 )
-from trainyard.worker.training.evaluate import Evaluator, generate_samples
-from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, restore_window
-from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
+from trainyard.worker.training.device_setup import set_up_device
+from trainyard.worker.training.evaluate import generate_samples
+from trainyard.worker.training.heldout import HeldOutEvaluator
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
+from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, StragglerMonitor, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import StepIntervals, total_steps
-from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
+from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
+from trainyard.worker.training.startup import (
+    device_warnings,
+    rank_info,
+    replica_check,
+    schedule_warnings,
+    started_event,
+    supports_bfloat16,
+)
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
-from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
+from trainyard.worker.training.step import PendingMetrics, StepMetrics, Verification, read_metrics, seed_dropout
 from trainyard.worker.training.tasks import Task, TaskScorer, load_tasks
+from trainyard.worker.training.verify import StepVerifier
 
 EventSink = Callable[[Event], None]
 
@@ -78,8 +90,7 @@ def train(
     phases.enter(Phase.LOADING)
     for warning in device_warnings(spec, ranks.device.type, supports_bfloat16(ranks.device)):
         emit(warning)
-    if spec.training.deterministic:
-        torch.use_deterministic_algorithms(True)
+    set_up_device(spec, ranks.device)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
@@ -93,24 +104,34 @@ def train(
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
-    def run_length(rows_per_step: int) -> int:
-        return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
-
     from_step = attempt.directory.read_resume_from()
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
-    model = initial_model(spec.model, spec.training.seed, ranks.device)
+    # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
+    is_split = spec.resources.parallelism == "fsdp" and ranks.world > 1
+    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_split else ranks.device)
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(
-            spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world, shapes
+            spec,
+            attempt.run,
+            artifacts,
+            data.identity,
+            lambda saved: is_finished(
+                spec.training, TrainProgress.from_state(saved), -(-len(data.train_set) // saved.rows_per_step)
+            ),
+            emit,
+            from_step,
+            ranks.world,
+            shapes,
         )
     )
     untrained = resume_from is None and spec.training.from_weight is None
     if resume_from is None and spec.training.from_weight is not None:
         load_weights(model, spec, artifacts, weight_roots(attempt.run))
-    state = build_train_state(
-        model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks
-    )
+    lengths = data.byte_lengths
+    byte_counter = ByteCounter.of(lengths, ranks.device) if isinstance(lengths, ByteLengths) else None
+    aux_coefficient = spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0
+    state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
@@ -118,9 +139,14 @@ def train(
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
     sampler = data.sampler(rows_per_step, spec.training.seed)
-    steps = progress.base_step + run_length(rows_per_step)
+    # With ``max_tokens``, counting the tokens of the rows may take seconds, so only rank 0 does it.
+    steps = ranks.broadcast_from_rank0(lambda: last_step(spec.training, progress, sampler, data.train_set.targets_of))
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
-    started = started_event(data, ranks, sampler, progress, steps, resume_from)
+    places = ranks.gather_objects(rank_info(ranks))
+    replicas, replica_warnings = replica_check(ranks, places, spec.resources.parallelism)
+    started = started_event(data, ranks, sampler, progress, steps, resume_from, places)
+    # FSDP waits for the other ranks in every layer, so no rank has a time of its own.
+    measures_ranks = ranks.world > 1 and spec.resources.parallelism != "fsdp"
     trainer = Trainer(
         spec=spec,
         data=data,
@@ -134,18 +160,22 @@ def train(
             spec.training.loss_normalization,
             # The model is compiled for each shape that it sees, so it must see one only.
             min_rows=spec.training.batch_size if spec.training.use_compile else 1,
+            fixed_shape=spec.training.use_compile,
+            prefetches=ranks.device.type == "cuda",
+            equal_counts=state.gathers_weights,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
-        intervals=StepIntervals.from_spec(spec, steps, evaluates=data.eval_set is not None),
+        intervals=StepIntervals.from_spec(spec, steps, evaluates=bool(data.eval_sets)),
         metrics=MetricsProcessor(
             ranks,
             window,
             started.flops_per_token,
             has_aux=spec.model.use_moe,
             experts=spec.model.num_experts if spec.model.use_moe else 0,
+            timer=RankTimer(model.model.embed_tokens.weight, ranks.device) if measures_ranks else None,
         ),
         checkpointer=Checkpointer(
-            spec, artifacts, data.identity, rows_per_step, ranks, emit, time.monotonic(), resume_check
+            spec, artifacts, data.identity, rows_per_step, ranks, emit, time.monotonic(), resume_check, replicas
         ),
         save_request=attempt.directory.save,
         settings=LiveSettings(attempt.directory.settings, RunSettings.of(spec.model_dump())),
@@ -157,14 +187,16 @@ def train(
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
         tasks=tasks,
         scored_at_start=(progress.step, scored),
+        straggler_monitor=StragglerMonitor(places),
+        verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
     )
-    trainer.metrics.unevaluated = unevaluated if data.eval_set is not None else None
+    trainer.metrics.unevaluated = unevaluated if data.eval_sets else None
     emit(started)
-    for warning in schedule_warnings(spec.training, steps - progress.base_step):
+    for warning in (*replica_warnings, *schedule_warnings(spec.training, steps - progress.base_step)):
         emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
-    if resume_from is not None and ranks.is_main_process:
+    if resume_from is not None and (ranks.is_main_process or state.gathers_weights):
         for event in compare_scores(progress.step, saved_score, resume_check.score(state)):
             emit(event)
 
@@ -173,7 +205,7 @@ def train(
         trainer.warm_up()
         phases.enter(Phase.TRAINING)
         try:
-            progress, stopped = trainer.run(progress, steps)
+            progress, stopped = trainer.run(progress)
         finally:
             phases.enter(Phase.SAVING)
             hit("train.close")
@@ -182,7 +214,7 @@ def train(
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
         )
-    return Outcome(outcome="completed", step=progress.step, message=f"all {steps} steps done")
+    return Outcome(outcome="completed", step=progress.step, message=f"all {trainer.intervals.steps} steps done")
 
 
 def _restore(
@@ -201,7 +233,7 @@ def _restore(
         return TrainProgress(), MetricsWindow(), rows_per_step, {}, None
     saved = state.load(resume_from.checkpoint)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved.unevaluated is not None else None
-    window = restore_window(saved.interval, ranks)
+    window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved.probe, unevaluated
 
 
@@ -243,6 +275,8 @@ class Trainer:
     phases: PhaseReporter
     emit: EventSink
     monitor: LearningMonitor
+    straggler_monitor: StragglerMonitor
+    verifier: StepVerifier | None = None
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
@@ -268,7 +302,7 @@ class Trainer:
             self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
-    def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
+    def run(self, progress: TrainProgress) -> tuple[TrainProgress, bool]:
         """Run all steps after ``progress``. Return the progress, and whether a stop request ended the run early.
 
         A step that is to be saved and evaluated is saved first: an evaluation may be long, and a stop request or a
@@ -276,19 +310,21 @@ class Trainer:
         """
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self._save_at_start(progress, steps)
+        self._save_at_start(progress)
         stopped = not self._evaluate(progress)
-        while not stopped and progress.step < steps:
+        while not stopped and progress.step < self.intervals.steps:
             previous_step, progress = progress.step, self.train_step(progress)
             if progress.step <= previous_step:
                 continue  # rolled back
             self.heartbeat.beat(progress.step)
             # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
             flags = control.exchange(self._own_flags())
+            if flags.save_failed:
+                self.checkpointer.wait()  # raises the error on every rank
             if flags.settings is not None:
-                self._apply_settings(flags.settings, progress.step, steps)
+                self._apply_settings(flags.settings, progress.step)
             self._logs_next_step = flags.log
-            is_last = progress.step == steps
+            is_last = progress.step == self.intervals.steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
@@ -307,12 +343,12 @@ class Trainer:
         control.finish()
         return progress, stopped
 
-    def _save_at_start(self, progress: TrainProgress, steps: int) -> None:
+    def _save_at_start(self, progress: TrainProgress) -> None:
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
             # A bad step before the first regular save also needs a checkpoint to roll back to.
             with self.phases.during(Phase.SAVING):
                 self.checkpointer.save(self.state, progress, self.metrics, required=True)
-        if progress.step >= steps:
+        if progress.step >= self.intervals.steps:
             # All steps are done, but the attempt that did them may have died before its final weights were written.
             self._save(progress, required=True)
 
@@ -322,6 +358,7 @@ class Trainer:
             save=self.ranks.is_main_process and self._should_save_now(),
             spike=self.spike_detector.pending is not None,
             log=self.ranks.is_main_process and self._is_log_overdue(),
+            save_failed=self.checkpointer.has_failed,
             settings=self.settings.poll() if self.ranks.is_main_process else None,
         )
 
@@ -353,11 +390,14 @@ class Trainer:
         if warning is not None:
             self.emit(warning)
 
-    def _apply_settings(self, settings: RunSettings, step: int, steps: int) -> None:
+    def _apply_settings(self, settings: RunSettings, step: int) -> None:
         """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
-        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=self.data.eval_set is not None)
+        self._set_last_step(self.intervals.steps)
+
+    def _set_last_step(self, steps: int) -> None:
+        self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=bool(self.data.eval_sets))
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
@@ -375,7 +415,10 @@ class Trainer:
         scale = self.state.loss_scale()
         self.metrics.begin_step()
         pending_metrics = self.state.train_step.run(
-            self._microbatches(step, data_step), self.lr_schedule.at(step), self._dropout_seeder(step)
+            self._microbatches(step, data_step),
+            self.lr_schedule.at(step),
+            self._dropout_seeder(step),
+            self._verification(step),
         )
         self.pending.append(PendingStep(step, data_step, scale, pending_metrics))
         tokens, data_seconds = self.loader.tokens(data_step), self.loader.data_seconds
@@ -451,6 +494,10 @@ class Trainer:
         for warning in self.monitor.observe(step, metrics.loss, metrics.grad_norm):
             self.emit(warning)
 
+    def _verification(self, step: int) -> Verification | None:
+        every = self.spec.training.verify_every
+        return Verification(self.verifier, step) if self.verifier and every and step % every == 0 else None
+
     def _dropout_seeder(self, step: int) -> Callable[[int], None]:
         if self.spec.model.dropout == 0:
             return lambda _: None
@@ -458,7 +505,7 @@ class Trainer:
 
     def _roll_back(self, progress: TrainProgress, reason: str) -> TrainProgress:
         """Reload the newest valid checkpoint. The data from there to the bad step is skipped from now on."""
-        shapes = TensorShapes.of(self.state.model)
+        shapes = self.state.shapes
         with self.phases.during(Phase.LOADING):
             hit("train.roll_back")
             self.checkpointer.wait()
@@ -468,17 +515,27 @@ class Trainer:
                 raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
             saved = self.state.load(path)
         self.state.train_step.guard.reset(progress.nonfinite)
-        self.metrics.rewind(restore_window(saved.interval, self.ranks))
+        self.metrics.rewind(restore_window(saved.interval, self.ranks, saved.interval_bytes))
         bad_step = progress.step + 1
         message = (
             f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
         )
-        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data={"to_step": saved.step}))
         self.trackers.start_at(saved.step)
         self.heartbeat.beat(saved.step)
         # Keep the current counters: with the checkpoint's, a run could roll back for ever.
         offset = progress.data_offset + bad_step - saved.step
-        return replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        progress = replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        self._set_schedule(progress)
+        data = {"to_step": saved.step, "steps": self.intervals.steps}
+        self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data=data))
+        return progress
+
+    def _set_schedule(self, progress: TrainProgress) -> None:
+        """Adapt the length of the run to the data that a rollback has skipped."""
+        training, sampler, targets_of = self.spec.training, self.loader.sampler, self.data.train_set.targets_of
+        steps = self.ranks.broadcast_from_rank0(lambda: last_step(training, progress, sampler, targets_of))
+        self._set_last_step(steps)
+        self.lr_schedule = LRSchedule.from_spec(training, steps, progress.base_step)
 
     def _log_metrics(self, progress: TrainProgress) -> None:
         """Emit the metric line that is due. If an evaluation is due too, hold the line until `_evaluate`."""
@@ -501,7 +558,7 @@ class Trainer:
     def _emit_metric(self, metric: MetricEvent) -> None:
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(metric):
+        for warning in (*self.monitor.observe_metrics(metric), *self.straggler_monitor.observe(metric)):
             self.emit(warning)
 
     def _evaluate(self, progress: TrainProgress) -> bool:
@@ -512,19 +569,21 @@ class Trainer:
         return self._evaluate_loss(progress) and self._score_tasks(progress)
 
     def _evaluate_loss(self, progress: TrainProgress) -> bool:
-        metric, eval_set = self.metrics.unevaluated, self.data.eval_set
-        if metric is None or eval_set is None:
+        metric = self.metrics.unevaluated
+        if metric is None or not self.data.eval_sets:
             return True
+        batch_size, counter = self.spec.training.batch_size, self.state.train_step.byte_counter
         with self.phases.during(Phase.EVALUATING):
-            evaluator = Evaluator(eval_set, self.ranks, self.spec.training.batch_size, self.stop.requested)
+            evaluator = HeldOutEvaluator(self.data.eval_sets, self.ranks, batch_size, counter, self.stop.requested)
             try:
-                eval_loss = evaluator.loss(self.state)
+                found = evaluator.evaluate(self.state)
             except StopRequested:
                 self._give_up_evaluation()
                 self._save_once(progress)
                 return False
         self.metrics.unevaluated = None
-        self._emit_metric(metric.model_copy(update={"eval_loss": eval_loss, "at": datetime.now(UTC)}))
+        results = {"eval_loss": found.loss, "eval_bpb": found.bpb, "eval": found.sets, "at": datetime.now(UTC)}
+        self._emit_metric(metric.model_copy(update=results))
         return True
 
     def _score_tasks(self, progress: TrainProgress) -> bool:
@@ -579,7 +638,8 @@ class Trainer:
         with self.phases.during(Phase.SAVING):
             hit("train.save")
             self.checkpointer.save(self.state, progress, self.metrics, required=required)
-        if self.ranks.is_main_process and self.intervals.is_save_step(progress.step):
+        takes_part = self.ranks.is_main_process or self.state.gathers_weights
+        if takes_part and self.intervals.is_save_step(progress.step):
             self._emit_samples(progress.step)
         self.ranks.barrier()
 
@@ -588,10 +648,19 @@ class Trainer:
         prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
         model, tokenizer = self.state.model, self.data.tokenizer
         with self.phases.during(Phase.EVALUATING) if prompts else contextlib.nullcontext():
-            for sample in generate_samples(model, tokenizer, prompts, step, self.state.precision, limit):
+            for sample in generate_samples(
+                model, tokenizer, prompts, step, self.state.precision, limit, in_step=self.state.gathers_weights
+            ):
                 self.emit(sample)
-                if self.stop.requested():
+                if self._stops_samples():
                     break
+        if self.state.split is not None:
+            self.state.split.release()
+
+    def _stops_samples(self) -> bool:
+        if not self.state.gathers_weights:
+            return self.stop.requested()
+        return any(requested for (requested,) in self.ranks.gather([float(self.stop.requested())]))
 
 
 def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:

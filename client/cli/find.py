@@ -8,6 +8,12 @@ from trainyard.client.errors import AmbiguousName
 from trainyard.client.types import Job
 
 
+def split_step(handle: str) -> tuple[str, str | None]:
+    """Return job and step of ``JOB@STEP``; the step is digits, "latest", or None if none is given."""
+    name, at, step = handle.rpartition("@")
+    return (name, step) if at and (step == "latest" or step.isdecimal()) else (handle, None)
+
+
 def find_job(trainyard: Client, handle: str, console: Console) -> Job:
     """Return the job with this id or name. If several have the name, return the newest, with a note on stderr."""
     try:

@@ -10,6 +10,7 @@ UNKNOWN = "-"
 BLOCKS = "▁▂▃▄▅▆▇█"
 GLYPHS = {
     "queued": "~",
+    "preparing": "~",
     "starting": ">",
     "running": ">",
     "pausing": "|",

@@ -188,9 +188,22 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 
 # fmt: off
 JOB = _argument("job", "JOB", "id or name of the job; if several have the name, the newest", shell_complete=_jobs)
+JOB_AT_STEP = _argument("job", "JOB[@STEP]", "job, and the step of a checkpoint (latest)", shell_complete=_jobs)
+SAMPLING = (
+    Option("--max-new-tokens", type=click.IntRange(min=0), metavar="N", help="end after so many tokens (128)"),
+    Option("--temperature", type=float, help="0: the likeliest token each time (0.85)"),
+    Option("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this probability (0.95)"),
+    Option("--top-k", type=click.IntRange(min=0), metavar="K", help="draw from the K likeliest tokens (all)"),
+    Option("--seed", type=click.IntRange(min=0), help="the same seed draws the same text"),
+    _several("--stop", "TEXT", "end before this text; may be repeated"),
+)
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 CORPUS_PATHS = _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1, required=True)
+TOKENIZER = Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)")
+SPECIAL_TOKENS = Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
+    help="as in the job spec (text)")
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
+TEXT_FIELD_OF_JOB = Option("--text_field", "--text-field", metavar="KEY", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
 YES = _flag("-y", "--yes", help="do not ask; required without a terminal")
 SERVICE = (
@@ -229,6 +242,7 @@ COMMANDS = (
         _several("--label", "K=V", "only jobs with this label"),
         Option("--name", help="only jobs with this name"),
         Option("--group", help="only jobs of this group"),
+        Option("--owner", help="only jobs that this token submitted; local: without a token"),
         Option("--order", type=click.Choice(["newest", "oldest", "score", "-score"]),
             help="score: best score first; jobs without one are last"),
         _flag("--discarded", help="only discarded jobs, which are left out otherwise"), LIMIT),
@@ -257,16 +271,18 @@ COMMANDS = (
     _of_job("samples", "cli.commands.show:samples", "print texts that the model wrote"),
     _of_job("evaluations", "cli.commands.evaluations:evaluations", "list the scores on tasks, by step",
         _step("only scores of this step"), Option("--task", help="only scores on this task")),
-    _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them"),
+    _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them",
+        Option("--clear", metavar="DEVICE", help="clear the XID errors of this GPU, which may be leased again")),
     _of_job("pause", "cli.commands.actions:pause", "save and stop; can be resumed"),
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
+        Option("--max_tokens", type=int, help="raise the number of trained tokens"),
         Option("--schedule", type=click.Choice(["extend", "continue"]),
             help="learning rate of a longer run: schedule of the new length, or decay from the current rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
-        _several("--set", "resources.FIELD=JSON", "change resources, or checkpoint.save_dir"),
+        _several("--set", "resources.FIELD=JSON", "also checkpoint.save_dir or training.gradient_checkpointing"),
         context_settings=BOTH_SPELLINGS),
     _of_job("save", "cli.commands.actions:save", "write a checkpoint at the next step, and continue"),
     _of_job("fork", "cli.commands.actions:fork", "start a new job from a checkpoint of this one",
@@ -283,6 +299,12 @@ COMMANDS = (
         _step("which checkpoint (the newest); JOB@STEP means the same"),
         Option("--kind", type=click.Choice(["choice", "continuation"]), help="of the tasks (by their first line)"),
         _flag("--no-wait", help="return at once"), _timeout("stop waiting after this time; exit 124")),
+    _remote("generate", "cli.commands.generation:generate", "continue a text with a checkpoint", JOB_AT_STEP,
+        _argument("prompt", "TEXT", "the text to continue; - reads it from stdin"), *SAMPLING,
+        context_settings=BOTH_SPELLINGS),
+    _remote("chat", "cli.commands.generation:chat", "talk to a checkpoint, turn by turn", JOB_AT_STEP,
+        Option("--system", metavar="TEXT", help="instruction before the conversation"), *SAMPLING,
+        context_settings=BOTH_SPELLINGS),
     _of_job("cancel", "cli.commands.actions:cancel", "save and end the job; can be resumed"),
     _of_job("kill", "cli.commands.actions:kill", "stop now, without saving", YES),
     _of_job("describe", "cli.commands.actions:describe", "write down what was tried and why",
@@ -295,12 +317,26 @@ COMMANDS = (
         Command("train", "cli.commands.local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
             Option("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)"),
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
-    _group("corpus", "check a corpus; list or remove the tokenized ones",
+    _group("corpus", "tokenize, describe, check or sample a corpus; list or remove the tokenized ones",
+        _remote("build", "cli.commands.corpora:build", "tokenize a corpus on the service's CPUs, without a job",
+            _argument("paths", "PATH...", "files, directories or quoted globs", type=FILE, nargs=-1),
+            Option("--spec", type=FILE, metavar="SPEC.json", help="a job spec: its data is tokenized, also a mixture"),
+            TEXT_FIELD_OF_JOB, TOKENIZER,
+            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]),
+                help="as in the job spec (text)"),
+            _flag("--no-wait", help="return at once; `GET /corpora/ID` has the progress"),
+            _timeout("stop waiting after this time; exit 124")),
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
-            CORPUS_PATHS, TEXT_FIELD,
-            Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
-            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
-                help="as in the job spec (text)"), JSON),
+            CORPUS_PATHS, TEXT_FIELD, TOKENIZER, SPECIAL_TOKENS, JSON),
+        _remote("show", "cli.commands.corpus_show:show",
+            "describe a corpus: of the service by its id, or files of this host; tokenizes them if they are not cached",
+            _argument("corpus", "CORPUS|PATH...", "an id, a key of `corpus list`, or files, directories, quoted globs",
+                type=FILE, nargs=-1, required=True),
+            TEXT_FIELD, TOKENIZER, SPECIAL_TOKENS, HOME),
+        Command("sample", "cli.commands.local:sample_corpus", "write a random sample of the documents as JSONL",
+            _argument("out", "OUT.jsonl", "must not exist yet", type=FILE), CORPUS_PATHS, TEXT_FIELD,
+            Option("--documents", type=POSITIVE, default=1000, metavar="N", help="how many (1000)"),
+            Option("--seed", type=int, default=42, metavar="N", help="the same seed gives the same sample (42)")),
         Command("list", "cli.commands.local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
         Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no run has open", HOME,
             Option("--days", metavar="N", help="first those unused for N days; 0: none by age (TRAINYARD_CORPUS_DAYS)"),

@@ -231,7 +231,7 @@ def with_absolute_paths(spec: dict[str, Any], directory: Path) -> dict[str, Any]
         container = spec.get(group)
         if isinstance(container, dict) and leaf in container:
             container[leaf] = _absolute(leaf, container[leaf], directory)
-    for group, leaf in (("data", "sources"), ("evaluation", "tasks")):
+    for group, leaf in (("data", "sources"), ("data", "eval_sources"), ("evaluation", "tasks")):
         container = spec.get(group)
         entries = container.get(leaf) if isinstance(container, dict) else None
         for entry in entries if isinstance(entries, list) else ():

@@ -12,6 +12,7 @@ from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.evaluations.runner import EvaluationRunner
+from trainyard.service.generation.pool import GenerationPool
 from trainyard.service.jobs.submission import HostLimits
 from trainyard.service.leadership import LeaderMonitor
 from trainyard.service.logs.line_index import LineIndexCache
@@ -57,6 +58,10 @@ class AppState:
         roots = settings.readable_roots, settings.writable_roots
         schedules = lambda: scheduler.leads and scheduler.launches  # noqa: E731
         return Sidecars(self.database, self.inventory, settings.sidecar_threads, *roots, schedules)
+
+    @cached_property
+    def generation(self) -> GenerationPool:
+        return GenerationPool(self.sidecars, self.settings)
 
     @cached_property
     def evaluations(self) -> EvaluationRunner:

@@ -28,8 +28,8 @@ from trainyard.service.errors import (
     PathPrefix,
     Unauthorized,
     UrlTooLong,
+    error_response,
     from_exception,
-    problem_response,
 )
 from trainyard.service.ids import JOB_ID
 from trainyard.service.observability.logging import bind, log_context
@@ -65,8 +65,8 @@ PERIODIC_ROUTES = frozenset(
 """Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
-UNTIMED = (STREAM, "/files/{name}")
-"""Ends of routes whose duration is not measured: it depends on the client."""
+UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions")
+"""Ends of routes whose duration is not measured: it depends on the client, or on what it asks for."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
@@ -136,6 +136,8 @@ class RequestMiddleware:
             raise PathPrefix()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise CrossOrigin()
+        if headers.get("sec-fetch-site") == "cross-site" and not _is_followed_link(scope, headers):
+            raise CrossOrigin()
 
     async def _authenticate(self, scope: Scope, headers: Headers) -> Principal:
         if _is_open(scope, headers):
@@ -180,7 +182,7 @@ class RequestMiddleware:
             return
         if response.started:
             raise exception
-        await problem_response(error, scope["request_id"])(scope, receive, response)
+        await error_response(error, scope["path"], scope["request_id"])(scope, receive, response)
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
@@ -317,6 +319,12 @@ def _host_allowed(header: str, allowed: tuple[str, ...]) -> bool:
         return (urlsplit(f"//{header}").hostname or "") in allowed
     except ValueError:
         return False
+
+
+def _is_followed_link(scope: Scope, headers: Headers) -> bool:
+    """Return whether a browser opens a page of the dashboard, such as from a link in a chat."""
+    is_navigation = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+    return is_navigation and is_page(scope["method"], scope["path"], headers.get("accept", ""))
 
 
 def _same_origin(origin: str | None, host: str) -> bool:

@@ -27,6 +27,7 @@ async def require(needed: SecurityScopes, caller: PrincipalDep) -> None:
 
 READ = Security(require, scopes=[Scope.READ])
 SUBMIT = Security(require, scopes=[Scope.SUBMIT])
+OPERATE = Security(require, scopes=[Scope.OPERATE])
 ADMIN = Security(require, scopes=[Scope.ADMIN])
 
 OPEN = Security(require, scopes=["open"])

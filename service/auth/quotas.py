@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.status import LIVE, JobStatus
+from trainyard.contract.status import LIVE, WAITING, JobStatus
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import QuotaExceeded
@@ -83,4 +83,4 @@ def _count(number: int, noun: str) -> str:
 def _is_active() -> ColumnElement[bool]:
     # Also a job that will restart by itself.
     restarts = and_(JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
-    return or_(JobRow.status.in_([JobStatus.QUEUED, *sorted(LIVE)]), restarts)
+    return or_(JobRow.status.in_(sorted(LIVE | WAITING)), restarts)

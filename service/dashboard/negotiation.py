@@ -5,7 +5,8 @@ import re
 PAGE_OR_API = re.compile(r"/jobs(/[^/]+)?")
 """Paths that the pages share with the API; the Accept header decides."""
 
-PAGES = frozenset({"/", "/compare", "/system", "/submit", "/docs"})
+PAGES = frozenset({"/", "/compare", "/data", "/system", "/submit", "/docs"})
+CORPUS_PAGE = re.compile(r"/data/[^/]+")
 URL_PREFIX = "/ui/"
 READ_METHODS = frozenset({"GET", "HEAD"})
 Q_VALUE = re.compile(r"q=(0(\.\d{0,3})?|1(\.0{0,3})?)")
@@ -20,7 +21,7 @@ def is_page(method: str, path: str, accept: str) -> bool:
     """Return whether to answer with the dashboard's page. The page is the same for every caller and holds no data."""
     if method not in READ_METHODS:
         return False
-    return path in PAGES or (is_page_or_api(path) and prefers_html(accept))
+    return path in PAGES or CORPUS_PAGE.fullmatch(path) is not None or (is_page_or_api(path) and prefers_html(accept))
 
 
 def is_file(method: str, path: str) -> bool:

@@ -75,7 +75,8 @@ class JobRow(Base):
     ``resume_step``: the checkpoint that the next attempt is to start from; null once it has started.
     ``sealed_step``: the curve up to this step is in rollups. ``preempted_by``: the job for which this one is paused.
     ``lineage``: the ancestors of a fork, see `service.metrics.lineage`. ``submitted_by`` created the job; ``queued_by``
-    queued it last, and the job counts against its quota. ``score``: see `service.metrics.score`.
+    queued it last, and the job counts against its quota. ``score``: see `service.metrics.score`. ``corpus_id``: a
+    queued job waits until this corpus is ready; null if there is nothing to prepare, and in jobs of release 0.1.
     """
 
     __tablename__ = "jobs"
@@ -83,6 +84,8 @@ class JobRow(Base):
         Index("ix_jobs_status", "status", "priority", "queued_at"),
         Index("ix_jobs_name", "name"),
         Index("ix_jobs_queued_by", "queued_by", "status"),
+        Index("ix_jobs_corpus_id", "corpus_id"),
+        Index("ix_jobs_submitted_by", "submitted_by", "discarded", "number"),
         Index("ix_jobs_discarded", "discarded", "number"),
         Index("ix_jobs_discarded_score", "discarded", "score", "number"),
         Index("ix_jobs_group_name", "group_name", "discarded", "number"),
@@ -132,6 +135,49 @@ class JobRow(Base):
     score: Mapped[float | None]
     score_metric: Mapped[str | None] = mapped_column(String(20))
     score_step: Mapped[int | None]
+    corpus_id: Mapped[str | None] = mapped_column(String(40))
+
+
+class CorpusRow(Base):
+    """One corpus with its tokenizer, and its preparation. ``key``, ``parts``: see `contract.prepared`.
+
+    ``spec``: of the job that caused the preparation, or of a job with the data of the request. ``attempt`` counts the
+    launches of its process; ``launched_at`` is null until the launcher has confirmed the last one. ``requested``: it is
+    prepared although no job waits for it. ``deleted``: it is removed once its process has ended. ``acked_seq``: the
+    last line of the attempt's outbox that was read, at ``heard_at``. ``fruitless``: attempts in a row without progress.
+    ``prepared``: its token shards, a `contract.prepared.PreparedCorpus`; null until it was ready once.
+    """
+
+    __tablename__ = "corpora"
+    __table_args__ = (Index("ix_corpora_status", "status"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    key: Mapped[str] = mapped_column(String(32), unique=True)
+    parts: Mapped[list[Any]]
+    status: Mapped[str] = mapped_column(String(20))
+    spec: Mapped[dict[str, Any]]
+    launcher: Mapped[str] = mapped_column(String(20))
+    attempt: Mapped[int] = mapped_column(default=0)
+    requested: Mapped[bool] = mapped_column(default=False)
+    deleted: Mapped[bool] = mapped_column(default=False)
+    acked_seq: Mapped[int] = mapped_column(default=0)
+    progress: Mapped[dict[str, Any]]
+    prepared: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None] = mapped_column(String(40))
+    message: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]
+    restarts: Mapped[int] = mapped_column(default=0)
+    fruitless: Mapped[int] = mapped_column(default=0)
+    restart_at: Mapped[datetime | None]
+    asked_at: Mapped[datetime | None]
+    heard_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    queued_at: Mapped[datetime]
+    launched_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    submitted_by: Mapped[str | None] = mapped_column(String(64))
 
 
 class LabelRow(Base):
@@ -274,6 +320,11 @@ class MetricRow(Base):
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
     expert_load: Mapped[list[Any] | None]
+    bpb: Mapped[float | None]
+    eval_bpb: Mapped[float | None]
+    eval: Mapped[dict[str, Any] | None]
+    step_seconds_max_rank: Mapped[int | None]
+    step_seconds_spread: Mapped[float | None]
 
 
 class MetricRollupRow(Base):
@@ -476,3 +527,16 @@ class RuleStateRow(Base):
     seq: Mapped[int]
     seen: Mapped[dict[str, Any]]
     final: Mapped[bool]
+
+
+class XidErrorRow(Base):
+    """An XID error of a GPU, as its driver reported it. It counts for 24 hours, or until it is cleared."""
+
+    __tablename__ = "xid_errors"
+    __table_args__ = (Index("ix_xid_errors_at", "at"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    gpu_uuid: Mapped[str] = mapped_column(String(80))
+    xid: Mapped[int]
+    at: Mapped[datetime]
+    cleared_at: Mapped[datetime | None]

@@ -1,12 +1,13 @@
 """The devices of this host: GPUs from NVML, and CPU slots."""
 
 import os
+import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pynvml
 
@@ -15,6 +16,12 @@ from trainyard.contract.sidecar import SIDECAR
 
 CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
+NODE_SET_WORDS = 2
+"""64-bit words of a set of NUMA nodes."""
+
+PCI_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})(?:\.[0-7])?")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,9 @@ class Device:
     """A device that a rank can use.
 
     ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
+    ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
+    None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
+    being leased.
     """
 
     id: str
@@ -32,6 +42,17 @@ class Device:
     processes: tuple[int, ...] = ()
     strangers: tuple[int, ...] = ()
     temperature_celsius: int | None = None
+    uuid: str | None = None
+    pci_bus_id: str | None = None
+    numa_node: int | None = None
+    link: str | None = None
+    nvlink_peers: tuple[str, ...] = ()
+    xid_errors: tuple[int, ...] = ()
+
+    def is_named(self, name: str) -> bool:
+        """Return whether ``name`` is its id, its UUID or its PCI address. The latter in any of the usual spellings."""
+        names = {self.id, self.uuid, self.pci_bus_id}
+        return name in names or (self.pci_bus_id is not None and same_pci_address(name, self.pci_bus_id))
 
 
 class Inventory(Protocol):
@@ -55,12 +76,28 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None) or None
 
 
-class HostInventory:
-    """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices."""
+@dataclass(frozen=True)
+class GpuFacts:
+    """What does not change while the host runs."""
 
-    def __init__(self, slots: int, visible: str | None = None) -> None:
-        self._cpu = cpu_slots(slots, cpu_model())
+    uuid: str | None
+    pci_bus_id: str | None
+    numa_node: int | None
+    link: str | None
+    nvlink_peers: tuple[str, ...]
+
+
+class HostInventory:
+    """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
+
+    ``excluded``: ids, UUIDs or PCI addresses of devices that are left out.
+    """
+
+    def __init__(self, slots: int, visible: str | None = None, excluded: Sequence[str] = ()) -> None:
+        self._cpu = _without(cpu_slots(slots, cpu_model()), excluded)
         self._visible = visible
+        self._excluded = excluded
+        self._facts: tuple[GpuFacts, ...] = ()
         self._nvml = _init_nvml()
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
@@ -72,9 +109,31 @@ class HostInventory:
             return self._cpu
         with self._lock:
             if time.monotonic() - self._queried_at > CACHE_SECONDS:
-                self._cuda = tuple(_cuda_devices(self._visible))
+                self._cuda = _without(self._cuda_devices(), self._excluded)
                 self._queried_at = time.monotonic()
             return (*self._cuda, *self._cpu)
+
+    def _cuda_devices(self) -> Iterator[Device]:
+        count = pynvml.nvmlDeviceGetCount()
+        if len(self._facts) != count:
+            self._facts = tuple(_gpu_facts(count))
+        for index, facts in enumerate(self._facts):
+            if self._visible is None or str(index) in self._visible.split(","):
+                yield _cuda_device(index, facts)
+
+
+def _without(devices: Iterable[Device], excluded: Sequence[str]) -> tuple[Device, ...]:
+    return tuple(device for device in devices if not any(device.is_named(name) for name in excluded))
+
+
+def same_pci_address(one: str, other: str) -> bool:
+    """Return whether both are one PCI address: ``3b:00.0``, ``0000:3b:00`` and ``00000000:3B:00.0`` are."""
+    return _pci_numbers(one) == _pci_numbers(other) is not None
+
+
+def _pci_numbers(text: str) -> tuple[int, int, int] | None:
+    found = PCI_ADDRESS.fullmatch(text.strip())
+    return (int(found[1] or "0", 16), int(found[2], 16), int(found[3], 16)) if found is not None else None
 
 
 def kind_for(device: str, devices: Sequence[Device]) -> str:
@@ -97,13 +156,7 @@ def _init_nvml() -> bool:
     return True
 
 
-def _cuda_devices(visible: str | None) -> Iterator[Device]:
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        if visible is None or str(index) in visible.split(","):
-            yield _cuda_device(index)
-
-
-def _cuda_device(index: int) -> Device:
+def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     running = tuple(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
@@ -113,16 +166,50 @@ def _cuda_device(index: int) -> Device:
         model=str(pynvml.nvmlDeviceGetName(handle)),
         memory_bytes=int(memory.total),
         memory_used_bytes=int(memory.used),
-        temperature_celsius=_temperature(handle),
+        temperature_celsius=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         processes=running,
         # Our processes have a marker in their environment, which is unreadable for other users' processes.
         strangers=tuple(pid for pid in running if not (variable_of(pid, MARKER) or variable_of(pid, SIDECAR))),
+        **vars(facts),
     )
 
 
-def _temperature(handle: Any) -> int | None:
+def _gpu_facts(count: int) -> Iterator[GpuFacts]:
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    for handle in handles:
+        peers = tuple(
+            f"cuda:{index}" for index, other in enumerate(handles) if other != handle and _has_nvlink(handle, other)
+        )
+        yield GpuFacts(
+            uuid=_or_none(lambda: str(pynvml.nvmlDeviceGetUUID(handle))),  # noqa: B023 - called at once
+            pci_bus_id=_or_none(lambda: _text(pynvml.nvmlDeviceGetPciInfo(handle).busId)),  # noqa: B023
+            numa_node=_or_none(lambda: _numa_node(handle)),  # noqa: B023
+            link="nvlink" if peers else "pcie" if count > 1 else None,
+            nvlink_peers=peers,
+        )
+
+
+def _has_nvlink(one: Any, other: Any) -> bool:
+    # Also true for GPUs that are connected through an NVSwitch.
+    status = _or_none(lambda: pynvml.nvmlDeviceGetP2PStatus(one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK))
+    return status is not None and status == pynvml.NVML_P2P_STATUS_OK
+
+
+def _numa_node(handle: Any) -> int | None:
+    # A set of bits: the NUMA nodes whose memory is nearest to the GPU. With more than one, none is preferred.
+    words = pynvml.nvmlDeviceGetMemoryAffinity(handle, NODE_SET_WORDS, pynvml.NVML_AFFINITY_SCOPE_NODE)
+    nodes = [64 * i + bit for i, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1]
+    return nodes[0] if len(nodes) == 1 else None
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _or_none(query: Callable[[], T]) -> T | None:
+    """Return the answer of NVML, or None if the driver or the card does not know it."""
     try:
-        return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+        return query()
     except pynvml.NVMLError:
         return None
 

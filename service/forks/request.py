@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from trainyard.contract.parsing import ALIASES, GROUPS, Problem, pointer_to
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, replace_length
 from trainyard.service.bodies import unknown_field
 from trainyard.service.errors import RequestInvalid, SpecInvalid, with_problems
 from trainyard.service.jobs.actions import MAX_STEP
@@ -21,7 +21,7 @@ KEPT_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields that must not change with ``data: keep``: they determine the samples of a step and the optimizer's state."""
 
-LENGTH_FIELDS = ("epochs", "max_steps")
+LENGTH_FIELDS = ("epochs", "max_steps", "max_tokens")
 BATCH_FIELDS = ("batch_size", "accumulation_steps")
 
 
@@ -44,6 +44,7 @@ class ForkOrigin:
     """The parent at the checkpoint that the fork starts from.
 
     ``rows_per_step``: sequences per step, over all ranks. ``base_step``: steps before the parent's own schedule.
+    ``tokens``: trained in that schedule until the checkpoint, at least.
     """
 
     step: int
@@ -51,6 +52,8 @@ class ForkOrigin:
     rows_per_step: int
     base_step: int
     steps_per_epoch: int | None
+    tokens_per_step: float | None = None
+    tokens: int = 0
 
 
 def parse_fork_request(body: object) -> ForkRequest:
@@ -115,20 +118,22 @@ def _merge(request: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
     merged["description"] = ""  # it says why the parent was tried
     merged["training"]["from_weight"] = None
     merged["checkpoint"]["from_resume"] = False
+    given = request.overrides.get("training")
+    if isinstance(given, dict):
+        merged["training"] = replace_length(merged["training"], given)
     for name, value in request.overrides.items():
         old = merged.get(name)
         merged[name] = (
             {**old, **value} if name in GROUPS and isinstance(value, dict) and isinstance(old, dict) else value
         )
     training, old_training = merged["training"], origin.spec["training"]
-    given = request.overrides.get("training")
     if isinstance(training, dict) and isinstance(given, dict):
         # The parent's length of the decay gives way to the one in the request.
         for leaf, other in (("decay_steps", "decay_fraction"), ("decay_fraction", "decay_steps")):
             if given.get(leaf) is not None and other not in given:
                 training[other] = None
     if isinstance(training, dict) and (
-        request.data == "restart" or any(training.get(leaf) != old_training[leaf] for leaf in LENGTH_FIELDS)
+        request.data == "restart" or any(training.get(leaf) != old_training.get(leaf) for leaf in LENGTH_FIELDS)
     ):
         training["continued_at"] = []  # the schedule is that of the new length
     return merged
@@ -178,6 +183,11 @@ def _check_batch(request: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Ite
 def _check_remaining_steps(request: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Iterator[Problem]:
     training, done = spec.training, origin.step - origin.base_step
     leaf, steps = "max_steps", training.max_steps
+    if training.max_tokens is not None:
+        if training.max_tokens <= origin.tokens:
+            message = f"must be more: {origin.tokens:,} tokens are trained at the checkpoint of step {origin.step:,}"
+            yield Problem(request.pointer("training", "max_tokens"), message)
+        return
     if steps is None and origin.steps_per_epoch:
         leaf, steps = "epochs", training.epochs * origin.steps_per_epoch
     if steps is not None and steps <= done:

@@ -14,7 +14,7 @@ from trainyard.contract.messages import Fork
 from trainyard.contract.rundir import RunDir, write_json
 from trainyard.contract.spec import JobSpec
 from trainyard.service.auth.principal import Principal
-from trainyard.service.db.models import CheckpointRow, JobRow
+from trainyard.service.db.models import CheckpointRow, JobRow, MetricRow
 from trainyard.service.errors import StepUnavailable
 from trainyard.service.forks.request import ForkOrigin, ForkRequest
 from trainyard.service.jobs import repository
@@ -50,8 +50,23 @@ def find_parent(session: Session, runs: Path, job_id: str, request: ForkRequest)
         raise StepUnavailable()
     rows_per_step = job.facts.get("global_batch") or JobSpec.model_validate_json(json.dumps(job.spec)).rows_per_step
     base_step = int(job.facts.get("base_step") or 0)
-    origin = ForkOrigin(row.step, job.spec, rows_per_step, base_step, job.facts.get("steps_per_epoch"))
+    origin = ForkOrigin(
+        row.step,
+        job.spec,
+        rows_per_step,
+        base_step,
+        job.facts.get("steps_per_epoch"),
+        job.facts.get("tokens_per_step"),
+        _tokens_until(session, job, row.step),
+    )
     return ForkParent(job, directory, row.step, row.attempt, origin)
+
+
+def _tokens_until(session: Session, job: JobRow, step: int) -> int:
+    """Return the tokens that the job's own schedule had trained at the last metric line up to ``step``."""
+    points = (MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step <= step)
+    newest = session.scalar(select(MetricRow.tokens).where(*points).order_by(MetricRow.step.desc()).limit(1))
+    return max(0, (newest or 0) - int(job.facts.get("base_tokens") or 0))
 
 
 def _find_checkpoint(session: Session, job: JobRow, request: ForkRequest) -> CheckpointRow:
@@ -111,8 +126,8 @@ def fork_plan(spec: JobSpec, request: ForkRequest, parent: ForkParent, kind: str
     plan = initial_plan(spec, kind)
     restart = request.data == "restart"
     base = parent.step if restart else parent.origin.base_step
-    per_epoch = None if restart else parent.origin.steps_per_epoch
-    own = spec.training.max_steps or (per_epoch and per_epoch * spec.training.epochs)
+    per_epoch, per_step = (None, None) if restart else (parent.origin.steps_per_epoch, parent.origin.tokens_per_step)
+    own = spec.training.run_steps(per_epoch, per_step)
     batch = spec.rows_per_step if restart else parent.origin.rows_per_step
     steps = base + own if own else None
     rates = {} if restart or steps is None else _rates(spec, parent, base, steps)

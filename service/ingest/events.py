@@ -310,6 +310,8 @@ class _EventBatch:
         self.session.execute(rows.values(stitched=False).execution_options(synchronize_session=False))
 
     def _warned(self, event: WarningEvent) -> None:
+        if self.current and event.code == "rolled_back" and type(steps := event.data.get("steps")) is int:
+            self.job.facts = {**self.job.facts, "steps": steps}  # with max_tokens, skipped data changes the length
         repository.add_alert(self.job, event.code, event.message, event.at, event.step)
         self._record_event("warning", event.message, event)
 

@@ -1,6 +1,7 @@
 """User actions on jobs. `lifecycle.decide` decides; these functions act, each inside the caller's transaction."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,7 +14,14 @@ from sqlalchemy.orm import Session, object_session
 from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import RUN_SETTINGS
 from trainyard.contract.parsing import Problem, pointer_to
-from trainyard.contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
+from trainyard.contract.spec import (
+    CheckpointSpec,
+    JobSpec,
+    ReportingSpec,
+    ResourcesSpec,
+    TrainingSpec,
+    replace_length,
+)
 from trainyard.contract.spec_reference import NOTES
 from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
 from trainyard.contract.units import UNITS
@@ -50,6 +58,7 @@ def stop(session: Session, job_id: str, action: Action, by: Principal, now: date
         changes |= {"preempted_by": None, "reason": None}
     if decision.to in IDLE_MESSAGE:
         changes |= {"reason": Reason.USER, "message": IDLE_MESSAGE[decision.to], "asked_at": None}
+        changes |= {"phase": None, "phase_detail": None}  # of a job whose corpus was being prepared
     if decision.to in TERMINAL:
         changes["finished_at"] = now
     draft = EventDraft(action, f"asked to {REQUESTED[action]}", by.name, data={"action": action})
@@ -133,9 +142,9 @@ def with_schedule(job: JobRow, spec: JobSpec, step: int | None, schedule: Schedu
     If the run is longer than before, "extend" follows the schedule of a run that had this length from the start, and
     "continue" decays from the rate at ``step``. ``step`` is None if there is no checkpoint.
     """
-    base, per_epoch = int(job.facts.get("base_step") or 0), job.facts.get("steps_per_epoch")
+    base = int(job.facts.get("base_step") or 0)
     old = JobSpec.model_validate_json(json.dumps(job.spec))
-    ends = [_last_step(each.training, base, per_epoch) for each in (old, spec)]
+    ends = [_last_step(job, old.training), _last_step(job, spec.training)]
     if ends[0] is None or ends[1] is None:
         return spec, RateChange(job.facts.get("steps"), None, None)
     before, is_longer = LRSchedule.from_spec(old.training, ends[0], base), ends[1] > ends[0]
@@ -149,9 +158,16 @@ def with_schedule(job: JobRow, spec: JobSpec, step: int | None, schedule: Schedu
     return spec, RateChange(ends[1], before.at(step), after.at(min(step + 1, ends[1])), is_longer)
 
 
-def _last_step(training: TrainingSpec, base: int, steps_per_epoch: int | None) -> int | None:
-    own = training.max_steps or (steps_per_epoch and steps_per_epoch * training.epochs)
-    return base + own if own else None
+def _last_step(job: JobRow, training: TrainingSpec) -> int | None:
+    """Return the last step of ``job`` with another ``training``, or None if unknown."""
+    facts, known = job.facts, job.spec["training"].get("max_tokens")
+    per_step, end = facts.get("tokens_per_step"), facts.get("steps")
+    if training.max_tokens is not None and known is not None and end is not None:
+        # The worker has counted the old length, so only the difference is estimated.
+        added = training.max_tokens - known
+        return end + math.ceil(added / per_step) if added and per_step else None if added else int(end)
+    own = training.run_steps(facts.get("steps_per_epoch"), per_step)
+    return int(facts.get("base_step") or 0) + own if own else None
 
 
 def resume(
@@ -163,8 +179,11 @@ def resume(
     by: Principal,
     now: datetime,
     rates: RateChange | None = None,
+    corpus_id: str | None = None,
 ) -> JobRow:
     """Queue the job again with ``spec``, which is ``before`` with the user's changes. ``rates``: `resumed_rates`.
+
+    ``corpus_id``: the corpus that it waits for.
 
     Raises Conflict, InvalidState, SpecInvalid, StepUnavailable or QuotaExceeded.
     """
@@ -187,7 +206,7 @@ def resume(
     quotas.check_quota(session, by, ranks, requeued_job=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
-    job.ranks, job.queued_by = ranks, by.name
+    job.ranks, job.queued_by, job.corpus_id = ranks, by.name, corpus_id
     rates = rates or RateChange(job.facts.get("steps"), None, None)
     job.facts = {**job.facts, "steps": rates.steps, **rates.fields}
     data = {"changes": differences(before, after), **rates.fields}
@@ -284,10 +303,17 @@ def _require_allowed(job: JobRow, action: Action) -> Transition | InProgress:
     return decision
 
 
-def own_steps(job: JobRow) -> int | None:
-    """Return the job's own number of steps, or None if unknown. In a fork, `max_steps` counts from its base step."""
-    steps = job.facts.get("steps")
-    return steps - (job.facts.get("base_step") or 0) if steps is not None else None
+def _length_of_run(job: JobRow) -> dict[str, int]:
+    """Return the length of the run by field of the spec, without those that are unknown.
+
+    In a fork, ``max_steps`` and ``max_tokens`` count from its base step.
+    """
+    facts = job.facts
+    if (steps := facts.get("steps")) is None:
+        return {}
+    own = steps - (facts.get("base_step") or 0)
+    per_step = facts.get("tokens_per_step")
+    return {"max_steps": own, **({"max_tokens": round(own * per_step)} if per_step else {})}
 
 
 def _lock_unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
@@ -308,14 +334,12 @@ def _require_movable(job: JobRow, spec: JobSpec) -> None:
 
 
 def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
-    leaf = "max_steps" if spec.training.max_steps is not None else "epochs"
-    old, new = job.spec["training"][leaf], getattr(spec.training, leaf)
-    if leaf == "max_steps":
-        old = old or own_steps(job)
+    leaf = next((name for name in ("max_steps", "max_tokens") if getattr(spec.training, name) is not None), "epochs")
+    old, new = job.spec["training"].get(leaf) or _length_of_run(job).get(leaf), getattr(spec.training, leaf)
     if old is not None and new <= old:
         message = "must be more than before: the job has finished all of it"
-        if leaf == "max_steps":
-            message += "; if max_steps is given, epochs has no effect"
+        if leaf != "epochs":
+            message += f"; if {leaf} is given, epochs has no effect"
         raise with_problems(SpecInvalid, [Problem(f"/{leaf}", message)])
 
 
@@ -324,7 +348,9 @@ MAX_STEP = 2**53 - 1
 RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
     "max_steps": ("training", "max_steps"),
+    "max_tokens": ("training", "max_tokens"),
     "save_dir": ("checkpoint", "save_dir"),
+    "gradient_checkpointing": ("training", "gradient_checkpointing"),
     "resources": ("resources",),
     "step": (),
     "schedule": (),
@@ -377,14 +403,16 @@ class ResumeBody(OptionalBody):
     """Changes to a run that is resumed.
 
     ``step``: the checkpoint to resume from, the newest if None. ``save_dir``: the next attempt moves the checkpoints
-    and weights there.
+    and weights there. ``gradient_checkpointing`` does not change the result.
     """
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
     epochs: Any = _spec_field(TrainingSpec, "epochs")
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
+    max_tokens: Any = _spec_field(TrainingSpec, "max_tokens")
     save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
+    gradient_checkpointing: Any = _spec_field(TrainingSpec, "gradient_checkpointing")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
     schedule: Schedule = Field(
@@ -394,12 +422,15 @@ class ResumeBody(OptionalBody):
     )
 
 
-def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: HostLimits) -> JobSpec:
-    """Return the spec with the changes of a resume. ``steps``: the run's number of steps, if known.
+def resumed_spec(job: JobRow, changes: Mapping[str, Any], host: HostLimits) -> JobSpec:
+    """Return the spec with the changes of a resume: a given ``max_steps`` replaces ``max_tokens``, and vice versa.
 
-    Raises SpecInvalid with every mistake; epochs and max_steps may only grow.
+    Raises SpecInvalid with every mistake; epochs, max_steps and max_tokens may only grow.
     """
-    before = {"epochs": spec["training"]["epochs"], "max_steps": spec["training"]["max_steps"] or steps}
+    training, known = job.spec["training"], _length_of_run(job)
+    before = {"epochs": training["epochs"]}
+    before |= {name: training.get(name) or known.get(name) for name in ("max_steps", "max_tokens")}
+    spec = {**job.spec, "training": replace_length(training, changes)}
     problems = [
         Problem(f"/{name}", f"may only be raised: it is {old:,}" if old is not None else "may only be raised")
         for name, old in before.items()

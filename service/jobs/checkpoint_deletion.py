@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.rundir import REMOVING_PREFIX, RunDir
-from trainyard.contract.status import LIVE, JobStatus
+from trainyard.contract.status import LIVE, WAITING, JobStatus
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
@@ -55,7 +55,7 @@ def unpublish(session: Session, settings: Settings, job_id: str, step: int, by: 
 def _require_unused(session: Session, job: JobRow, step: int, newest_other: int) -> None:
     # A live run may roll back to its newest checkpoint, and one that starts reads one of them.
     status = JobStatus(job.status)
-    if status not in LIVE and status is not JobStatus.QUEUED:
+    if status not in LIVE | WAITING:
         return
     if job.resume_step == step:
         raise CheckpointInUse("The job was asked to resume from this checkpoint.")
@@ -63,7 +63,7 @@ def _require_unused(session: Session, job: JobRow, step: int, newest_other: int)
         raise CheckpointInUse("It is the newest one, and the run may go back to it: pause the job first.")
     current = (AttemptRow.job_id == job.id, AttemptRow.number == job.attempt)
     start_step = session.scalar(select(AttemptRow.start_step).where(*current))
-    if status is not JobStatus.QUEUED and start_step is None:
+    if status not in WAITING and start_step is None:
         raise CheckpointInUse("The attempt may be reading it: wait until it has started.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainyard.contract.messages import FailureCard, NextAction
 from trainyard.contract.parsing import GROUPS
-from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.contract.spec import JobSpec, ResourcesSpec, TrainingSpec, next_memory_saving
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.db.models import JobRow
 from trainyard.service.jobs.lifecycle import resume_blocker
@@ -29,6 +29,7 @@ RETRY_CONDITIONS = {
     Reason.SPEC_INVALID: "once the cause is removed",
     Reason.LAUNCH_FAILED: "once it can be launched",
     Reason.DIVERGED: "as it was: it may diverge again",
+    Reason.SILENT_CORRUPTION: "on other devices",
 }
 """Reason -> the condition under which the same run may succeed."""
 
@@ -84,7 +85,33 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
 
 def next_actions(job: FailureContext) -> list[NextAction]:
     """Return what to do now, most likely first."""
-    return [*_changed_run(job), *_resume(job), _read_log(job)]
+    # Without an attempt its corpus could not be prepared, and the card has the end of the log.
+    log = [_read_log(job)] if job.attempt else []
+    return [*_memory_saving(job), *_changed_run(job), *_resume(job), *log]
+
+
+def _memory_saving(job: FailureContext) -> Iterator[NextAction]:
+    """Yield the same run with the next setting that saves memory. It replaces the resume without changes."""
+    saving = _next_saving(job)
+    if saving is None or not job.resumable:
+        return
+    words = " and ".join(f"{leaf} {_format(value)}" for _, leaf, value in _leaves(saving))
+    options = " ".join(f"--set {group}.{leaf}={_format(value)}" for group, leaf, value in _leaves(saving))
+    yield NextAction(
+        action="resume",
+        words=f"{_resume_words(job)}, with {words}",
+        command=f"trainyard resume {job.job_id} {options}",
+        method="POST",
+        path=f"/jobs/{job.job_id}/resume",
+        body=saving.get("training", saving),
+    )
+
+
+def _next_saving(job: FailureContext) -> Changes | None:
+    if job.code not in (Reason.OUT_OF_MEMORY, Reason.HOST_OUT_OF_MEMORY) or "resources" not in job.spec:
+        return None
+    training = TrainingSpec.model_validate_json(json.dumps(job.spec["training"]))
+    return next_memory_saving(training, ResourcesSpec.model_validate_json(json.dumps(job.spec["resources"])))
 
 
 def _changed_run(job: FailureContext) -> Iterator[NextAction]:
@@ -163,11 +190,9 @@ def _format(value: Any) -> str:
 
 
 def _resume(job: FailureContext) -> Iterator[NextAction]:
-    if not job.resumable or (job.code == Reason.SPEC_INVALID and job.step is None):
+    if not job.resumable or (job.code == Reason.SPEC_INVALID and job.step is None) or _next_saving(job) is not None:
         return
-    words = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
-    if job.step is None and job.inherited:
-        words = "Resume from its parent's checkpoint"
+    words = _resume_words(job)
     condition = RETRY_CONDITIONS.get(Reason(job.code)) if job.code in list(Reason) else None
     if job.code == Reason.DATA_INVALID and job.step is not None:
         condition = SAME_DATA
@@ -180,6 +205,12 @@ def _resume(job: FailureContext) -> Iterator[NextAction]:
         path=f"/jobs/{job.job_id}/resume",
         body={},
     )
+
+
+def _resume_words(job: FailureContext) -> str:
+    if job.step is not None:
+        return f"Resume from step {job.step:,}"
+    return "Resume from its parent's checkpoint" if job.inherited else "Resume from the beginning"
 
 
 def _read_log(job: FailureContext) -> NextAction:

@@ -77,7 +77,7 @@ ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kil
 MAX_FRUITLESS_ATTEMPTS = 2
 """After this many failed attempts in a row without a step, another one would not make any either."""
 
-FINISHED_BLOCKER = "finished: give more epochs or max_steps to continue"
+FINISHED_BLOCKER = "finished: give more epochs, max_steps or max_tokens to continue"
 NOT_SAVED = "no checkpoint was written at this stop"
 
 
@@ -159,7 +159,7 @@ def resume_blocker(job: JobState) -> str | None:
 
 def _pause(job: JobState) -> Decision:
     match job.status:
-        case JobStatus.QUEUED:
+        case JobStatus.QUEUED | JobStatus.PREPARING:
             return Transition(JobStatus.PAUSED, Desired.PAUSE)
         case JobStatus.STARTING | JobStatus.RUNNING:
             return Transition(JobStatus.PAUSING, Desired.PAUSE)
@@ -179,7 +179,9 @@ def _resume(job: JobState) -> Decision:
             return Transition(JobStatus.QUEUED, Desired.RUN)
         case JobStatus.SUCCEEDED:
             return Rejected(FINISHED_BLOCKER)
-        case JobStatus.QUEUED | JobStatus.STARTING if job.attempts > (job.status is JobStatus.STARTING):
+        case JobStatus.QUEUED | JobStatus.PREPARING | JobStatus.STARTING if job.attempts > (
+            job.status is JobStatus.STARTING
+        ):
             return InProgress()
         case JobStatus.PAUSING if job.preempted:
             return InProgress()
@@ -191,7 +193,7 @@ def _resume(job: JobState) -> Decision:
 
 def _stop(job: JobState, desired: Desired) -> Decision:
     match job.status:
-        case JobStatus.QUEUED | JobStatus.PAUSED | JobStatus.INTERRUPTED:
+        case JobStatus.QUEUED | JobStatus.PREPARING | JobStatus.PAUSED | JobStatus.INTERRUPTED:
             return Transition(JobStatus.CANCELLED, desired)
         case JobStatus.STARTING | JobStatus.RUNNING | JobStatus.PAUSING:
             return Transition(JobStatus.CANCELLING, desired)

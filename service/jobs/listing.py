@@ -11,7 +11,7 @@ from trainyard.contract.status import JobStatus
 from trainyard.service.db.models import Base, JobRow, LabelRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.ids import JOB_ID
-from trainyard.service.jobs.queries import JOBS_WITH_PLACEMENT, require_job
+from trainyard.service.jobs.queries import JOBS_WITH_PLACEMENT, owned_by, require_job
 
 MAX_DIGITS = 18
 
@@ -35,6 +35,7 @@ class JobFilter:
     group: str | None = None
     discarded: bool = False
     by_score: bool = False
+    owner: str | None = None
 
 
 def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -82,6 +83,8 @@ def _filtered(filters: JobFilter) -> Select[Any]:
     query: Select[Any] = JOBS_WITH_PLACEMENT.where(JobRow.discarded == (true() if filters.discarded else false()))
     if filters.group is not None:
         query = query.where(JobRow.group_name == filters.group)
+    if filters.owner is not None:
+        query = query.where(owned_by(filters.owner))
     if filters.status:
         query = query.where(JobRow.status.in_(filters.status))
     if filters.name is not None:

@@ -12,6 +12,7 @@ from sqlalchemy import Row
 
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.status import Desired, JobStatus, Phase, Reason
+from trainyard.service.auth.principal import LOCAL
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 from trainyard.service.jobs import queries
 from trainyard.service.jobs.failures import failure_card
@@ -23,6 +24,7 @@ from trainyard.service.schemas import (
     AllowedAction,
     Attempt,
     Checkpoint,
+    CorpusProgress,
     Event,
     Job,
     JobSummary,
@@ -98,6 +100,8 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         status=state.status,
         desired=state.desired,
         phase=job.phase,
+        corpus_id=job.corpus_id,
+        preparation=_preparation(job),
         reason=job.reason,
         message=job.message,
         error=failure_card(job, newest.step if newest is not None else None),
@@ -109,6 +113,7 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         queue=queue,
         placement=Placement.model_validate(placement) if placement is not None else None,
         parent=_parent(job),
+        owner=job.submitted_by or LOCAL.name,
         submitted_by=job.submitted_by,
         summary=summary(_summary_input(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],
@@ -117,6 +122,20 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         queued_at=job.queued_at,
         started_at=job.started_at,
         finished_at=job.finished_at,
+    )
+
+
+def _preparation(job: JobRow) -> CorpusProgress | None:
+    if job.status != JobStatus.PREPARING:
+        return None
+    detail = job.phase_detail or {}
+    done, total = detail.get("done"), detail.get("total")
+    return CorpusProgress(
+        done_bytes=done,
+        total_bytes=total,
+        percent=100 * done / total if done is not None and total else None,
+        bytes_per_second=detail.get("bytes_per_second"),
+        eta_seconds=detail.get("eta_seconds"),
     )
 
 

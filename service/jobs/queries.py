@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, select
+from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.auth.principal import LOCAL
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.ids import JOB_ID
@@ -80,6 +81,21 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
         raise JobNotFound()
     spec: dict[str, Any] = row.spec
     return spec
+
+
+def owner_of(connection: Connection, job_id: str) -> str:
+    """Return the owner of the job: the name of the token that submitted it, or ``local``. Raises JobNotFound."""
+    query = select(JobRow.submitted_by).where(JobRow.id == job_id)
+    row = connection.execute(query).first() if JOB_ID.fullmatch(job_id) else None
+    if row is None:
+        raise JobNotFound()
+    return row.submitted_by or LOCAL.name
+
+
+def owned_by(owner: str) -> ColumnElement[bool]:
+    """Return the condition that the job has this owner, as `owner_of` defines it."""
+    submitted = JobRow.submitted_by == owner
+    return or_(submitted, JobRow.submitted_by.is_(None)) if owner == LOCAL.name else submitted
 
 
 def job_rows(connection: Connection, job_id: str) -> JobRows:

@@ -4,7 +4,7 @@ import math
 import os
 import stat
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,14 @@ from trainyard.contract.allowed_paths import outside_files, outside_reason
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, fingerprint_inputs, glob_base, is_glob, shown
 from trainyard.contract.parsing import PLACEHOLDER, ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
-from trainyard.contract.spec import JobSpec, TaskSpec
+from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec, TaskSpec
 from trainyard.contract.task_files import MAX_TASK_BYTES, TaskFileInvalid, read_task_file
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, TokenizerTooLarge, tokenizer_file, vocabulary_size
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
 from trainyard.service.devices.memory import memory_limit
 from trainyard.service.errors import SpecInvalid, with_problems
+from trainyard.service.jobs import memory
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
 
@@ -51,14 +52,6 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
     """Return the plan's fields that do not need the corpus. ``device``: the device kind that `kind_of` returns."""
     model, training = spec.model, spec.training
     assert model.vocab_size is not None
-    memory = costs.memory_bytes(
-        model,
-        batch_size=training.batch_size,
-        seq_len=spec.data.max_seq_len,
-        dtype=training.dtype,
-        optimizer=training.optimizer,
-    )
-    saved = costs.checkpoint_bytes(model, training.optimizer)
     return {
         "parameters": costs.parameters(model),
         "active_parameters": costs.active_parameters(model),
@@ -70,9 +63,9 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         # As if each row were one document. The plan of a preview or of a started job has the corpus's own number.
         "flops_per_token": costs.flops_per_token(model, spec.data.max_seq_len),
-        "memory_bytes": asdict(memory),
-        "checkpoint_bytes": saved,
-        "snapshot_bytes": saved,
+        "memory_bytes": asdict(memory.per_rank(spec)),
+        "checkpoint_bytes": costs.checkpoint_bytes(model, training.optimizer),
+        "snapshot_bytes": memory.snapshot(spec),
         # An untrained model gives every token the same probability.
         "expected_first_loss": math.log(model.vocab_size),
     }
@@ -178,12 +171,14 @@ class _SpecValidator:
         for leaf, given in (("data_path", data_path), ("eval_data_path", data.eval_data_path)):
             if given is not None:
                 self.data[leaf] = yield from self._corpus(f"/data/{leaf}", given)
-        if data.sources is not None:
-            sources = []
-            for index, source in enumerate(data.sources):
-                path = yield from self._corpus(f"/data/sources/{index}/path", source.path)
-                sources.append(source.model_copy(update={"path": path}))
-            self.data["sources"] = sources
+        named: dict[str, Sequence[SourceSpec | EvalSourceSpec] | None]
+        named = {"sources": data.sources, "eval_sources": data.eval_sources}
+        for leaf, sources in named.items():
+            if sources is not None:
+                self.data[leaf] = []
+                for index, source in enumerate(sources):
+                    path = yield from self._corpus(f"/data/{leaf}/{index}/path", source.path)
+                    self.data[leaf].append(source.model_copy(update={"path": path}))
 
     def _corpus(self, pointer: str, given: str | list[str]) -> Generator[Finding, None, str | list[str]]:
         """Yield what is wrong with a corpus's path, and return it with its links resolved."""
@@ -335,22 +330,38 @@ class _SpecValidator:
 
     def _memory(self) -> Iterator[Finding]:
         # Only the part that no other batch size would change; the rest is an estimate, of which the plan warns.
-        resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
+        kind = kind_for(self.spec.resources.device, self.host.devices)
         limit = memory_limit(kind, self.host.devices)
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
         if self.runs_on_slurm or limit is None or not size:
             return
-        model, optimizer = replace(self.spec.model, vocab_size=size), self.spec.training.optimizer
-        least = costs.memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
-        alone = least.weights + least.gradients + least.optimizer
-        needed = alone * (resources.nproc_per_node if kind == "cpu" else 1)
+        least = memory.with_settings(
+            self.spec,
+            {
+                "model": {"vocab_size": size},
+                "data": {"max_seq_len": 1},
+                "training": {"batch_size": 1, "dtype": "float32"},
+            },
+        )
+        needed = memory.state_bytes(least, kind)
         if needed > limit:
+            parallelism = next(
+                (
+                    value
+                    for value in ("zero1", "fsdp")
+                    if memory.state_bytes(memory.with_settings(least, {"resources": {"parallelism": value}}), kind)
+                    <= limit
+                ),
+                None,
+            )
             whose = "this host" if kind == "cpu" else "the device"
             message = (
                 f"needs {needed / 1e9:,.1f} GB for weights, gradients and the optimizer alone, and {whose} has "
-                f"{limit / 1e9:,.1f} GB: take a smaller model"
+                f"{limit / 1e9:,.1f} GB: "
+                + (f"set resources.parallelism to {parallelism}" if parallelism is not None else "take a smaller model")
             )
-            yield Problem("/model", message), ("/model", "/resources/nproc_per_node", "/resources/device")
+            involved = ("/model", "/resources/nproc_per_node", "/resources/device", "/resources/parallelism")
+            yield Problem("/model", message), involved
 
     def _resolve_data_path(self, leaf: str, given: str) -> str | None:
         settings = self.host.settings

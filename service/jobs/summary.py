@@ -6,6 +6,7 @@ from typing import assert_never
 
 from trainyard.contract.messages import HEARTBEAT_SECONDS
 from trainyard.contract.status import Desired, JobStatus, Phase, Reason
+from trainyard.contract.units import human_bytes
 from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
@@ -42,12 +43,10 @@ class SummaryInput:
 def summary(job: SummaryInput, now: datetime) -> str:
     """Return one or two plain sentences, the most important first."""
     match job.status:
-        case JobStatus.QUEUED:
-            assert job.queue is not None
-            return f"{_preempted(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
-        case JobStatus.STARTING:
-            waiting = f", waiting for {job.queue.waiting_for}" if job.queue is not None else ""
-            return f"Starting attempt {job.attempt}{waiting}."
+        case JobStatus.QUEUED | JobStatus.STARTING:
+            return _waiting(job)
+        case JobStatus.PREPARING:
+            return _preparing(job)
         case JobStatus.RUNNING:
             return _silence(job, now) or _running(job, now)
         case JobStatus.PAUSING:
@@ -66,6 +65,14 @@ def summary(job: SummaryInput, now: datetime) -> str:
             return _trouble(job)
         case _:
             assert_never(job.status)
+
+
+def _waiting(job: SummaryInput) -> str:
+    if job.status is JobStatus.STARTING:
+        waiting = f", waiting for {job.queue.waiting_for}" if job.queue is not None else ""
+        return f"Starting attempt {job.attempt}{waiting}."
+    assert job.queue is not None
+    return f"{_preempted(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
 
 
 def _preempted(job: SummaryInput) -> str:
@@ -95,6 +102,18 @@ def _running(job: SummaryInput, now: datetime) -> str:
         ago = duration((now - job.checkpoint.created_at).total_seconds())
         parts.append(f"checkpoint {ago} ago at {job.checkpoint.step:,}")
     return ", ".join(parts) + "."
+
+
+def _preparing(job: SummaryInput) -> str:
+    detail = job.phase_detail
+    done, total, rate, eta = (detail.get(name) for name in ("done", "total", "bytes_per_second", "eta_seconds"))
+    text = "Preparing its corpus, without a device"
+    if isinstance(done, int) and isinstance(total, int) and total > 0:
+        text += f": {human_bytes(done)} of {human_bytes(total)} ({100 * done / total:.0f} %)"
+        text += f", {human_bytes(int(rate))}/s" if isinstance(rate, float) else ""
+        text += f", ETA {duration(eta)}" if isinstance(eta, float) else ""
+    message = f" {str(detail['message'])[:1].upper()}{str(detail['message'])[1:]}." if detail.get("message") else ""
+    return f"{text}.{message}"
 
 
 def _phase(job: SummaryInput) -> str:
@@ -130,7 +149,12 @@ def _at_step(job: SummaryInput) -> str:
 
 
 def _loss(job: SummaryInput) -> str:
-    return f", loss {job.progress.loss:.3f}" if job.progress.loss is not None else ""
+    progress = job.progress
+    loss = f", loss {progress.loss:.3f}" if progress.loss is not None else ""
+    if progress.eval_loss is None:
+        return loss
+    bits = f" ({progress.eval_bpb:.3f} bits per byte)" if progress.eval_bpb is not None else ""
+    return f"{loss}, held-out loss {progress.eval_loss:.3f}{bits}"
 
 
 def _resume_point(job: SummaryInput) -> str:

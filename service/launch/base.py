@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from trainyard.contract.messages import ExitReport, RunSettings
+from trainyard.contract.prepared import PrepareTask
 from trainyard.contract.spec import JobSpec
 
 LOCAL = "local"  # the launcher of this host, the only one whose devices the service itself leases
@@ -13,7 +14,10 @@ LOCAL = "local"  # the launcher of this host, the only one whose devices the ser
 
 @dataclass(frozen=True)
 class AttemptRef:
-    """Permanent name of an attempt, valid across restarts of the service. ``launcher`` is the one that runs it."""
+    """Permanent name of an attempt, valid across restarts of the service. ``launcher`` is the one that runs it.
+
+    ``job_id`` is the id of a corpus if the attempt prepares it.
+    """
 
     job_id: str
     number: int
@@ -33,7 +37,7 @@ class Launch:
     """Everything needed to start an attempt.
 
     ``devices`` are lease ids such as ``cuda:0`` or ``cpu:3``, and () on a cluster. ``resume_step`` is the checkpoint to
-    resume from, or None for the newest valid one.
+    resume from, or None for the newest valid one. ``task``: the attempt prepares a corpus and trains nothing.
     """
 
     name: AttemptRef
@@ -42,6 +46,7 @@ class Launch:
     devices: tuple[str, ...]
     token: str
     resume_step: int | None = None
+    task: PrepareTask | None = None
 
 
 class AttemptState(StrEnum):

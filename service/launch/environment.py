@@ -71,7 +71,8 @@ class WorkerEnvironment:
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
             # The worker checks each path again: a link may have changed since the spec was accepted.
             **self._roots,
-            "TRAINYARD_REPORT_URL": str(service.get("url", "")),
+            # The service reads the files of a preparation, which has no token to report with.
+            "TRAINYARD_REPORT_URL": str(service.get("url", "")) if launch.task is None else "",
             SERVICE_FILE_VARIABLE: str(self.service_file),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,
             "TRAINYARD_ATTEMPT_TOKEN": launch.token,

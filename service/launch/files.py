@@ -7,6 +7,7 @@ from trainyard.contract.messages import RunSettings, read_message
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir, RunDir, write_atomically, write_json
 from trainyard.contract.spec import JobSpec
+from trainyard.service.ids import CORPUS_ID
 from trainyard.service.launch.base import AttemptRef, Launch
 
 
@@ -19,7 +20,7 @@ class AttemptFiles:
         self._readers: dict[AttemptRef, OutboxReader] = {}
 
     def run(self, name: AttemptRef) -> RunDir:
-        return RunDir(self._home / "runs" / name.job_id)
+        return RunDir(self._home / ("corpora" if CORPUS_ID.fullmatch(name.job_id) else "runs") / name.job_id)
 
     def attempt(self, name: AttemptRef) -> AttemptDir:
         return self.run(name).attempt(name.number)
@@ -31,6 +32,8 @@ class AttemptFiles:
         self._corpus_cache.mkdir(parents=True, exist_ok=True)
         if launch.resume_step is not None:
             write_atomically(attempt.resume_from, f"{launch.resume_step}\n".encode())
+        if launch.task is not None:
+            write_json(attempt.prepare, launch.task.model_dump(mode="json"))
         write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
         return attempt
 

@@ -80,7 +80,12 @@ class LocalLauncher:
         return os.posix_spawn(
             command[0],
             command,
-            {**self._environment.of(launch), "CUDA_VISIBLE_DEVICES": ",".join(cuda)},
+            # NVML, which numbers the leased devices, uses the PCI order. CUDA alone would put the fastest card first.
+            {
+                **self._environment.of(launch),
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                "CUDA_VISIBLE_DEVICES": ",".join(cuda),
+            },
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_OPEN, 1, str(attempt.agent_log), append, 0o644),

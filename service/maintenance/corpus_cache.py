@@ -16,9 +16,12 @@ from datetime import UTC, datetime
 from typing import Any, Self
 
 from trainyard.contract.cache import CacheEntry, CorpusCache
+from trainyard.contract.corpus_files import shown
+from trainyard.contract.corpus_report import SourceReport
+from trainyard.contract.prepared import delete_stale_markers
 from trainyard.contract.rundir import read_json
 from trainyard.contract.stdio import run_command
-from trainyard.contract.units import human_bytes
+from trainyard.contract.units import counted, human_bytes
 from trainyard.service.settings import InvalidSettings, Settings
 
 DAY = 86400.0
@@ -75,6 +78,7 @@ class CorpusCachePruner:
         for entry in deleted:
             what = "corpus" if entry.is_complete else "unfinished corpus"
             log.info("%s %s of %d bytes was removed from the cache: unused", what, entry.key, entry.bytes)
+        delete_stale_markers(self.cache.path)
         if self.limits.days:
             self.cache.forget_digests(self.clock() - self.limits.days * DAY)
         return deleted
@@ -94,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pruner = CorpusCachePruner.of(Settings.read(os.environ, host="127.0.0.1"))
         kept = pruner.cache.entries()
         paths = _paths(pruner.cache, kept)
+        names = {entry.key: _names(pruner.cache, entry.key) for entry in kept if entry.is_complete}
         listed = kept if options.verb == "list" else _prune(pruner, options)
     except (InvalidSettings, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
@@ -103,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps({"object": "list", "data": rows, "has_more": False}))
         return 0
     for entry in listed:
-        print(format_entry(entry, paths.get(entry.path.name, ""), pruner.clock()))
+        print(format_entry(entry, paths.get(entry.path.name) or names.get(entry.key, ""), pruner.clock()))
     total = human_bytes(sum(entry.bytes for entry in listed))
     print(f"{len(listed):,} {'kept' if options.verb == 'list' else 'removed'}, {total}")
     return 0
@@ -142,6 +147,15 @@ def _paths(cache: CorpusCache, kept: Sequence[CacheEntry]) -> dict[str, str]:
     files = {str(entry.get("sha256")): str(entry.get("path", "")) for entry in digests}
     metas = {entry.path.name: read_json(entry.path / "meta.json") or {} for entry in kept if entry.is_complete}
     return {name: files.get(str(meta.get("content")), "") for name, meta in metas.items()}
+
+
+def _names(cache: CorpusCache, key: str) -> str:
+    """Return the first file of a corpus of several files and how many more there are, or "" if it has no report."""
+    report = SourceReport.read(cache.directory(key))
+    if report is None or not report.listed:
+        return ""
+    more = f", and {counted(report.files - 1, 'more file')}" if report.files > 1 else ""
+    return f"{shown(report.listed[0].file)}{more}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from typing import Any
 
 from trainyard.contract.events import MetricEvent, Started
 
-FIELDS = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
+FIELDS = (
+    *("epoch", "tokens", "loss", "bpb", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite"),
+    *("step_seconds_max_rank", "step_seconds_spread"),
+)
 
 
 def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
@@ -27,11 +30,19 @@ def after_metric(progress: dict[str, Any], event: MetricEvent, facts: dict[str, 
     return {
         **progress,
         **fields,
+        **_evaluation(event),
         **percent_done(event.step, steps),
         "eta_seconds": eta,
         "updated_at": _time(event.at),
         "step_seconds": seconds,
     }
+
+
+def _evaluation(event: MetricEvent) -> dict[str, Any]:
+    """Return the fields of the newest evaluation over all held-out sets; {} if this point has none."""
+    if event.eval_loss is None:
+        return {}
+    return {"eval_loss": event.eval_loss, "eval_bpb": event.eval_bpb, "eval_step": event.step}
 
 
 def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -> dict[str, Any]:

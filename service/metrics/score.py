@@ -1,7 +1,8 @@
-"""The score of a job, by which runs are ranked: a loss in nats per token, so less is better.
+"""The score of a job, by which runs are ranked: less is better.
 
-It is the best held-out loss (``eval_loss``), or the newest smoothed loss (``loss``) if nothing was evaluated. To rank
-by another held-out metric, such as bits per byte, prefer it to ``eval_loss`` in `add_point` and in `compute_again`.
+It is the best of the held-out bits per byte (``bpb``), which can be compared between tokenizers. If there are none, it
+is the best held-out loss (``eval_loss``), in nats per token, or the newest smoothed loss (``loss``) if nothing was
+evaluated.
 """
 
 import math
@@ -18,14 +19,19 @@ from trainyard.service.metrics.rollups import LEVELS, RollupView
 HALF_LIFE = 50.0
 """Of the smoothed loss, in steps: that of the curve's default."""
 
+EVALUATED = {"bpb": "eval_bpb", "eval_loss": "eval_loss"}
+"""Metric of an evaluated score -> the field of a point that it is taken from. An earlier one is preferred."""
+
 SMOOTHED = "smoothed"
 """Key in ``JobRow.progress``: [total, weight, step] of the moving average."""
 
 
 def add_point(job: JobRow, event: MetricEvent) -> None:
     """Update the score after the next point of the curve."""
-    if event.eval_loss is not None and math.isfinite(event.eval_loss):
-        _offer_evaluation(job, event.eval_loss, event.step)
+    for metric in EVALUATED:
+        value = getattr(event, EVALUATED[metric])
+        if value is not None and math.isfinite(value):
+            _offer_evaluation(job, metric, value, event.step)
     if event.loss is None or not math.isfinite(event.loss):
         return
     ema = Ema(HALF_LIFE, *job.progress.get(SMOOTHED, ()))
@@ -37,10 +43,12 @@ def compute_again(session: Session, job: JobRow) -> None:
     """Compute the score from the stored curve, after steps were repeated or given up."""
     job.score = job.score_metric = job.score_step = None
     curve = (MetricRow.job_id == job.id, MetricRow.stitched.is_(True))
-    best = select(MetricRow.eval_loss, MetricRow.step).where(*curve, MetricRow.eval_loss.is_not(None))
-    row = session.execute(best.order_by(MetricRow.eval_loss, MetricRow.step).limit(1)).first()
-    if row is not None:
-        _offer_evaluation(job, row.eval_loss, row.step)
+    for metric, name in EVALUATED.items():
+        column = getattr(MetricRow, name)
+        best = select(column, MetricRow.step).where(*curve, column.is_not(None))
+        row = session.execute(best.order_by(column, MetricRow.step).limit(1)).first()
+        if row is not None:
+            _offer_evaluation(job, metric, row[0], row.step)
     ema = Ema(HALF_LIFE)
     for part in rollups.aggregates(session, job, RollupView(LEVELS[-1], HALF_LIFE)):
         if part.finite_step is not None:
@@ -51,12 +59,14 @@ def compute_again(session: Session, job: JobRow) -> None:
         job.progress = {name: value for name, value in job.progress.items() if name != SMOOTHED}
 
 
-def _offer_evaluation(job: JobRow, loss: float, step: int) -> None:
-    if job.score_metric != "eval_loss" or job.score is None or loss < job.score:
-        job.score, job.score_metric, job.score_step = loss, "eval_loss", step
+def _offer_evaluation(job: JobRow, metric: str, value: float, step: int) -> None:
+    order = [*EVALUATED, "loss", None]
+    current, offered = order.index(job.score_metric), order.index(metric)
+    if offered < current or (offered == current and job.score is not None and value < job.score):
+        job.score, job.score_metric, job.score_step = value, metric, step
 
 
 def _store_smoothed(job: JobRow, ema: Ema) -> None:
     job.progress = {**job.progress, SMOOTHED: [ema.total, ema.weight, ema.step]}
-    if job.score_metric != "eval_loss":
+    if job.score_metric not in EVALUATED:
         job.score, job.score_metric, job.score_step = ema.value, "loss", ema.step

@@ -20,6 +20,7 @@ FIELDS = (
     "at",
 )
 ALWAYS = ("step", "attempt")
+EVALUATION_FIELDS = ("eval_loss", "eval_bpb", "eval")
 MAX_NONFINITE_STEPS = 1000
 """Steps in one query's IN list."""
 
@@ -129,18 +130,27 @@ def _batched(steps: Iterable[int], size: int) -> Iterator[list[int]]:
 
 
 def add_evaluations(
-    session: Session, job_id: str, attempt: int | None, buckets: list[dict[str, Any]], every: int
+    session: Session,
+    job_id: str,
+    attempt: int | None,
+    buckets: list[dict[str, Any]],
+    fields: Sequence[str],
+    every: int,
 ) -> None:
-    """Add its last evaluation to each bucket whose last point has none. Evaluations come each ``every`` steps."""
+    """Add its last evaluation to each bucket whose last point has none. Evaluations come each ``every`` steps.
+
+    ``fields``: those of EVALUATION_FIELDS that the buckets have.
+    """
     due = {
         row["step"] // every * every: row
         for row in buckets
-        if row["eval_loss"] is None and row["step"] // every * every >= row["first_step"]
+        if all(row[name] is None for name in fields) and row["step"] // every * every >= row["first_step"]
     }
+    columns = [getattr(MetricRow, name) for name in ("step", *fields)]
     for some in _batched(due, MAX_NONFINITE_STEPS):
-        query = select(MetricRow.step, MetricRow.eval_loss).where(*_curve(job_id, attempt), MetricRow.step.in_(some))
-        for step, loss in session.execute(query.order_by(MetricRow.seq)):
-            due[step]["eval_loss"] = loss
+        query = select(*columns).where(*_curve(job_id, attempt), MetricRow.step.in_(some))
+        for step, *values in session.execute(query.order_by(MetricRow.seq)):
+            due[step].update(zip(fields, values, strict=True))
 
 
 def _curve(job_id: str, attempt: int | None) -> tuple[ColumnElement[bool], ...]:

@@ -69,13 +69,15 @@ class SampledLines:
             self.texts.append(text)
 
 
-def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] = ()) -> SampledLines | None:
+def sample_files(
+    paths: Sequence[Path], text_field: str, roots: Sequence[Path] = (), limit: int = SAMPLE_BYTES
+) -> SampledLines | None:
     """Sample some of the files, at equal distances, and extrapolate to all of them by size.
 
-    Return None if `sample_lines` returns None for one of them.
+    At most ``limit`` bytes are read. Return None if `sample_lines` returns None for one of them.
     """
     if len(paths) == 1:
-        return sample_lines(paths[0], text_field, roots)
+        return sample_lines(paths[0], text_field, roots, limit)
     try:
         sizes = [path.stat().st_size for path in paths]
     except OSError:
@@ -83,7 +85,7 @@ def sample_files(paths: Sequence[Path], text_field: str, roots: Sequence[Path] =
     chosen = sampled_paths(paths)
     total = SampledLines(sum(sizes))
     for path in chosen:
-        sample = sample_lines(path, text_field, roots, SAMPLE_BYTES // len(chosen))
+        sample = sample_lines(path, text_field, roots, limit // len(chosen))
         if sample is None:
             return None
         total.sampled_bytes += sample.sampled_bytes

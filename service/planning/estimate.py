@@ -49,6 +49,32 @@ class PlannedSource:
     passes: float | None
 
 
+@dataclass(frozen=True)
+class PlannedEvalSet:
+    """A held-out set in the plan. ``tokens``: those that are predicted. None: unknown."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+
+
+def plan_eval_set(name: str, files: int, size: RunSize | None, max_tokens: int | None) -> PlannedEvalSet:
+    """Return a held-out set whose files have this size together, and of which at most ``max_tokens`` are evaluated."""
+    if size is None:
+        return PlannedEvalSet(name, files, None, None)
+    share = min(1.0, max_tokens / size.targets) if max_tokens is not None else 1.0
+    return PlannedEvalSet(name, files, max(1, round(share * size.documents)), round(share * size.targets))
+
+
+def plan_split(name: str, files: int, size: RunSize | None, fraction: float) -> PlannedEvalSet:
+    """Return the held-out documents of a source of this size."""
+    if size is None:
+        return PlannedEvalSet(name, files, None, None)
+    targets = size.targets / (1 - fraction) * fraction
+    return PlannedEvalSet(name, files, max(1, round(fraction * size.documents)), round(targets))
+
+
 def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None:
     """Return the size of a run over all sources, or None if that of a source is unknown."""
     known = [size for size in sizes if size is not None]
@@ -63,7 +89,7 @@ def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None
         samples=samples,
         targets=sum(size.targets for size in known),
         steps_per_epoch=steps_per_epoch,
-        steps=_steps(spec, steps_per_epoch),
+        steps=_steps(spec, steps_per_epoch, sum(size.targets for size in known)),
         attention_length=sum(size.attention_length * size.targets for size in known) / sum(s.targets for s in known),
         special_tokens=sum(size.special_tokens for size in known),
         special_texts=sum(size.special_texts for size in known),
@@ -85,9 +111,8 @@ def plan_sources(
         yield PlannedSource(source.name, count, documents, tokens, share, passes)
 
 
-def _steps(spec: JobSpec, steps_per_epoch: int) -> int:
-    training = spec.training
-    return training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch
+def _steps(spec: JobSpec, steps_per_epoch: int, targets: int) -> int:
+    return spec.training.run_steps(steps_per_epoch, targets / steps_per_epoch) or 1
 
 
 def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> RunSize | None:
@@ -113,7 +138,7 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
         samples=samples,
         targets=round(scale * train_fraction * targets),
         steps_per_epoch=steps_per_epoch,
-        steps=_steps(spec, steps_per_epoch),
+        steps=_steps(spec, steps_per_epoch, round(scale * train_fraction * targets)),
         attention_length=sum(_squares(length, spec.data.max_seq_len) for length in lengths) / targets,
     )
 

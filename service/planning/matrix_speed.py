@@ -42,6 +42,7 @@ class MatrixSpeed:
     home: Path
     wait_seconds: float = 2.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _measuring: threading.Lock = field(default_factory=threading.Lock)
     _failed: set[str] = field(default_factory=set)
     _threads: dict[str, threading.Thread] = field(default_factory=dict)
 
@@ -60,7 +61,18 @@ class MatrixSpeed:
         per_token = flops_per_token(spec.model, attention_length)
         return MatrixEstimate(EFFICIENCY * flops * devices / per_token, flops)
 
-    def _flops(self, kind: str, dtype: str) -> float | None:
+    def bfloat16_on_cpu(self, spec: JobSpec, kind: str) -> tuple[float, float] | None:
+        """Return the FLOP/s of a product in bfloat16 and in float32 for a run in bfloat16 on the CPU, else None.
+
+        Also None if they are not known yet. A CPU without AMX or AVX512-BF16 computes bfloat16 by float32, and slower.
+        """
+        if kind != "cpu" or spec.training.dtype != "bfloat16":
+            return None
+        # Without waiting: the plan has waited for its own type already, and the next one has the warning.
+        own, other = (self._flops(kind, dtype, wait_seconds=0.0) for dtype in ("bfloat16", "float32"))
+        return (own, other) if own is not None and other is not None else None
+
+    def _flops(self, kind: str, dtype: str, wait_seconds: float | None = None) -> float | None:
         name, file = f"{kind} {dtype}", self.home / "cache" / "matrix-speed.json"
         with self._lock:
             known = self._known(file)
@@ -70,11 +82,12 @@ class MatrixSpeed:
                 thread = threading.Thread(target=self._measure, args=(kind, dtype, name, file), daemon=True)
                 self._threads[name] = thread
                 thread.start()
-        self._threads[name].join(self.wait_seconds)
+        self._threads[name].join(self.wait_seconds if wait_seconds is None else wait_seconds)
         return self._known(file).get(name)
 
     def _measure(self, kind: str, dtype: str, name: str, file: Path) -> None:
-        measured = _measure(kind, dtype)
+        with self._measuring:  # two at once would slow each other down
+            measured = _measure(kind, dtype)
         with self._lock:
             if measured is None:
                 self._failed.add(name)

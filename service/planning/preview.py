@@ -1,27 +1,40 @@
 """The plan preview: computed from the spec, a sample of the corpus, this host's devices and earlier runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand
 from trainyard.contract.lr_schedule import LRSchedule
-from trainyard.contract.spec import JobSpec, SourceSpec
+from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
+from trainyard.service.jobs import memory
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
-from trainyard.service.planning.corpus_sample import other_format, sample_files, sampled_paths
-from trainyard.service.planning.estimate import PlannedSource, RunSize, estimate_size, join_sizes, plan_sources
+from trainyard.service.planning.corpus_sample import SAMPLE_BYTES, other_format, sample_files, sampled_paths
+from trainyard.service.planning.estimate import (
+    PlannedEvalSet,
+    PlannedSource,
+    RunSize,
+    estimate_size,
+    join_sizes,
+    plan_eval_set,
+    plan_sources,
+    plan_split,
+)
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
 from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
 from trainyard.service.settings import Settings
+
+MIN_SAMPLE_BYTES = 1 << 16
+"""Bytes of a held-out set that are read at least: fewer may have no complete line."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,7 @@ class CorpusSample:
     other_format: str | None = None
     sources: tuple[PlannedSource, ...] = ()
     tokens: TokenNames | None = None
+    eval_sets: tuple[PlannedEvalSet, ...] = ()
 
 
 def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
@@ -60,8 +74,30 @@ def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
     names = next((sample.names for sample in samples if sample.names), ())
     size = join_sizes(spec, sizes)
     packed = _other_format(files, roots) if size is None else None
-    planned = plan_sources(spec, [len(paths) for paths in files], sizes, size)
-    return CorpusSample(size, names, packed, tuple(planned), _token_names(spec.data.tokenizer_path, roots))
+    counts = [len(paths) for paths in files]
+    planned = plan_sources(spec, counts, sizes, size)
+    eval_sets = [*_splits(spec, counts, sizes), *_eval_sets(spec, roots)]
+    tokens = _token_names(spec.data.tokenizer_path, roots)
+    return CorpusSample(size, names, packed, tuple(planned), tokens, tuple(eval_sets))
+
+
+def _splits(spec: JobSpec, files: Sequence[int], sizes: Sequence[RunSize | None]) -> Iterator[PlannedEvalSet]:
+    if spec.data.eval_fraction > 0:
+        for source, count, size in zip(spec.data.training_sources, files, sizes, strict=True):
+            yield plan_split(source.name, count, size, spec.data.eval_fraction)
+
+
+def _eval_sets(spec: JobSpec, roots: Sequence[Path]) -> Iterator[PlannedEvalSet]:
+    wanted = spec.data.held_out_sources
+    # All sets together take about as long as one source.
+    limit = max(MIN_SAMPLE_BYTES, SAMPLE_BYTES // max(1, len(wanted)))
+    for source in wanted:
+        try:
+            paths = [file.path for file in expand(source.path)]
+        except CorpusFilesInvalid:
+            continue
+        size = _sample_source(spec, source, paths, roots, limit).size
+        yield plan_eval_set(source.name, len(paths), size, source.max_tokens)
 
 
 def _other_format(sources: Sequence[Sequence[Path]], roots: Sequence[Path]) -> str | None:
@@ -73,8 +109,14 @@ def _other_format(sources: Sequence[Sequence[Path]], roots: Sequence[Path]) -> s
     return None
 
 
-def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path], roots: Sequence[Path]) -> CorpusSample:
-    sampled = sample_files(paths, source.text_field or spec.data.text_field, roots)
+def _sample_source(
+    spec: JobSpec,
+    source: SourceSpec | EvalSourceSpec,
+    paths: Sequence[Path],
+    roots: Sequence[Path],
+    limit: int = SAMPLE_BYTES,
+) -> CorpusSample:
+    sampled = sample_files(paths, source.text_field or spec.data.text_field, roots, limit)
     if sampled is None:
         return CorpusSample(None)
     tokens_of = _token_names(spec.data.tokenizer_path, roots)
@@ -109,14 +151,19 @@ def preview(
     throughput: Throughput | MatrixEstimate | None,
     queue: QueuePosition,
     settings: Settings,
+    bfloat16_on_cpu: tuple[float, float] | None = None,
 ) -> PlanPreview:
     """Return the plan as the API shows it.
 
     ``kind`` is what the spec's device means where the job will run; ``devices`` are those of this host.
+    ``bfloat16_on_cpu``: see `MatrixSpeed.bfloat16_on_cpu`.
     """
     facts = initial_plan(spec, kind)
     host = replace(
-        _host_capacity(spec, facts, kind, devices, settings), names=sample.names, other_format=sample.other_format
+        _host_capacity(spec, facts, kind, devices, settings),
+        names=sample.names,
+        other_format=sample.other_format,
+        bfloat16_on_cpu=bfloat16_on_cpu,
     )
     size = sample.size
     return PlanPreview.model_validate(
@@ -126,10 +173,13 @@ def preview(
             "eos_token": sample.tokens.eos if sample.tokens is not None else None,
             **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
+            "memory_options": list(memory.options(spec, kind, host.memory_limit)),
+            "settings_that_fit": host.settings_that_fit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
             "sources": list(sample.sources),
+            "eval_sets": list(sample.eval_sets),
             "warnings": [*warnings(spec, size, host), *source_warnings(sample.sources)],
         }
     )
@@ -182,14 +232,14 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
 def _host_capacity(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], settings: Settings
 ) -> HostCapacity:
-    on_cluster = spec.resources.launcher == SLURM
+    limit = None if spec.resources.launcher == SLURM else memory_limit(kind, devices)
     return HostCapacity(
         kind=kind,
-        memory_needed=sum(facts["memory_bytes"].values()),
-        memory_limit=None if on_cluster else memory_limit(kind, devices),
+        memory_needed=memory.needed(spec, kind),
+        memory_limit=limit,
+        settings_that_fit=memory.settings_that_fit(spec, kind, limit),
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or settings.home)),
-        snapshot=facts["snapshot_bytes"],
     )
 
 

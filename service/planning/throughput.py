@@ -10,7 +10,15 @@ from trainyard.contract.spec import JobSpec
 from trainyard.service.db.models import JobRow
 
 MAX_RUNS = 300  # number of newest jobs that are searched
-SAME_TRAINING = ("batch_size", "accumulation_steps", "dtype", "use_compile", "deterministic")
+SAME_TRAINING = (
+    "batch_size",
+    "accumulation_steps",
+    "dtype",
+    "use_compile",
+    "compile_mode",
+    "allow_tf32",
+    "deterministic",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Throughput:
 def find_throughput(session: Session, spec: JobSpec, kind: str) -> Throughput | None:
     """Return that of the newest job with the same shape on the same kind of device, or None.
 
-    The shape is the model, sequence length, packing, batch, dtype and number of ranks.
+    The shape is the model, sequence length, packing, batch, dtype, number of ranks, and what saves memory.
     """
     shape = _shape(spec.model_dump(mode="json"))
     columns = (JobRow.id, JobRow.name, JobRow.spec, JobRow.facts, JobRow.progress)
@@ -49,4 +57,6 @@ def _kind(device: str | None) -> str:
 
 def _shape(spec: dict[str, Any]) -> tuple[Any, ...]:
     data, training = spec["data"], spec["training"]
-    return (spec["model"], data["max_seq_len"], data["packing"], *(training[name] for name in SAME_TRAINING))
+    # Jobs of older versions do not have these two.
+    memory = training.get("gradient_checkpointing", False), spec["resources"].get("parallelism", "ddp")
+    return (spec["model"], data["max_seq_len"], data["packing"], *(training[name] for name in SAME_TRAINING), *memory)

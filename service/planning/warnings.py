@@ -1,7 +1,8 @@
 """Warnings about a planned run, one sentence each. Pure."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.tokenizer_info import BYTE, BYTE_VOCABULARY, special_tokens_warning
@@ -17,8 +18,9 @@ MIN_KEPT = 2  # checkpoints that are kept even if ``keep_last`` is smaller
 class HostCapacity:
     """Resources of the host that the run needs, in bytes; None: unknown. ``kind`` is the device's, e.g. ``cuda``.
 
-    ``snapshot``: host memory of the copy that checkpoints are written from. ``other_format``: the corpus's, if it is
-    not JSONL. ``names``: keys with texts in the first line that is no document.
+    ``memory_needed``, ``settings_that_fit``: see `jobs.memory`. ``other_format``: the corpus's, if it is not JSONL.
+    ``names``: keys with texts in the first line that is no document. ``bfloat16_on_cpu``: FLOP/s of a product in
+    bfloat16 and in float32, if the run is in bfloat16 on a CPU and they are known.
     """
 
     kind: str
@@ -26,14 +28,15 @@ class HostCapacity:
     memory_limit: int | None
     checkpoint_bytes: int
     disk_free: int | None
-    snapshot: int = 0
+    settings_that_fit: Mapping[str, Mapping[str, Any]] | None = None
     other_format: str | None = None
     names: tuple[str, ...] = ()
+    bfloat16_on_cpu: tuple[float, float] | None = None
 
 
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
     """Return the warnings, the most serious first."""
-    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
+    sentences = [*_memory(host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
     if size is None and host.other_format is not None:
         return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
@@ -56,19 +59,17 @@ def _no_document(text_field: str, names: tuple[str, ...]) -> str:
     return f"no document was found in the sampled part of the corpus: {known if names else needed}"
 
 
-def _memory(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
+def _memory(host: HostCapacity) -> Iterator[str]:
     if host.memory_limit is None:
         return
-    cpu = host.kind == "cpu"
-    ranks = spec.resources.nproc_per_node if cpu else 1
-    # Only rank 0 keeps a copy for saving, and that of a GPU run is in the host's memory.
-    snapshot = host.snapshot if cpu else 0
-    needed, owner = host.memory_needed * ranks + snapshot, "this host" if cpu else "the device"
+    needed, owner = host.memory_needed, "this host" if host.kind == "cpu" else "the device"
     if needed > host.memory_limit:
-        yield (
-            f"it needs about {_gb(needed)} of memory and {owner} has {_gb(host.memory_limit)}: "
-            "lower batch_size or max_seq_len, or take a smaller model"
+        changes = host.settings_that_fit or {}
+        settings = " and ".join(
+            f"{leaf} {str(value).lower()}" for fields in changes.values() for leaf, value in fields.items()
         )
+        advice = f"it fits with {settings}" if settings else "lower batch_size or max_seq_len, or take a smaller model"
+        yield f"it needs about {_gb(needed)} of memory and {owner} has {_gb(host.memory_limit)}: {advice}"
     elif needed > 0.9 * host.memory_limit:
         yield f"it needs about {_gb(needed)} of the {_gb(host.memory_limit)} of memory that {owner} has: it may not fit"
 
@@ -86,6 +87,12 @@ def _disk(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
 def _device(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
     if host.kind == "cpu" and spec.resources.device == "auto":
         yield "there is no GPU on this host: this run will use the CPU"
+    if host.bfloat16_on_cpu is not None and host.bfloat16_on_cpu[0] < host.bfloat16_on_cpu[1]:
+        bfloat16, float32 = host.bfloat16_on_cpu
+        yield (
+            f"this CPU computes a bfloat16 product at {bfloat16 / 1e9:,.0f} GFLOP/s and one in float32 at "
+            f'{float32 / 1e9:,.0f}: with training.dtype "float32" the run is faster, and more exact'
+        )
     batch_tokens = spec.training.batch_size * spec.data.max_seq_len
     if host.kind.startswith("cuda") and batch_tokens < FEW_TOKENS:
         yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"

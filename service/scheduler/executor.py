@@ -6,6 +6,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import assert_never
 
 from sqlalchemy import insert
@@ -36,6 +37,7 @@ from trainyard.service.launch.base import (
 )
 from trainyard.service.leadership import LeaderLease, fenced
 from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Reclaim, Restart, Start
+from trainyard.service.scheduler.preparation_executor import PreparationExecutor
 from trainyard.service.scheduler.published_inventory import InventorySnapshot
 from trainyard.service.scheduler.snapshot import LiveAttempt, SchedulerMemory
 from trainyard.service.timing import Timing
@@ -48,8 +50,8 @@ log = logging.getLogger("trainyard")
 class PlanExecutor:
     """Executes one action at a time.
 
-    ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database. ``reclaim``: ends the
-    side process that has a device.
+    ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database. ``cache``: the corpus
+    cache. ``reclaim``: ends the side process that has a device.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class PlanExecutor:
         clock: Callable[[], datetime],
         lease: LeaderLease | None = None,
         timing: Timing = Timing(),
+        cache: Path = Path("cache"),
+        home: Path = Path("home"),
     ) -> None:
         self._timing = timing
         self._database = database
@@ -69,6 +73,9 @@ class PlanExecutor:
         self._lease = lease
         self._alive: set[AttemptRef] = set()
         self.service_stops = False
+        self._preparations = PreparationExecutor(
+            self.write, self._still_leads, launcher, memory, clock, cache, home, timing
+        )
         self.reclaim: Callable[[str], None] = lambda _: None
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
@@ -103,7 +110,7 @@ class PlanExecutor:
                     self.reclaim(action.device)
                     return True
                 case _:
-                    assert_never(action)
+                    return self._preparations.execute(action)
         except (Conflict, JobNotFound):
             return True  # the job has changed since the snapshot; the next round reads it again
 

@@ -7,18 +7,22 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
 from http import HTTPStatus
+from pathlib import Path
 
 from sqlalchemy.orm import Session
 
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Inventory
+from trainyard.service.devices.xids import XidWatcher
 from trainyard.service.errors import from_exception
 from trainyard.service.launch.base import AttemptRef, Launcher
 from trainyard.service.leadership import LeaderLease, LeadershipLost
 from trainyard.service.observability.logging import log_context
 from trainyard.service.scheduler.executor import PlanExecutor
 from trainyard.service.scheduler.plan import Action, Inspect, Preempt, Restart, Start, plan, subject
+from trainyard.service.scheduler.preparations import Prepare
 from trainyard.service.scheduler.published_inventory import InventorySnapshot, PublishTracker
 from trainyard.service.scheduler.queue_preview import QueuePreview
 from trainyard.service.scheduler.snapshot import SchedulerMemory, Snapshot, load_snapshot
@@ -45,7 +49,9 @@ class Scheduler:
 
     With a ``lease`` it acts only while it leads; ``on_lead`` is called each time it becomes the leader. If not
     ``enabled``, the thread never starts: another service on the same database schedules. With ``preempts``, jobs of
-    lower priority are paused for those of higher priority.
+    lower priority are paused for those of higher priority. ``corpora``: the corpus cache and the home, if corpora are
+    prepared before jobs get devices; None if each run prepares its own. ``xid_watcher``: the source of errors of this
+    host's GPUs.
     """
 
     def __init__(
@@ -59,14 +65,19 @@ class Scheduler:
         preempts: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
         timing: Timing = Timing(),
+        corpora: tuple[Path, Path] | None = None,
+        xid_watcher: XidWatcher | None = None,
     ) -> None:
         self.timing = timing
+        self.prepares = corpora is not None
+        self._xid_watcher = xid_watcher
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
         self._clock = clock
         self._memory = SchedulerMemory()
-        self._executor = PlanExecutor(database, launcher, self._memory, clock, lease, timing)
+        cache, home = corpora or (Path(), Path())
+        self._executor = PlanExecutor(database, launcher, self._memory, clock, lease, timing, cache, home)
         self._lease = lease
         self._enabled = enabled
         self._preempts = preempts
@@ -90,12 +101,16 @@ class Scheduler:
     def start(self) -> None:
         """Start the thread. The first round inspects every attempt that is live in the database."""
         if self._enabled:
+            if self._xid_watcher is not None:
+                self._xid_watcher.start()
             self._thread.start()
 
     def stop(self) -> None:
         """Stop after the current round. Attempts keep running."""
         self._stopping.set()
         self._wake.set()
+        if self._xid_watcher is not None:
+            self._xid_watcher.stop()
         if self._thread.is_alive():
             self._thread.join(30)
             self._release_lease()
@@ -154,6 +169,7 @@ class Scheduler:
 
     def reconcile(self) -> bool:
         """Run one round. Return True if another one is due at once."""
+        self._store_xid_errors()
         snapshot = self._snapshot()
         decision = plan(snapshot, self._clock(), self.timing)
         self._waiting = decision.waiting
@@ -161,6 +177,12 @@ class Scheduler:
         self._executor.probe_agents([action.attempt.name for action in decision.actions if isinstance(action, Inspect)])
         outcomes = [self._renew_lease() and self._execute(action) for action in decision.actions]
         return any(outcomes)
+
+    def _store_xid_errors(self) -> None:
+        errors = self._xid_watcher.drain() if self._xid_watcher is not None else []
+        if errors:
+            with self._executor.write() as session:
+                xids.store(session, errors)
 
     def _publish(self, inventory: InventorySnapshot) -> None:
         if not self._publish_tracker.differs(inventory):
@@ -190,7 +212,7 @@ class Scheduler:
             log.exception("the lease could not be released; it expires on its own")
 
     def _execute(self, action: Action) -> bool:
-        if not isinstance(action, Start | Restart | Preempt):
+        if not isinstance(action, Start | Restart | Preempt | Prepare):
             return self._try(action)
         with self._launching:
             return self._launches and self._try(action)
@@ -210,7 +232,7 @@ class Scheduler:
         devices = self._inventory.devices()
         with self._database.read() as session:
             snapshot = load_snapshot(session, devices, self._memory, self._clock(), self._preempts, self.timing)
-        self._memory.forget_ended(snapshot.live)
+        self._memory.forget_ended(snapshot.live, snapshot.preparations)
         return snapshot
 
     def _run(self) -> None:

@@ -7,9 +7,21 @@ from itertools import islice
 from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
-from trainyard.service.devices.inventory import kind_for
+from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.devices.placement import choose, has_neighbours
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
+from trainyard.service.scheduler.preparations import (
+    InspectPreparation,
+    KillPreparation,
+    MoveWaitingJob,
+    PreparationAction,
+    Prepare,
+    StopPreparation,
+    log_fields,
+    plan_live_preparations,
+    plan_new_preparations,
+)
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from trainyard.service.timing import Timing
 
@@ -79,7 +91,7 @@ class Reclaim:
     job_id: str
 
 
-Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim
+Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt | Reclaim | PreparationAction
 
 
 def subject(action: Action) -> dict[str, Any]:
@@ -89,6 +101,8 @@ def subject(action: Action) -> dict[str, Any]:
             return {"job_id": action.job_id}
         case Inspect() | NotifyStop() | Kill() | Preempt():
             return action.attempt.name.fields
+        case Prepare() | InspectPreparation() | StopPreparation() | KillPreparation() | MoveWaitingJob():
+            return log_fields(action)
         case _:
             assert_never(action)
 
@@ -105,8 +119,9 @@ def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Schedu
     """Attend to live attempts first, then restart and start jobs."""
     live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
+    preparing = plan_live_preparations(snapshot.preparations, snapshot.waiting_jobs, now, timing)
     placed, waiting = _place(snapshot, now)
-    return SchedulingPlan((*live_actions, *restarts, *placed), waiting)
+    return SchedulingPlan((*live_actions, *restarts, *preparing, *placed), waiting)
 
 
 def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:
@@ -133,19 +148,23 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind, taken in the inventory's order. ``lent``: those that side processes have."""
+    """Free devices by kind. A device with XID errors is not free. ``lent``: those that side processes have."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.leases = dict(snapshot.leases)
         self.total: dict[str, int] = {}
-        self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
+        self.free: dict[str, dict[str, Device]] = {"cpu": {}, "cuda": {}}
         self.lent: dict[str, None] = {}
+        self.faulty = [device.id for device in snapshot.devices if device.xid_errors]
+        self.has_places = any(map(has_neighbours, snapshot.devices))
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
+            if device.xid_errors:
+                continue
             if device.id in snapshot.lent:
                 self.lent[device.id] = None
             elif device.id not in snapshot.leases and not device.processes:
-                self.free[device.kind][device.id] = None
+                self.free[device.kind][device.id] = device
 
     def fits(self, kind: str, ranks: int) -> bool:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
@@ -157,7 +176,7 @@ class _Pools:
 
     def take(self, kind: str, ranks: int, job_id: str) -> tuple[str, ...]:
         pool = self.free[_pool(kind)]
-        devices = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
+        devices = self._choose(kind, ranks) if kind in self.free else (kind,)
         for device in devices:
             del pool[device]
             self.leases[device] = job_id
@@ -174,12 +193,23 @@ class _Pools:
             del self.lent[device]
         return [Reclaim(device, job_id) for device in devices]
 
+    def _choose(self, kind: str, ranks: int) -> tuple[str, ...]:
+        pool = self.free[kind]
+        # A job must not cost a pass over all devices if nothing is known of their places.
+        return choose(list(pool.values()), ranks) if self.has_places else tuple(islice(pool, ranks))
+
     def waiting_reason(self, kind: str, ranks: int) -> str:
         if kind not in DEVICE_NAMES:
             holder = self.leases.get(kind)
+            if holder is None and kind in self.faulty:
+                return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
-        return f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free"
+        faulty = [device for device in self.faulty if _pool(device) == kind]
+        errors = f", and {', '.join(faulty)} with XID errors" if faulty else ""
+        return (
+            f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
+        )
 
     def reserve(self, kind: str) -> None:
         """Keep the free devices for the job at the front of the queue: no later job gets any."""
@@ -193,14 +223,17 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim], dict[str, str]]:
-    """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted."""
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
+    """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted.
+
+    A job whose corpus is not ready takes no part. Corpora are prepared with the CPU slots that are left.
+    """
     pools = _Pools(snapshot)
     budget = PreemptionBudget(snapshot)
     auto_kind = kind_for("auto", snapshot.devices)
-    placed: list[Start | Preempt | Reclaim] = []
+    placed: list[Start | Preempt | Reclaim | Prepare] = []
     waiting: dict[str, str] = {}
-    for job in sorted(snapshot.queued, key=_queue_order):
+    for job in sorted((job for job in snapshot.queued if job.corpus_id is None), key=_queue_order):
         if job.launcher not in (None, LOCAL):
             placed.append(Start(job.id, ()))  # the cluster has its own queue
             continue
@@ -226,7 +259,15 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Re
         if victims is not None or now - job.queued_at > BACKFILL_PATIENCE:
             # Free devices are kept meanwhile: else the preempted job would take them and be preempted again.
             pools.reserve(kind)
-    return placed, waiting
+    prepared, before = plan_new_preparations(
+        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now
+    )
+    for job in snapshot.queued:
+        if job.corpus_id is not None:
+            count = before.get(job.corpus_id, 0)
+            others = f", after {count} other{'' if count == 1 else 's'}" if count else ""
+            waiting[job.id] = f"the preparation of its corpus{others}"
+    return [*placed, *prepared], waiting
 
 
 def _queue_order(job: QueuedJob) -> tuple[int, datetime, int]:

@@ -31,7 +31,7 @@ class PreemptionBudget:
     """Devices of attempts that stop or can be asked to. A device promised to one job is not offered to the next."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        usable = {device.id: device.kind for device in snapshot.devices if not device.strangers}
+        usable = {d.id: d.kind for d in snapshot.devices if not d.strangers and not d.xid_errors}
         self._kinds = usable
         self._freeing: dict[str, LiveAttempt | None] = _devices_being_freed(snapshot)
         self._running: list[LiveAttempt] = []

@@ -52,6 +52,8 @@ class InventorySnapshot:
 
 def _device(published: dict[str, Any]) -> Device:
     lists = {name: tuple(published[name]) for name in ("processes", "strangers")}
+    # A service of 0.1 publishes without these.
+    lists |= {name: tuple(published.get(name, ())) for name in ("nvlink_peers", "xid_errors")}
     return Device(**{**published, **lists})
 
 

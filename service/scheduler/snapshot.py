@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, or_, select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.status import Desired, JobStatus
-from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.contract.status import WAITING, CorpusStatus, Desired, JobStatus
+from trainyard.service.db.models import AttemptRow, CorpusRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.lifecycle import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
+from trainyard.service.scheduler.preparations import OrderKey, Preparation, WaitingJob
 from trainyard.service.timing import Timing
 
 PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()  # null in specs older than the field
@@ -25,6 +27,7 @@ class QueuedJob:
     """A job that waits for devices.
 
     ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1. ``launcher`` is the spec's; None means this host.
+    ``corpus_id``: the corpus that it waits for; None if that is ready.
     """
 
     id: str
@@ -35,6 +38,7 @@ class QueuedJob:
     queued_at: datetime
     number: int
     launcher: str | None = None
+    corpus_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class Snapshot:
     lent: frozenset[str] = frozenset()
     devices: Sequence[Device] = ()
     preempts: bool = False
+    preparations: Sequence[Preparation] = ()
+    waiting_jobs: Sequence[WaitingJob] = ()
 
 
 @dataclass
@@ -95,8 +101,8 @@ class SchedulerMemory:
     inspected_at: dict[str, datetime] = field(default_factory=dict)
     notified: dict[str, Desired] = field(default_factory=dict)
 
-    def forget_ended(self, live: Sequence[LiveAttempt]) -> None:
-        ids = {attempt.id for attempt in live}
+    def forget_ended(self, live: Sequence[LiveAttempt], preparations: Sequence[Preparation] = ()) -> None:
+        ids = {*(attempt.id for attempt in live), *(preparation.id for preparation in preparations)}
         self.inspected_at = {k: v for k, v in self.inspected_at.items() if k in ids}
         self.notified = {k: v for k, v in self.notified.items() if k in ids}
 
@@ -116,6 +122,7 @@ def load_snapshot(
 ) -> Snapshot:
     awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
+    waiting = _waiting_jobs(session)
     leases = session.scalars(select(DeviceLeaseRow)).all()
     return Snapshot(
         queued=_queued(session),
@@ -123,14 +130,73 @@ def load_snapshot(
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
         leases={row.device: row.job_id for row in leases if row.job_id is not None},
         lent=frozenset(row.device for row in leases if row.sidecar is not None),
-        devices=devices,
+        devices=xids.marked(devices, xids.uncleared(session, now)),
         preempts=preempts,
+        preparations=_preparations(session, memory, waiting),
+        waiting_jobs=[job for job, _ in waiting],
     )
 
 
+def _waiting_jobs(session: Session) -> list[tuple[WaitingJob, OrderKey]]:
+    """Return the jobs with a corpus that are queued or preparing, and their places in the queue."""
+    columns = (JobRow.id, JobRow.status, JobRow.corpus_id, CorpusRow.status.label("corpus_status"))
+    order = (JobRow.priority, JobRow.queued_at, JobRow.number)
+    rows = session.execute(
+        select(*columns, *order)
+        .outerjoin(CorpusRow, CorpusRow.id == JobRow.corpus_id)
+        .where(JobRow.status.in_(sorted(WAITING)), JobRow.corpus_id.is_not(None))
+    ).all()
+    return [
+        (
+            WaitingJob(
+                row.id,
+                JobStatus(row.status),
+                row.corpus_id,
+                CorpusStatus(row.corpus_status) if row.corpus_status is not None else None,
+            ),
+            (-row.priority, row.queued_at, row.number),
+        )
+        for row in rows
+    ]
+
+
+def _preparations(
+    session: Session, memory: SchedulerMemory, waiting: Sequence[tuple[WaitingJob, OrderKey]]
+) -> list[Preparation]:
+    orders: dict[str, OrderKey] = {}
+    for job, order in waiting:
+        if job.corpus_status is not CorpusStatus.READY:
+            orders[job.corpus_id] = min(order, orders.get(job.corpus_id, order))
+    alive = or_(CorpusRow.status == CorpusStatus.PREPARING, CorpusRow.requested.is_(True), CorpusRow.id.in_(orders))
+    rows = session.scalars(select(CorpusRow).where(alive, CorpusRow.status != CorpusStatus.READY)).all()
+    return [
+        Preparation(
+            id=row.id,
+            name=AttemptRef(row.id, row.attempt, row.launcher),
+            status=CorpusStatus(row.status),
+            order=None if row.deleted else _earliest(row, orders.get(row.id)),
+            launched=row.launched_at is not None,
+            acked_seq=row.acked_seq,
+            restart_at=row.restart_at,
+            asked_at=row.asked_at,
+            heard_at=row.heard_at,
+            inspected_at=memory.inspected_at.get(row.id),
+            stall=timedelta(seconds=row.spec["resources"]["timeouts"]["preparing"]),
+        )
+        for row in rows
+    ]
+
+
+def _earliest(row: CorpusRow, order: OrderKey | None) -> OrderKey | None:
+    requested = (0, row.queued_at, 0) if row.requested else None
+    return min((each for each in (requested, order) if each is not None), default=None)
+
+
 def _queued(session: Session) -> list[QueuedJob]:
+    unready = case((CorpusRow.status != CorpusStatus.READY, CorpusRow.id))
     columns = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
-    rows = session.execute(select(*columns, LAUNCHER).where(JobRow.status == JobStatus.QUEUED)).all()
+    query = select(*columns, LAUNCHER, unready).outerjoin(CorpusRow, CorpusRow.id == JobRow.corpus_id)
+    rows = session.execute(query.where(JobRow.status == JobStatus.QUEUED)).all()
     return [QueuedJob(*row) for row in rows]
 
 

@@ -36,8 +36,10 @@ from trainyard.contract.processes import (
 )
 from trainyard.contract.sidecar import DESCRIPTOR, SIDECAR
 from trainyard.contract.status import JobStatus
+from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.launch.environment import IMPORT_ROOT, inherited, roots_environment
 
@@ -218,7 +220,10 @@ class Sidecars:
         with contextlib.suppress(IntegrityError), self._database.write() as session:
             leased = set(session.scalars(select(DeviceLeaseRow.device)))
             waits = session.scalar(select(JobRow.id).where(JobRow.status == JobStatus.QUEUED).limit(1))
-            free = next((device.id for device in gpus if device.id not in leased), None)
+            usable = [
+                device for device in xids.marked(gpus, xids.uncleared(session, utc_now())) if not device.xid_errors
+            ]
+            free = next((device.id for device in usable if device.id not in leased), None)
             if waits is None and free is not None:
                 session.add(DeviceLeaseRow(device=free, sidecar=own_identity()))
                 return free

@@ -48,8 +48,8 @@ class SseResponse(EventSourceResponse):
     (docs/decisions/0014).
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
-        self._chunks = _with_keepalive(chunks)
+    def __init__(self, chunks: AsyncGenerator[bytes, None], closed: Callable[[], None], hello: bytes = HELLO) -> None:
+        self._chunks = _with_keepalive(chunks, hello)
         self._closed = closed
         # A proxy that buffers responses would make the stream useless.
         super().__init__(self._chunks, headers={"X-Accel-Buffering": "no"})
@@ -73,10 +73,10 @@ class SseResponse(EventSourceResponse):
         await super().stream_response(send_in_time)
 
 
-async def _with_keepalive(chunks: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _with_keepalive(chunks: AsyncGenerator[bytes, None], hello: bytes) -> AsyncGenerator[bytes, None]:
     """Add keep-alive comments. An empty chunk is not sent: it only gives a chance to send a comment."""
     async with contextlib.aclosing(chunks):
-        yield HELLO
+        yield hello
         last_comment = time.monotonic()
         async for chunk in chunks:
             if chunk:

@@ -27,7 +27,7 @@ def rig(tmp_path: Path) -> Iterator[ServiceHarness]:
 
 
 def test_a_read_token_logs_in_and_may_not_pause(rig: ServiceHarness, page: Page) -> None:
-    reader, submitter = created(rig, "reader"), created(rig, "submitter", scope="submit")
+    reader, submitter = created(rig, "reader"), created(rig, "submitter", scope="operate")
     job_id, _ = rig.running(name="mine")
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/jobs/{job_id}")

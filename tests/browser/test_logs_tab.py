@@ -16,6 +16,7 @@ from tests.service.test_log_reader import log
 MANY = 1_000_000
 
 
+@pytest.mark.long
 def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=100, name="long", resources={"nproc_per_node": 2})
     attempt.metric(5)

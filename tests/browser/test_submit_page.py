@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
+from trainyard.service.devices.inventory import Device
 
 
 def field(page: Page, name: str) -> Locator:
@@ -70,6 +73,23 @@ def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness,
     ]
     [made] = rig.get("/jobs", name="from-the-page")["data"]
     assert made["spec"]["checkpoint"]["save_interval"] == 7
+
+
+def test_settings_that_fit_are_one_press_away(tmp_path: Path, page: Page) -> None:
+    gpu = Device("cuda:0", "cuda", memory_bytes=1 << 30)
+    rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", devices=[gpu])
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/submit")
+        field(page, "data_path").fill(str(rig.corpus))
+        field(page, "batch_size").fill("16")
+        page.get_by_role("button", name="Plan").click()
+        expect(page.get_by_role("list", name="Warnings")).to_contain_text("it fits with gradient_checkpointing true")
+        page.get_by_role("button", name="Use gradient_checkpointing true").click()
+        expect(page.get_by_role("button", name="Use gradient_checkpointing true")).to_be_hidden()
+        expect(page.get_by_role("list", name="Warnings")).not_to_contain_text("of memory")
+        assert spec_json(page)["training"] == {"batch_size": 16, "gradient_checkpointing": True}
+    rig.close()
+    rig.database.close()
 
 
 def test_form_and_json_stay_in_sync(service: str, page: Page) -> None:

@@ -1,4 +1,6 @@
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -38,10 +40,8 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += (
-        "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
-    )
-    expected += "token webhook evaluate evaluations"
+    expected += "pause resume save fork export generate chat describe discard cancel kill delete tokenizer corpus db "
+    expected += "version completion token webhook evaluate evaluations"
     assert set(subcommands()) == set(expected.split())
 
 
@@ -165,7 +165,7 @@ def test_list(run: Run, service: FakeService) -> None:
 
 
 def test_list_shows_group_and_score_if_a_job_has_them(run: Run, service: FakeService) -> None:
-    for number, kind in enumerate(("eval_loss", "loss")):
+    for number, kind in enumerate(("eval_loss", "loss", "bpb")):
         score = {"metric": kind, "value": 2.5 + number, "step": 3}
         service.jobs[f"job_{number}"] = job(id=f"job_{number}", group="sweep", score=score, progress=None)
     out = run("list", "--group", "sweep", "--order", "score", "--discarded")[1]
@@ -174,6 +174,7 @@ def test_list_shows_group_and_score_if_a_job_has_them(run: Run, service: FakeSer
     assert "sweep" in lines["job_0"]
     assert "2.500 eval" in lines["job_0"]
     assert "3.500" in lines["job_1"]
+    assert "4.500 bpb" in lines["job_2"]
     query = dict(service.requests[-1].url.params)
     assert {name: query[name] for name in ("group", "order", "discarded")} == {
         "group": "sweep",
@@ -264,6 +265,25 @@ def test_metrics_as_table_and_csv(run: Run, service: FakeService) -> None:
     assert run("metrics", "pre-12", "--attempt", "7", "--csv")[1] == ""
 
 
+def test_held_out_sets_are_in_the_page_the_table_and_the_csv(run: Run, service: FakeService) -> None:
+    sets = {"zh": {"loss": 4.5, "bpb": 1.25}, "code": {"loss": 2.0, "bpb": None}}
+    service.curve = [metric(1, 8.0, eval=None), metric(2, 7.0, bpb=2.5, eval_loss=3.5, eval_bpb=1.1, eval=sets)]
+    job_id = next(iter(service.jobs))
+    known = service.jobs[job_id]
+    facts = [{"name": name, "files": 1, "documents": 3, "tokens": 90, "duplicates": None} for name in sets]
+    known["plan"] = {**(known.get("plan") or {}), "eval_sets": facts}
+    known["progress"] = {**known["progress"], "bpb": 2.5, "eval_loss": 3.5, "eval_bpb": 1.1, "eval_step": 2}
+    page = run("show", job_id)[1]
+    assert "  held-out   loss 3.500 (1.100 bits per byte) at step 2\n" in page
+    assert "held-out sets:\n  zh    loss 4.500 (1.250 bits per byte)\n  code  loss 2.000\n" in page
+    lines = run("metrics", job_id)[1].splitlines()
+    assert lines[0].split()[-4:] == ["EVAL", "LOSS", "EVAL", "BPB"]
+    assert lines[2].split()[-3:] == ["2.5000", "3.5000", "1.1000"]
+    rows = list(csv.DictReader(io.StringIO(run("metrics", job_id, "--csv")[1])))
+    assert [(row["eval.zh.loss"], row["eval.zh.bpb"], row["eval.code.bpb"]) for row in rows] == [
+        ("", "", ""), ("4.5", "1.25", "")]  # fmt: skip
+
+
 def test_the_other_tables(run: Run, service: FakeService) -> None:
     service.rows = {
         "events": [{"id": "1", "at": "2026-01-31T16:31:05Z", "kind": "status", "message": "queued", "actor": "user"}],
@@ -279,6 +299,8 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
+            {"id": "cuda:1", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [],
+             "link": "nvlink", "nvlink_peers": ["cuda:0"], "numa_node": 1, "xid_errors": [{"xid": 79, "at": "t"}]},
         ],
     }  # fmt: skip
     assert run("events", "pre-12")[1].splitlines()[1] == "2026-01-31T16:31:05Z  status  queued  (by user)"
@@ -297,8 +319,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
     )
     devices = run("devices")[1].splitlines()
-    assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
-    assert devices[2].endswith("80.0 GB  no job, but used by process 7")
+    assert devices[1].split() == ["cpu:0", "cpu", "-", "-", "free"]
+    assert devices[2].split("  ")[-1].strip() == "no job, but used by process 7"
+    assert "nvlink to cuda:0, NUMA node 1" in devices[3]
+    assert devices[3].endswith("XID 79: not leased until `trainyard devices --clear cuda:1`")
 
 
 def test_version_names_both(run: Run) -> None:
@@ -464,6 +488,18 @@ def test_a_value_that_json_cannot_express_is_named(
             ["corpus", "check", "f", "--json"],
             "trainyard.worker.data.corpus",
             ["check", "f", "--text-field", "text", "--special-tokens", "text", "--json"],
+            {},
+        ),
+        (
+            ["corpus", "show", "f", "g", "--tokenizer_path", "t", "--home", "/h"],
+            "trainyard.worker.data.inspection",
+            ["show", "--text-field", "text", "--special-tokens", "text", "--tokenizer", "t", "--", "f", "g"],
+            {"TRAINYARD_HOME": "/h"},
+        ),
+        (
+            ["corpus", "sample", "o.jsonl", "f", "--documents", "5", "--seed=-1"],
+            "trainyard.worker.data.inspection",
+            ["sample", "--documents=5", "--seed=-1", "--text-field", "text", "--", "o.jsonl", "f"],
             {},
         ),
         (

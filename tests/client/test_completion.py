@@ -78,7 +78,7 @@ def test_jobs_by_id_and_by_name(url: str) -> None:
 
 def test_what_begins_like_the_word(run: Run, url: str) -> None:
     assert run("__complete", "show", "job_a") == (0, "job_aaa\njob_aab\n", "")
-    assert run("__complete", "ch") == (0, "checkpoints\n", "")
+    assert run("__complete", "che") == (0, "checkpoints\n", "")
     assert run("__complete")[1].splitlines() == sorted(set(candidates([], "")))
 
 

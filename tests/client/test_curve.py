@@ -34,7 +34,7 @@ def test_non_finite_losses_do_not_change_the_average() -> None:
 def test_the_newest_evaluation_stays() -> None:
     curve = Curve()
     curve.extend([metric(1, eval_loss=3.5), metric(2)])
-    assert curve.last_eval == (1, 3.5)
+    assert curve.last_eval == metric(1, eval_loss=3.5)
 
 
 def test_rewind_forgets_what_a_new_attempt_does_again() -> None:

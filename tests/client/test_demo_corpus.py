@@ -8,6 +8,7 @@ import pytest
 from trainyard.client.demo.corpus import MIN_CHARACTERS, docstrings, standard_library, write_corpus
 
 
+@pytest.mark.long
 def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
     before = set(sys.modules)
     file = tmp_path / "corpus.jsonl"

@@ -257,6 +257,7 @@ def test_a_slow_machine_does_not_fail_the_demo(
     assert clock.now > 2 * story.STALL_SECONDS
 
 
+@pytest.mark.long
 def test_a_run_that_stands_still_fails_the_demo(
     perform: Callable[..., tuple[int, str, str]], played: PlayedService, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,42 @@ def test_unknown_values_are_named_or_left_out() -> None:
     )
 
 
+def test_held_out_sets_of_a_plan() -> None:
+    sets = [
+        {"name": "web", "files": 2, "documents": 300, "tokens": 12_000},
+        {"name": "book", "files": 1, "documents": None, "tokens": None},
+    ]
+    text = "  held-out web: 2 files, 300 documents, 12 k tokens; book: 1 file"
+    assert text in plan_page({"steps": 7, "eval_sets": sets})
+    many = plan_page({"steps": 7, "eval_sets": [{**sets[1], "name": f"s{number}"} for number in range(256)]})
+    assert "  held-out s0: 1 file; s1: 1 file; s2: 1 file; s3: 1 file; s4: 1 file; and 251 more" in many
+
+
+def test_sources_are_tables(run: Run, service: FakeService, tmp_path: Path) -> None:
+    sources = [
+        {"name": "web", "path": "/data/web", "weight": 0.7},
+        {"name": "code", "path": ["/data/a", "/data/b"], "weight": 0.3, "text_field": "content"},
+    ]
+    counts = {"files": 12, "documents": 1200, "tokens": 310_000_000, "share": 0.7, "passes": 0.4}
+    unknown = dict.fromkeys(counts)
+    service.plan["sources"] = [{"name": "web", **counts}, {"name": "code", **unknown, "files": 1}]
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"data": {"sources": sources}, "training": {"max_steps": 10}}))
+    code, out, _ = run("plan", str(file))
+    assert code == 0
+    lines = out.splitlines()
+    start = lines.index("  data.sources")
+    assert lines[start : start + 4] == [
+        "  data.sources",
+        "    name  path              weight  text_field",
+        "    web   /data/web         0.7",
+        "    code  /data/a, /data/b  0.3     content",
+    ]
+    assert "  sources  source  files  documents  tokens  share  passes" in lines
+    assert "           web        12      1,200   310 M   70 %    0.40" in lines
+    assert "           code        1          -       -      -       -" in lines
+
+
 def test_json_is_the_service_s_own(run: Run, service: FakeService, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     file.write_text('{"data": {"data_path": "/d"}}')

@@ -14,7 +14,7 @@ def scene(**changes: Any) -> WatchState:
     made = WatchState(handle="pre-12", url=URL, job=job(**changes), answered_at=NOW)
     made.curve.extend(metric(step, 8.0 - step / 2000, attempt=2) for step in range(100, 12401, 100))
     made.curve.extend([metric(12400, 2.887, attempt=2, eval_loss=None)])
-    made.curve.last_eval = (12000, 3.021)
+    made.curve.last_eval = {"step": 12000, "eval_loss": 3.021}
     made.checkpoints = KeptCheckpoints(12000, 3, 2_300_000_000, verified=True)
     return made
 
@@ -37,6 +37,12 @@ def test_the_display_of_a_running_job() -> None:
         "  ckpt      12,000 saved 3 min ago, verified; next in 2 min 46 s; 3 kept, 2.3 GB",
         "live, updated 1 s ago   http://127.0.0.1:8000/jobs/job_7f3kq9",
     ]
+
+
+def test_an_evaluation_has_its_bits_per_byte() -> None:
+    evaluated = scene()
+    evaluated.curve.last_eval = {"step": 12000, "eval_loss": 3.021, "eval_bpb": 1.25}
+    assert drawn(evaluated)[2].endswith("   eval 3.021, 1.250 bits/byte at 12,000")
 
 
 def test_there_is_a_display_before_the_first_poll() -> None:

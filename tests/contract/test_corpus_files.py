@@ -62,6 +62,19 @@ def test_a_list_keeps_its_order_and_a_file_counts_once(tmp_path: Path) -> None:
     assert names([f"{tmp_path}/b", f"{tmp_path}/a.jsonl", f"{tmp_path}/b/*"]) == ["c.jsonl", "a.jsonl"]
 
 
+def test_a_file_that_is_reached_by_a_link_too_counts_once(tmp_path: Path) -> None:
+    make(tmp_path, "data/a.jsonl", "data/sub/b.jsonl", "other/c.jsonl")
+    (tmp_path / "data/0-again.jsonl").symlink_to("sub/b.jsonl")
+    (tmp_path / "data/9-again.jsonl").symlink_to(tmp_path / "data/0-again.jsonl")
+    (tmp_path / "data/c-too.jsonl").symlink_to("../other/c.jsonl")
+    (tmp_path / "folder").symlink_to("data")
+    assert names(str(tmp_path / "data")) == ["0-again.jsonl", "a.jsonl", "c-too.jsonl"]
+    everything = [
+        f"{tmp_path}/{name}" for name in ("other/c.jsonl", "folder", "data/**/*.jsonl", "data/sub/../a.jsonl")
+    ]
+    assert names(everything) == ["c.jsonl", "0-again.jsonl", "a.jsonl"]
+
+
 @pytest.mark.parametrize("name", ["line\nend.jsonl", "naïve 文.jsonl", " .jsonl"])
 def test_any_printable_or_unprintable_name_that_is_utf8_works(name: str, tmp_path: Path) -> None:
     make(tmp_path, name)

@@ -156,6 +156,47 @@ def test_leaf_names_are_unique_so_flat_flags_have_one_place() -> None:
     assert all(leaf in GROUPS[group] for group, leaf in ALIASES.values())
 
 
+def test_a_run_has_one_length() -> None:
+    assert pointers({**MINIMAL, "training": {"max_tokens": 10**9}}) == []
+    assert pointers({**MINIMAL, "training": {"max_tokens": 10**9, "max_steps": 5}}) == ["/training/max_tokens"]
+    assert pointers({**MINIMAL, "training": {"max_tokens": 0, "max_steps": 5}}) == ["/training/max_tokens"]
+    sources = [{"name": name, "path": f"/{name}", "weight": 1} for name in "ab"]
+    assert pointers({"data": {"sources": sources}}) == ["/training/max_steps"]
+    assert pointers({"data": {"sources": sources}, "training": {"max_tokens": 10**9}}) == []
+
+
+def test_held_out_data_is_given_in_one_way() -> None:
+    sets = [{"name": "web", "path": "/w"}, {"name": "books", "path": ["/a", "/b/*"], "max_tokens": 10}]
+    given: dict[str, Any] = {"eval_data_path": "/e", "eval_sources": sets, "eval_fraction": 0.1}
+    wrong = {
+        ("eval_data_path",): [],
+        ("eval_sources",): [],
+        ("eval_fraction",): [],
+        ("eval_data_path", "eval_sources"): ["/data/eval_sources"],
+        ("eval_data_path", "eval_fraction"): ["/data/eval_fraction"],
+        ("eval_sources", "eval_fraction"): ["/data/eval_fraction"],
+        tuple(given): ["/data/eval_sources", "/data/eval_fraction", "/data/eval_fraction"],
+    }
+    for names, expected in wrong.items():
+        assert pointers({"data": {"data_path": "/x", **{name: given[name] for name in names}}}) == expected, names
+
+
+def test_every_mistake_in_a_held_out_set_is_named() -> None:
+    def found(*sets: dict[str, Any]) -> list[str]:
+        return pointers({"data": {"data_path": "/x", "eval_sources": list(sets)}})
+
+    assert found({"name": "web", "path": "/w"}, {"name": "web", "path": "/v"}) == ["/data/eval_sources/1/name"]
+    assert found({"name": "Web", "path": 3}, {"name": "a"}, {"name": "b", "path": [""], "max_tokens": 0}) == [
+        "/data/eval_sources/0/name",
+        "/data/eval_sources/0/path",
+        "/data/eval_sources/1/path",
+        "/data/eval_sources/2/path/0",
+        "/data/eval_sources/2/max_tokens",
+    ]
+    assert found({"name": "web", "path": "/w", "weight": 1}) == ["/data/eval_sources/0/weight"]
+    assert found() == ["/data/eval_sources"]
+
+
 def test_a_router_without_gradient_is_rejected() -> None:
     raw = {**MINIMAL, "model": {"use_moe": True, "num_experts_per_tok": 1}}
     assert pointers(raw) == ["/model/norm_topk_prob"]

@@ -7,6 +7,7 @@ from trainyard.contract.status import (
     TERMINAL,
     TRANSITIONS,
     UNCOUNTED_REASONS,
+    WAITING,
     JobStatus,
     can_transition,
 )
@@ -30,7 +31,7 @@ def test_nothing_runs_without_having_started() -> None:
 
 def test_live_and_idle_are_disjoint() -> None:
     assert not LIVE & IDLE
-    assert LIVE | IDLE | {JobStatus.QUEUED} == set(JobStatus)
+    assert set(JobStatus) == LIVE | IDLE | WAITING
 
 
 def test_cancelling_leads_only_to_final_statuses() -> None:

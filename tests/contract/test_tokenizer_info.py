@@ -49,6 +49,7 @@ def test_what_would_fill_the_memory_is_not_parsed(
         vocabulary_size(str(tmp_path))
 
 
+@pytest.mark.long
 def test_the_largest_tokenizers_in_use_are_parsed(tmp_path: Path) -> None:
     """As many tokens and merges as Gemma's has, each merge a list."""
     vocab = {f"token {number}": number for number in range(262_144)}

@@ -20,6 +20,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
 from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data.byte_lengths import ByteLengths
 from trainyard.worker.data.corpus import Corpus, content_digest, main, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset
@@ -75,6 +76,14 @@ class Wide(ByteTokenizer):
 
     def encode_batch(self, texts):  # type: ignore[no-untyped-def]
         return [ids[ids > 3 + ord("0")] + np.uint32(99_000) for ids in super().encode_batch(texts)]
+
+    def decode(self, ids):  # type: ignore[no-untyped-def]
+        return super().decode(number - 99_000 for number in ids)
+
+    def byte_lengths(self) -> ByteLengths:
+        known = super().byte_lengths()
+        wide = (99_000, 1000 - len(known.lengths))
+        return ByteLengths(np.pad(known.lengths, wide), np.pad(known.added, wide))
 
 
 def test_wide_ids_and_texts_without_a_token(tmp_path: Path) -> None:
@@ -455,7 +464,7 @@ def test_check_of_a_directory_counts_each_file_and_all(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.splitlines() == [
         f"{data}/a.jsonl: 200 documents, 800 tokens, 200 lines",
         f"{data}/b.jsonl: line 1: not JSON at character 1",
-        f"{data}/b.jsonl: 1 documents, 3 tokens, 2 lines",
+        f"{data}/b.jsonl: 1 document, 3 tokens, 2 lines",
         "1 bad line",
         f"{data}/empty.jsonl: 0 documents, 0 tokens, 0 lines",
         f"'{data}/sub/new\\nline.txt': 2 documents, 10 tokens, 3 lines",

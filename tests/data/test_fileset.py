@@ -1,5 +1,6 @@
 """Many files in one corpus: the same tokens as one by one, each file tokenized once, killed at any time."""
 
+import errno
 import gzip
 import json
 import os
@@ -9,15 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.data.texts import docstrings, write_jsonl
+from trainyard.contract import allowed_paths
 from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.corpus_files import expand
+from trainyard.contract.corpus_page import report_lines
+from trainyard.contract.corpus_report import CorpusReport, SourceReport
+from trainyard.worker.data import file as file_module
 from trainyard.worker.data import fileset
 from trainyard.worker.data.corpus import Corpus, open_built, open_corpus
 from trainyard.worker.data.fileset import FileSetOptions, file_counts, open_files
@@ -194,6 +199,45 @@ def test_a_file_that_disappears_is_an_error_of_the_data_that_names_it(
     monkeypatch.setattr(fileset, "open_built", change_then_remove)
     with pytest.raises(DataInvalid, match=r"000\.jsonl cannot be read: N"):
         built(folder, tmp_path / "cache", processes=1)
+
+
+def test_an_unreadable_file_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = allowed_paths.open_regular_inside
+
+    def deny(path: Path, roots: Sequence[Path]) -> object:
+        if path.name == "004.jsonl":  # root, who runs some of these tests, can read every file
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return original(path, roots)
+
+    monkeypatch.setattr(file_module, "open_regular_inside", deny)
+    with pytest.raises(DataInvalid, match=r"/004\.jsonl cannot be read: Permission denied"):
+        built(folder, tmp_path / "cache")
+
+
+def test_a_link_that_leads_nowhere_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(DataInvalid, match=r"/gone\.jsonl cannot be read: No such file"):
+        built(folder, tmp_path / "cache")
+
+
+def test_a_corpus_of_empty_files_says_what_is_needed(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in "ab":
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n")
+    with pytest.raises(DataInvalid, match=r"2 files from .*/a\.jsonl holds no document: it needs one JSON object"):
+        built(tmp_path / "data", tmp_path / "cache")
+
+
+def test_a_name_with_a_line_end_is_escaped_in_messages(folder: Path, tmp_path: Path) -> None:
+    (folder / "line\nend.jsonl").write_text('{"text": "good"}\nbad\n')
+    corpus = built(folder, tmp_path / "cache")
+    assert corpus.stats.describe_bad() == r"1 bad line: line 2: not JSON at character 1 (in 'line\nend.jsonl')"
+    report = SourceReport.read(corpus.directory)
+    assert report is not None
+    assert [bad.file for bad in report.bad] == ["line\nend.jsonl"], "JSON has the name as it is"
+    assert any(
+        "line\N{REPLACEMENT CHARACTER}end.jsonl, line 2" in line for line in report_lines(CorpusReport.of([report]))
+    )
 
 
 def test_a_file_exchanged_for_a_link_is_refused_in_other_processes_too(

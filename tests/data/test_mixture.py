@@ -1,6 +1,7 @@
 """The order of a weighted mixture: shares at every prefix, passes, and the same rows as a slow reference."""
 
 import random
+import time
 from fractions import Fraction
 
 import numpy as np
@@ -102,3 +103,27 @@ def test_a_late_step_costs_no_replay() -> None:
     rows = order.rows_of(10**9)
     assert len(rows) == 256
     assert int((rows < 10**7).sum()) in (179, 180)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_until_some_tokens_are_those_that_counting_gives(seed: int) -> None:
+    chooser = random.Random(seed)
+    print(f"seed {seed}")
+    sizes = tuple(chooser.randint(1, 40) for _ in range(chooser.randint(1, 4)))
+    parts = [chooser.randint(1, 30) for _ in sizes]
+    order = sampler(parts, sizes, chooser.randint(1, 9), seed)
+    targets = np.array([chooser.randint(1, 50) for _ in range(sum(sizes))])
+    for _ in range(5):
+        data_step, tokens = chooser.randint(0, 50), chooser.randint(0, 12_000)
+        steps, predicted = 0, 0
+        while predicted < tokens:
+            steps += 1
+            predicted += int(targets[order.rows_of(data_step + steps)].sum())
+        assert order.steps_until(tokens, data_step, targets.__getitem__) == steps
+
+
+def test_steps_until_many_tokens_are_not_counted_one_by_one() -> None:
+    began = time.perf_counter()
+    steps = sampler([3, 1], (30, 20), 8).steps_until(2**53, 5, np.ones_like)
+    assert steps == 2**53 // 8
+    assert time.perf_counter() - began < 1.0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.data.texts import write_jsonl
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
+from trainyard.worker.data import documents as documents_module
 from trainyard.worker.data import packing as packing_module
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
@@ -206,8 +207,8 @@ def test_segments_overlap_by_one(length: int, max_seq_len: int) -> None:
 
 def test_blocks_bound_memory_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = numbered(corpus_of([5, 30, 3, 3, 12, 7, 9, 41, 4], tmp_path))
-    monkeypatch.setattr(packing_module, "BLOCK_TOKENS", 16)
-    blocks = list(packing_module._blocks(corpus.offsets))
+    monkeypatch.setattr(documents_module, "BLOCK_TOKENS", 16)
+    blocks = list(documents_module.blocks(corpus.offsets))
     assert [first for first, _ in blocks] == [0, *[last for _, last in blocks[:-1]]]
     assert blocks[-1][1] == 9
     assert len(blocks) > 3
@@ -246,7 +247,7 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, by: Spl
 
 @pytest.mark.parametrize("by", SPLITS)
 def test_a_larger_fraction_holds_out_the_same_and_more(by: SplitBy, corpus: Corpus) -> None:
-    hashes = packing_module.text_hashes(corpus.tokens, corpus.offsets)
+    hashes = documents_module.text_hashes(corpus.tokens, corpus.offsets)
     documents, chosen = corpus.meta.documents, None if by == "number" else hashes
     held = [
         packing_module.Holdout.of(SplitSpec("eval", fraction), documents, chosen).mask(0, documents)
@@ -271,8 +272,8 @@ def split_texts(texts: list[str], folder: Path, by: SplitBy) -> list[PackedDatas
 
 
 def test_documents_with_the_same_text_are_on_the_same_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing_module, "BLOCK_TOKENS", 64)
-    monkeypatch.setattr(packing_module.Holdout, "CHUNK", 4)  # several chunks, and several ranges of hashes
+    monkeypatch.setattr(documents_module, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(documents_module, "CHUNK", 4)  # several chunks, and several ranges of hashes
     seed = 11
     print("seed", seed)
     chance = random.Random(seed)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 from typing import cast
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trainyard.worker.data import sampler
 from trainyard.worker.data.loader import MicroBatchLoader, Normalization, rank_slice, split_microbatches
 from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.sampler import FeistelPermutation, StepSampler
@@ -174,4 +176,32 @@ def test_a_late_step_costs_what_an_early_one_does() -> None:
     began = time.perf_counter()
     for step in (1, 10**3, 10**6, 10**9):
         assert len(plan.rows_of(step)) in (512, 10**7 % 512)
+    assert time.perf_counter() - began < 1.0
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    rows=st.integers(1, 60),
+    global_batch=st.integers(1, 20),
+    data_step=st.integers(0, 12),
+    tokens=st.integers(-3, 900),
+    chunk=st.sampled_from([1, 7, 1 << 18]),
+)
+def test_steps_until_some_tokens_are_those_that_counting_gives(
+    rows: int, global_batch: int, data_step: int, tokens: int, chunk: int
+) -> None:
+    plan = order(rows, global_batch)
+    fed, steps, predicted = feed(plan), 0, 0
+    while predicted < tokens:
+        steps += 1
+        predicted += fed.tokens(data_step + steps)
+    with mock.patch.object(sampler, "MAX_ROWS_COUNTED", chunk):
+        assert plan.steps_until(tokens, data_step, fed.dataset.targets_of) == steps
+
+
+def test_steps_until_counts_whole_epochs_at_once() -> None:
+    plan = StepSampler(100, 16, 1)
+    began = time.perf_counter()
+    # 4 steps of 52 rows to the end of the epoch, then whole epochs, then 3 steps for the last 40.
+    assert plan.steps_until(2**53, 3, np.ones_like) == 4 + 7 * ((2**53 - 52) // 100) + 3
     assert time.perf_counter() - began < 1.0

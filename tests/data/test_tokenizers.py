@@ -306,7 +306,7 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "new" / "tokenizer"
     assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(out), "--text-field", "body"]) == 0
     printed = capsys.readouterr()
-    assert "tokens from 1 documents" in printed.out
+    assert "tokens from 1 document\n" in printed.out
     assert "1 bad line: line 2: not JSON" in printed.err
     assert "300 were requested" in printed.err
     assert load_tokenizer(str(out)).vocab_size < 300
@@ -332,7 +332,7 @@ def test_command_prints_its_progress(
     handler = signal.getsignal(signal.SIGINT)
     assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(tmp_path / "t")]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("read 1 documents")
+    assert lines[0].startswith("read 1 document")
     assert "read 3 documents, 100 % of the file" in lines
     assert signal.getsignal(signal.SIGINT) == handler
 

@@ -48,9 +48,9 @@ class FakeAttempt:
         self.lines.append(line)
         return line
 
-    def started(self, start_step: int = 0, steps: int = 10) -> dict[str, Any]:
+    def started(self, start_step: int = 0, steps: int = 10, **fields: Any) -> dict[str, Any]:
         """Say what a worker says first."""
-        return self.say("started", **STARTED, start_step=start_step, steps=steps)
+        return self.say("started", **STARTED, start_step=start_step, steps=steps, **fields)
 
     def metric(self, step: int, loss: float | None = 2.0, **fields: Any) -> dict[str, Any]:
         """Say a point of the curve."""

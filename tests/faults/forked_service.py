@@ -76,7 +76,9 @@ def _become_service(wanted: dict[str, Any]) -> None:
     arguments = [f"--home={home}", "--port=0", *wanted.get("arguments", [])]
     code = 1
     try:
-        code = trainyard.service.__main__.main(arguments, agent, _timing(wanted))
+        # Fake ranks read no corpus.
+        prepares = bool(wanted.get("real_ranks"))
+        code = trainyard.service.__main__.main(arguments, agent, _timing(wanted), prepares)
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -44,6 +44,7 @@ def through(home: Home) -> bool:
     return any(home.step(member.job) >= STEPS for member in home.processes())
 
 
+@pytest.mark.long
 def test_a_server_that_dies_in_a_launch(make_home: MakeHome) -> None:
     home = make_home()
     for line in SHORT:

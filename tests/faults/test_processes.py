@@ -20,6 +20,8 @@ from tests.faults.service_home import Home, until
 from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import read_json
 
+pytestmark = pytest.mark.long
+
 
 def soak(*values: Any) -> Any:
     """A case of the long form only; one that is like it is in the short one."""

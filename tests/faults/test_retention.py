@@ -105,7 +105,7 @@ def start(mine: Path) -> resume.ResumePoint | None:
     run.path.mkdir(exist_ok=True)
     described = {"data": {"data_path": "/x"}, "checkpoint": {"from_resume": True}}
     spec = JobSpec.model_validate_json(json.dumps(described))
-    return resume.find_resume_point(spec, run, run.artifacts(None), IDENTITY, lambda _: 100, lambda _: None)
+    return resume.find_resume_point(spec, run, run.artifacts(None), IDENTITY, lambda _: False, lambda _: None)
 
 
 def goes_on_from(products: ArtifactDir, mine: Path) -> None:

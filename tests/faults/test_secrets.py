@@ -192,6 +192,7 @@ def ask_everything(canary: Planted, job_id: str) -> None:
     until(lambda: canary.ask("GET", f"/webhooks/{webhook}/deliveries", 200).json()["data"])
     delivery = canary.ask("GET", f"/webhooks/{webhook}/deliveries", 200).json()["data"][0]["id"]
     names = {"job_id": job_id, "webhook_id": webhook, "delivery_id": delivery, "step": 5, "name": "manifest.json"}
+    names["model"] = f"{job_id}@latest"
     asked = 0
     for (method, path), need in NEEDS.items():
         if method == "GET" and need not in (OPEN, ATTEMPT) and not path.endswith("/stream"):

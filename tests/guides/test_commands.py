@@ -17,7 +17,7 @@ from tests.guides.command_lines import commands_in, misunderstood
 from tests.guides.sandbox import HOWS, Box
 from tests.service.conftest import postgres_url as postgres_url
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 PAGES = [page for page in GUIDES if runnable(page) and page.stem != "python"]
 SHELL_WORDS = ("export", "curl", "trainyard", "torchrun", "python", "make", "docker", "psql", "pip", "git", "sbatch")

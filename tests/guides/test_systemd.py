@@ -20,6 +20,8 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from trainyard.service.settings import Settings
 
+pytestmark = pytest.mark.long
+
 
 class Unit(RawConfigParser):
     """Keys keep their case, and may stand more than once: the last wins here."""

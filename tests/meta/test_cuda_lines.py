@@ -15,6 +15,11 @@ PROMISE = "tests/doctor/test_gpu.py::test_a_promise_holds_on_the_gpu"
 ATTENTION, SAVES, SPEED = f"{PROMISE}[check_attention]", f"{PROMISE}[check_saves]", f"{PROMISE}[check_speed]"
 RUN, RANKS = f"{PROMISE}[check_resume]", f"{PROMISE}[check_several_ranks]"
 """A whole run of the worker on the GPU, and one on all of them."""
+FLASH = "tests/worker/test_device_setup.py::test_on_a_gpu_flash_attention_is_that_of_the_mask_and_tf32_can_be_chosen"
+GRAPHS = "tests/worker/test_device_setup.py::test_cuda_graphs_give_the_losses_of_the_compiled_model"
+PREFETCH = "tests/worker/test_device_setup.py::test_on_a_gpu_micro_batches_are_prefetched_in_pinned_memory"
+DIGESTS = "tests/worker/test_replicas.py::test_on_a_gpu_the_digests_are_of_the_step"
+TIMER = "tests/worker/test_metrics.py::test_on_a_gpu_events_measure_a_ranks_own_time"
 
 COVERED = {
     "model/grouped_gemm.py:can_group": ATTENTION,
@@ -25,25 +30,40 @@ COVERED = {
     "model/varlen_attention.py:use_flash": "tests/model/test_varlen_attention.py::"
     "test_on_cuda_the_decoder_gives_the_loss_of_its_mask",
     "model/varlen_attention.py:varlen_attention": ATTENTION,
+    "worker/checkpoint/replicas.py:DigestSender.__init__": DIGESTS,
+    "worker/checkpoint/replicas.py:DigestSender.read": DIGESTS,
+    "worker/checkpoint/replicas.py:DigestSender.start": DIGESTS,
     "worker/checkpoint/saver.py:StagingBuffers.__init__": SAVES,
-    "worker/checkpoint/saver.py:StagingBuffers._buffer": "tests/worker/test_saver.py::"
+    "worker/checkpoint/saver.py:StagingBuffers._allocate": "tests/worker/test_saver.py::"
     "test_on_a_gpu_the_copy_is_of_the_step_too",
-    "worker/checkpoint/saver.py:StagingBuffers._delay_update": SAVES,
-    "worker/checkpoint/saver.py:StagingBuffers.stage": SAVES,
+    "worker/checkpoint/saver.py:StagingBuffers._start_copy": SAVES,
+    "worker/checkpoint/update_gate.py:UpdateGate._delay": SAVES,
+    "worker/data/loader.py:MicroBatchLoader._make": PREFETCH,
+    "worker/data/loader.py:MicroBatchLoader._prefetch": PREFETCH,
     "worker/data/loader.py:to_device": SPEED,
     "worker/data/packing.py:Batch.pin_memory": SPEED,
+    "worker/digest.py:tensor_digest": "tests/worker/test_replicas.py::test_a_gpu_computes_the_same_digest",
     "worker/distributed.py:init_distributed": RANKS,
     "worker/distributed.py:require_device": RUN,
     "worker/distributed.py:select_device": RUN,
+    "worker/generation/loading.py:load_engine": "tests/worker/test_generation.py::test_it_generates_on_a_gpu",
     "worker/matrix_speed.py:": SPEED,
     "worker/matrix_speed.py:measure": SPEED,
+    "worker/train.py:train": RUN,
+    "worker/training/device_setup.py:activate_flash_attention": FLASH,
+    "worker/training/device_setup.py:set_up_device": FLASH,
     "worker/training/metrics.py:MetricsProcessor.__init__": RUN,
+    "worker/training/metrics.py:RankTimer._between": TIMER,
+    "worker/training/metrics.py:RankTimer._mark_end": TIMER,
+    "worker/training/metrics.py:RankTimer._now": TIMER,
     "worker/training/metrics.py:device_name": RUN,
     "worker/training/metrics.py:memory_bytes": RUN,
     "worker/training/startup.py:device_warnings": RUN,
+    "worker/training/startup.py:rank_info": RUN,
     "worker/training/startup.py:supports_bfloat16": RUN,
     "worker/training/state.py:TrainState.defers_metrics": RUN,
     "worker/training/state.py:_wrap_model": RANKS,
+    "worker/training/state.py:build_train_state": GRAPHS,
 }
 """File and function -> the test. For a new function, extend a trial of `worker/doctor`, or write a test."""
 

@@ -20,7 +20,8 @@ STORED = {
     AttemptPlacement: "engine_id state waiting_for nodes devices tailed",
     CorpusMeta: "content bytes tokenizer text_field vocab_size token_bytes documents tokens lines blank_lines bad_lines"
     " named special_tokens special_texts added_tokens",
-    Device: "id kind model memory_bytes memory_used_bytes processes strangers temperature_celsius",
+    Device: "id kind model memory_bytes memory_used_bytes processes strangers temperature_celsius uuid pci_bus_id"
+    " numa_node link nvlink_peers xid_errors",
     FileDigest: "bytes sha256",
     FileFingerprint: "bytes sha256",
     LineageSegment: "job_id attempt after until",
@@ -30,8 +31,8 @@ STORED = {
     RendezvousEndpoint: "host port",
     RuleState: "inside step total weight best best_step",
     RunIdentity: "model tokenizer corpus seed max_seq_len packing corpus_file vocabulary",
-    RunState: "step tokens rows_per_step world_size identity data_offset base_step loss interval trouble scaler probe"
-    " unevaluated torch_version version",
+    RunState: "step tokens rows_per_step world_size identity data_offset base_step base_tokens loss interval"
+    " interval_bytes trouble scaler probe unevaluated torch_version version",
 }
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 from trainyard.model.config import ModelConfig
-from trainyard.model.decoder import Decoder, KVCache, SamplingParams, additive, block_diagonal
+from trainyard.model.decoder import Decoder, SamplingParams, additive, block_diagonal
 
 MOE = {"use_moe": True, "moe_intermediate_size": 24}
 BOTH = pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
@@ -278,11 +278,38 @@ def test_cached_greedy_equals_uncached_greedy(changes: dict[str, Any]) -> None:
 
 def test_cache_filled_in_parts_gives_the_same_logits() -> None:
     model, ids = small_decoder(), random_ids(2, 9)
-    cache = KVCache.empty(model.config, 2, 9, model.lm_head.weight)
+    cache = model.new_cache(2, 9)
     with torch.no_grad():
         parts = [model(ids[:, part], cache=cache).logits for part in (slice(0, 4), slice(4, 8), slice(8, 9))]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=1e-4, atol=1e-5)
     assert cache.length == 9
+
+
+@BOTH
+def test_rows_of_different_lengths_come_and_go_in_a_batch(changes: dict[str, Any]) -> None:
+    model = small_decoder(seed=2, **changes)
+    prompts = [random_ids(1, length, seed=length) for length in (5, 2, 70, 9)]
+    alone = [model.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :].tolist() for prompt in prompts]
+    cache, rows = model.new_batch_cache(), list[int]()
+    written: list[list[int]] = [[] for _ in prompts]
+    for step in range(60):
+        if step in (0, 3, 4, 30):
+            number = (0, 3, 4, 30).index(step)
+            own = model.new_cache(1, prompts[number].shape[1])
+            written[number].append(int(model.next_logits(prompts[number], own).argmax()))
+            cache.add(own, own.length + 20)
+            rows.append(number)
+        if rows:
+            last = torch.tensor([[written[number][-1]] for number in rows])
+            for number, token in zip(rows, model.decode_batch(last, cache).argmax(-1).tolist(), strict=True):
+                written[number].append(token)
+        for row in reversed(range(len(rows))):
+            if len(written[rows[row]]) == 20:
+                cache.remove(row)
+                rows[row] = rows[-1]
+                rows.pop()
+    assert written == alone
+    assert (cache.lengths, cache.capacity) == ([], 0)
 
 
 def test_generation_leaves_the_mode_and_the_gradients_alone() -> None:

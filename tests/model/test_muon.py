@@ -95,6 +95,7 @@ def last_loss(optimizer: torch.optim.Optimizer, model: Decoder, rows: torch.Tens
     return sum(found[-20:]) / 20
 
 
+@pytest.mark.long
 def test_its_loss_on_docstrings_beside_adamws() -> None:
     """Each at the better of two rates, after equally many steps."""
     rows, adamw, ours = rows_of_text(150), [], []

@@ -54,9 +54,10 @@ class ServiceHarness:
         scheduling: bool = False,
         preempts: bool = False,
         courier: WebhookClient | None = None,
+        prepares: bool = False,
         **environment: str,
     ) -> None:
-        self.home, self.url, self.devices = home, url, devices
+        self.home, self.url, self.devices, self.prepares = home, url, devices, prepares
         self.launcher = launcher or FakeLauncher()
         self.clock = clock or Clock()
         self.corpus = home / "corpus.jsonl"
@@ -66,7 +67,10 @@ class ServiceHarness:
         self.corpus.write_text('{"text": "one"}\n')
         self.database = Database(url)
         inventory = FixedInventory(tuple(devices))
-        self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock, preempts=preempts)
+        corpora = (self.settings.corpus_cache, home) if prepares else None
+        self.scheduler = Scheduler(
+            self.database, self.launcher, inventory, self.clock, preempts=preempts, corpora=corpora
+        )
         self.pulse = MetricBroadcaster(self.database)
         courier = courier or WebhookClient(self.settings.webhook_networks)
         self.sender = Sender(self.database, courier, clock=self.clock)
@@ -80,7 +84,7 @@ class ServiceHarness:
 
     def restart(self) -> "ServiceHarness":
         self.close()
-        return ServiceHarness(self.home, self.url, self.devices, self.launcher, self.clock)
+        return ServiceHarness(self.home, self.url, self.devices, self.launcher, self.clock, prepares=self.prepares)
 
     def reconcile(self) -> None:
         self.scheduler.reconcile_until_stable()

@@ -6,7 +6,7 @@ OPEN, ATTEMPT = "open", "attempt"
 
 JOB = "/jobs/{job_id}"
 WEBHOOK = "/webhooks/{webhook_id}"
-READ, SUBMIT, ADMIN = Scope.READ, Scope.SUBMIT, Scope.ADMIN
+READ, SUBMIT, OPERATE, ADMIN = Scope
 
 NEEDS: dict[tuple[str, str], str] = {
     ("GET", "/health"): OPEN,
@@ -42,6 +42,10 @@ NEEDS: dict[tuple[str, str], str] = {
     ("GET", f"{JOB}/checkpoints/{{step}}/files/{{name}}"): READ,
     ("DELETE", f"{JOB}/checkpoints/{{step}}"): SUBMIT,
     ("POST", f"{JOB}/checkpoints/{{step}}/export"): SUBMIT,
+    ("POST", f"{JOB}/checkpoints/{{step}}/generate"): SUBMIT,
+    ("GET", "/v1/models"): READ,
+    ("GET", "/v1/models/{model}"): READ,
+    ("POST", "/v1/completions"): SUBMIT,
     ("GET", f"{JOB}/exports"): READ,
     ("GET", f"{JOB}/exports/{{step}}/{{form}}/files/{{name}}"): READ,
     ("GET", "/tokens"): ADMIN,
@@ -50,16 +54,16 @@ NEEDS: dict[tuple[str, str], str] = {
     ("POST", "/tokens/{name}/rotate"): ADMIN,
     ("DELETE", "/tokens/{name}"): ADMIN,
     # For many receivers the address alone lets in whoever knows it, so that readers do not see it.
-    ("GET", "/webhooks"): SUBMIT,
-    ("POST", "/webhooks"): SUBMIT,
-    ("GET", WEBHOOK): SUBMIT,
-    ("PATCH", WEBHOOK): SUBMIT,
-    ("DELETE", WEBHOOK): SUBMIT,
-    ("POST", f"{WEBHOOK}/rotate"): SUBMIT,
-    ("POST", f"{WEBHOOK}/test"): SUBMIT,
-    ("GET", f"{WEBHOOK}/deliveries"): SUBMIT,
-    ("GET", f"{WEBHOOK}/deliveries/{{delivery_id}}"): SUBMIT,
-    ("POST", f"{WEBHOOK}/deliveries/{{delivery_id}}/redeliver"): SUBMIT,
+    ("GET", "/webhooks"): OPERATE,
+    ("POST", "/webhooks"): OPERATE,
+    ("GET", WEBHOOK): OPERATE,
+    ("PATCH", WEBHOOK): OPERATE,
+    ("DELETE", WEBHOOK): OPERATE,
+    ("POST", f"{WEBHOOK}/rotate"): OPERATE,
+    ("POST", f"{WEBHOOK}/test"): OPERATE,
+    ("GET", f"{WEBHOOK}/deliveries"): OPERATE,
+    ("GET", f"{WEBHOOK}/deliveries/{{delivery_id}}"): OPERATE,
+    ("POST", f"{WEBHOOK}/deliveries/{{delivery_id}}/redeliver"): OPERATE,
     ("POST", "/internal/attempts/{attempt_id}/events"): ATTEMPT,
     ("POST", "/internal/attempts/{attempt_id}/heartbeat"): ATTEMPT,
     ("POST", "/internal/attempts/{attempt_id}/exit"): ATTEMPT,

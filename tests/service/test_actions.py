@@ -51,7 +51,7 @@ def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
     there = (
-        "those here are epochs, max_steps, save_dir, resources, step, schedule"
+        "those here are epochs, max_steps, max_tokens, save_dir, resources, step, schedule"
         if verb == "resume"
         else "there are none here"
     )
@@ -114,6 +114,34 @@ def test_resume_refuses_what_it_may_not(rig: ServiceHarness, body: dict[str, Any
     refused = rig.post_action(job_id, "resume", body, status=422)
     assert [e["pointer"] for e in refused["errors"]] == pointers
     assert rig.status(job_id) is JobStatus.PAUSED
+
+
+def test_more_tokens_are_more_steps(any_rig: ServiceHarness) -> None:
+    """A given length replaces the other one; the old end is what the worker has counted, and the rest is estimated."""
+    job_id = paused(any_rig, training={"max_tokens": 1000, "learning_rate": 0.01})
+    plan = any_rig.job(job_id)["plan"]
+    assert (plan["steps"], plan["tokens_per_step"]) == (10, 100)
+    fewer = any_rig.post_action(job_id, "resume", {"max_tokens": 999}, status=422)["errors"]
+    assert fewer == [{"pointer": "/max_tokens", "message": "may only be raised: it is 1,000"}]
+    both = any_rig.post_action(job_id, "resume", {"max_tokens": 1100, "max_steps": 20}, status=422)["errors"]
+    assert [error["pointer"] for error in both] == ["/max_tokens"]
+    job = any_rig.post_action(job_id, "resume", {"max_tokens": 1600})
+    assert (job["spec"]["training"]["max_tokens"], job["plan"]["steps"]) == (1600, 16)
+    assert job["learning_rate_before"] == pytest.approx(lr_at(5, 10, 0.01), rel=0, abs=1e-12)
+    assert job["learning_rate_after"] == pytest.approx(lr_at(6, 16, 0.01), rel=0, abs=1e-12)
+    any_rig.post_action(job_id, "pause")
+    job = any_rig.post_action(job_id, "resume", {"max_steps": 20})
+    assert (job["spec"]["training"]["max_tokens"], job["plan"]["steps"]) == (None, 20)
+
+
+def test_a_finished_run_needs_more_tokens(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running(training={"max_tokens": 1000})
+    rig.checkpoint(job_id, attempt, 10)
+    rig.exit(attempt, "completed", None, step=10)
+    assert [e["pointer"] for e in rig.post_action(job_id, "resume", {"max_tokens": 1000}, status=422)["errors"]] == [
+        "/max_tokens"
+    ]
+    assert rig.post_action(job_id, "resume", {"max_tokens": 1001})["plan"]["steps"] == 11
 
 
 LONGER = [({"max_steps": 40}, 40), ({"epochs": 3}, 30)]

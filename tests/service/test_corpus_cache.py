@@ -9,6 +9,7 @@ import pytest
 
 from tests.contract.test_cache import KEYS, LONG_AGO, filled, nothing
 from trainyard.contract.cache import CacheEntry, CorpusCache
+from trainyard.contract.corpus_report import FileReport, SourceReport
 from trainyard.service.maintenance.corpus_cache import (
     DAY,
     CacheLimits,
@@ -68,6 +69,15 @@ def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def report_of(listed: list[FileReport]) -> SourceReport:
+    counts = dict.fromkeys(
+        ("bytes", "documents", "tokens", "text_bytes", "vocab_size", "vocab_used", "bad_documents"), 1
+    )
+    empty = {"name": "data", "lengths": (), "bad": (), "samples": (), "duplicates": 0, "text_field": "text"}
+    unknown = {"bytes_per_token": None, "single_byte_share": None, "tokenizer": ""}
+    return SourceReport.model_validate({**counts, **empty, **unknown, "files": len(listed), "listed": listed})
+
+
 def test_the_command_lists_and_prunes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,6 +95,9 @@ def test_the_command_lists_and_prunes(
         (told,) = map(json.loads, command("list", "--json", capsys=capsys))
         shown = [(row["path"], row["in_use"]) for row in told["data"]]
         assert shown == [("/data/c.jsonl", False), (None, False), (None, True)]
+        listed = [FileReport(file=name, bytes=1, documents=1, tokens=1, bad_documents=0) for name in ("a\nb", "c", "d")]
+        (cache.directory(KEYS[1]) / "report.json").write_text(report_of(listed).model_dump_json())
+        assert "today         in use      'a\\nb', and 2 more files" in command("list", capsys=capsys)[2]
         assert all(row["used_at"].endswith("Z") and row["bytes"] >= 3_000_000 for row in told["data"])
         assert command("prune", "--days", "0", capsys=capsys) == ["0 removed, 0 B"]
         gone = command("prune", capsys=capsys)

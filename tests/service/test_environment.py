@@ -53,6 +53,20 @@ def test_every_variable_that_a_page_or_a_hint_names_reaches_the_ranks(
 
 
 @pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_memory_of_a_gpu_is_in_expandable_segments(
+    given: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert in_a_rank(tmp_path, given, monkeypatch).get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize(
     "name",
     ["TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "http_proxy", "https_proxy", "no_proxy"],
 )

@@ -44,17 +44,42 @@ def test_out_of_memory_is_forked_with_fewer_rows_at_once(rig: ServiceHarness) ->
     )
     assert job["error"]["peak_memory_bytes"] == MEMORY + 12
     helps = named(job)
-    assert list(helps) == ["fork", "resume", "logs"]
+    assert list(helps) == ["resume", "fork", "logs"]
     assert helps["fork"]["words"] == "Fork from step 10 with batch_size 2 and accumulation_steps 4"
     assert helps["fork"]["command"].endswith(
         " --step 10 --set training.batch_size=2 --set training.accumulation_steps=4"
     )
-    assert helps["resume"]["words"] == "Resume from step 10, on a device with more memory"
+    assert helps["resume"]["words"] == "Resume from step 10, with gradient_checkpointing true"
+    assert helps["resume"]["command"].endswith(" --set training.gradient_checkpointing=true")
     made = rig.client.request(helps["fork"]["method"], helps["fork"]["path"], json=helps["fork"]["body"])
     assert made.status_code == 201, made.text
     assert made.json()["spec"]["training"]["batch_size"] == 2
-    rig.post_action(job["id"], "resume")
-    assert rig.job(job["id"])["error"] is None
+    rig.post_action(job["id"], "resume", helps["resume"]["body"])
+    resumed = rig.job(job["id"])
+    assert resumed["error"] is None
+    assert resumed["spec"]["training"]["gradient_checkpointing"] is True
+
+
+def test_each_shortage_of_memory_has_the_next_step(rig: ServiceHarness) -> None:
+    """Checkpointing, then zero1, then fsdp; with fsdp, a device with more memory. One rank has nothing to split."""
+    found = []
+    for changes in ({}, {"parallelism": "ddp"}, {"parallelism": "zero1"}, {"parallelism": "fsdp"}):
+        training = {"gradient_checkpointing": bool(changes)}
+        resources = {"nproc_per_node": 2, "device": "cpu", **changes}
+        job = failed(rig, Reason.OUT_OF_MEMORY, saved=10, training=training, resources=resources)
+        found.append(named(job)["resume"])
+        rig.post_action(job["id"], "resume", found[-1]["body"])
+        rig.post_action(job["id"], "cancel")
+    assert [one["body"] for one in found] == [
+        {"gradient_checkpointing": True},
+        {"resources": {"parallelism": "zero1"}},
+        {"resources": {"parallelism": "fsdp"}},
+        {},
+    ]
+    assert found[1]["words"] == "Resume from step 10, with parallelism zero1"
+    assert found[3]["words"] == "Resume from step 10, on a device with more memory"
+    single = failed(rig, Reason.HOST_OUT_OF_MEMORY, saved=10, training={"gradient_checkpointing": True})
+    assert named(single)["resume"]["body"] == {}
 
 
 def test_without_a_checkpoint_the_same_spec_is_submitted_with_changes(rig: ServiceHarness) -> None:
@@ -79,7 +104,7 @@ def test_without_a_checkpoint_the_same_spec_is_submitted_with_changes(rig: Servi
         (Reason.SPEC_INVALID, None, ["submit", "logs"]),
         (Reason.DATA_INVALID, 10, ["resume", "logs"]),
         (Reason.DISK_FULL, 10, ["resume", "logs"]),
-        (Reason.HOST_OUT_OF_MEMORY, 10, ["fork", "resume", "logs"]),
+        (Reason.HOST_OUT_OF_MEMORY, 10, ["resume", "fork", "logs"]),
     ],
 )
 def test_what_helps(rig: ServiceHarness, reason: Reason, saved: int | None, expected: list[str]) -> None:

@@ -434,6 +434,27 @@ def test_a_decay_branch_joins_the_curve_of_a_stable_run(any_rig: ServiceHarness,
     assert fork(any_rig, job_id, fraction)["spec"]["training"]["decay_fraction"] == 0.5
 
 
+def test_a_decay_branch_of_a_run_with_max_tokens_ends_by_its_steps(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 400, 800, training={"max_tokens": 10**9, "lr_scheduler": "constant"})
+    training = fork(rig, job_id, decay_branch(800, 40))["spec"]["training"]
+    assert (training["max_tokens"], training["max_steps"]) == (None, 840)
+    both = {"overrides": {"training": {"max_tokens": 10, "max_steps": 900}}}
+    assert [e["pointer"] for e in fork(rig, job_id, both, status=422)["errors"]] == ["/overrides/training/max_tokens"]
+
+
+def test_a_fork_needs_more_tokens_than_are_trained(rig: ServiceHarness) -> None:
+    job_id, attempt = saved(rig, 5, training={"max_steps": 1000})
+    attempt.metric(5)
+    attempt.metric(6)
+    rig.ship(attempt)
+    trained = rig.data(job_id, "metrics")[0]["tokens"]
+    few = {"overrides": {"training": {"max_tokens": trained}}}
+    errors = fork(rig, job_id, few, status=422)["errors"]
+    assert [error["pointer"] for error in errors] == ["/overrides/training/max_tokens"]
+    made = fork(rig, job_id, {"overrides": {"training": {"max_tokens": 10_000}}})
+    assert (made["spec"]["training"]["max_steps"], made["plan"]["steps"]) == (None, 100)
+
+
 def test_a_decay_that_begins_in_the_warm_up_is_rejected(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 5, training={"max_steps": 1000, "warmup_steps": 100})
     errors = fork(rig, job_id, decay_branch(5, 200), status=422)["errors"]

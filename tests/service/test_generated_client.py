@@ -16,7 +16,10 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 
 GENERATOR = Path(sys.executable).with_name("openapi-python-client")
-pytestmark = pytest.mark.skipif(not GENERATOR.exists(), reason="openapi-python-client is not installed")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not GENERATOR.exists(), reason="openapi-python-client is not installed"),
+]
 NAME = "client_from_the_document"
 
 

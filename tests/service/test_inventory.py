@@ -7,40 +7,30 @@ from typing import Any
 import pynvml
 import pytest
 
+from tests.fakes.nvml import NvmlHost
 from trainyard.contract import processes
 from trainyard.contract.processes import MARKER
 from trainyard.service.devices import inventory
 from trainyard.service.devices.inventory import HostInventory, cpu_slots, kind_for
 
 
-class FakeNvml:
+class FakeNvml(NvmlHost):
     """Two cards; a stranger on the second."""
 
-    NVMLError = pynvml.NVMLError
-    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
     asked = 0
 
-    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
-        """Start."""
+    def __init__(self) -> None:
+        super().__init__("NVIDIA Test", ["00000000:3B:00.0", "00000000:5E:00.0"], [1, 2], [[], []])
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         FakeNvml.asked += 1
         return 2
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetMemoryInfo(self, _: int) -> Any:  # noqa: N802
-        return SimpleNamespace(total=80 << 30, used=1 << 30)
 
     def nvmlDeviceGetTemperature(self, index: int, sensor: int) -> int:  # noqa: N802
         assert sensor == self.NVML_TEMPERATURE_GPU
         if index:
             raise self.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return 61
-
-    def nvmlDeviceGetName(self, _: int) -> str:  # noqa: N802
-        return "NVIDIA Test"
 
     def nvmlDeviceGetComputeRunningProcesses(self, index: int) -> list[Any]:  # noqa: N802
         return [SimpleNamespace(pid=77), SimpleNamespace(pid=78)] if index else []

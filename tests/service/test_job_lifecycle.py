@@ -207,7 +207,10 @@ def test_a_success_goes_on_only_with_more_to_do(any_rig: ServiceHarness) -> None
     job_id, attempt = rig.running()
     rig.exit(attempt, "completed", step=10)
     job = rig.job(job_id)
-    assert (job["resumable"], job["resume_blocker"]) == (False, "finished: give more epochs or max_steps to continue")
+    assert (job["resumable"], job["resume_blocker"]) == (
+        False,
+        "finished: give more epochs, max_steps or max_tokens to continue",
+    )
     rig.post_action(job_id, "resume", status=409)
     assert rig.post_action(job_id, "resume", {"epochs": 1}, status=422)["errors"][0]["pointer"] == "/epochs"
     assert rig.post_action(job_id, "resume", {"max_steps": 10}, status=422)["errors"][0]["pointer"] == "/max_steps"

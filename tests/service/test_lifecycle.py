@@ -68,6 +68,7 @@ def test_what_fits_each_status() -> None:
     fits = {status: allowed_actions(JobState(status, Desired.RUN, False, 1)) for status in JobStatus}
     assert fits == {
         JobStatus.QUEUED: ["pause", "resume", "cancel", "kill"],
+        JobStatus.PREPARING: ["pause", "resume", "cancel", "kill"],
         JobStatus.STARTING: ["pause", "cancel", "kill"],
         JobStatus.RUNNING: ["pause", "save", "cancel", "kill"],
         JobStatus.PAUSING: ["pause", "cancel", "kill"],

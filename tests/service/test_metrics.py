@@ -88,7 +88,8 @@ def test_pages_and_fields(any_rig: ServiceHarness) -> None:
     whole = any_rig.data(job_id, "metrics", limit=1)[0]
     assert set(whole) == {
         "step", "attempt", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
-        "mfu", "step_seconds", "data_seconds", "memory_bytes", "eval_loss", "expert_load", "nonfinite", "at",
+        "mfu", "step_seconds", "step_seconds_max_rank", "step_seconds_spread", "data_seconds", "memory_bytes",
+        "eval_loss", "expert_load", "nonfinite", "at", "bpb", "eval_bpb", "eval",
     }  # fmt: skip
     assert whole["at"].endswith("Z")
 
@@ -234,6 +235,64 @@ def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Servi
     assert list(found) == [3 + step / 100 for step in range(50, 301, 50)]
     for step, row in zip(range(50, 301, 50), found.values(), strict=True):
         assert row["first_step"] <= step <= row["step"]
+
+
+def held_out(step: int) -> dict[str, Any]:
+    """The fields of an evaluation of two sets; the bytes of one are unknown."""
+    sets = {"zh": {"loss": 5.0 - step / 100, "bpb": 1.5 - step / 1000}, "code.1": {"loss": 2.0, "bpb": None}}
+    return {"bpb": 1.25, "eval_loss": 3.0 - step / 100, "eval_bpb": 1.0 - step / 1000, "eval": sets}
+
+
+def test_held_out_sets_come_back_with_the_points_the_buckets_and_the_job(any_rig: ServiceHarness) -> None:
+    facts = [
+        {"name": "zh", "files": 2, "documents": 7, "tokens": 500, "duplicates": None},
+        {"name": "code.1", "files": 1, "documents": None, "tokens": 300, "duplicates": 3},
+    ]
+    job_id, attempt = any_rig.running(steps=100, reporting={"eval_interval": 20})
+    attempt.started(steps=100, eval_sets=facts)
+    for step in range(1, 71):
+        attempt.metric(step, **(held_out(step) if step % 20 == 0 else {"bpb": 1.25}))
+    any_rig.ship(attempt)
+    names = ("bpb", "eval_loss", "eval_bpb", "eval")
+    points = {row["step"]: {name: row[name] for name in names} for row in any_rig.data(job_id, "metrics")}
+    none = {"bpb": 1.25, "eval_loss": None, "eval_bpb": None, "eval": None}
+    assert points == {step: held_out(step) if step % 20 == 0 else none for step in range(1, 71)}
+    for lineage in (False, True):
+        rows = any_rig.data(job_id, "metrics", max_points=5, fields="eval,eval_bpb", lineage=lineage)
+        expected = [(held_out(step)["eval"], held_out(step)["eval_bpb"]) for step in (20, 40, 60)]
+        assert [(row["eval"], row["eval_bpb"]) for row in rows if row["eval"]] == expected
+    (newest,) = any_rig.data(job_id, "metrics", max_points=1, fields="eval")
+    assert newest["eval"] == held_out(60)["eval"]
+    job = any_rig.job(job_id)
+    assert job["plan"]["eval_sets"] == facts
+    progress = {name: job["progress"][name] for name in ("bpb", "eval_loss", "eval_bpb", "eval_step")}
+    assert progress == {"bpb": 1.25, "eval_loss": 2.4, "eval_bpb": 0.94, "eval_step": 60}
+
+
+def test_a_table_has_two_columns_for_each_held_out_set(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running()
+    attempt.started(steps=10, eval_sets=[{"name": "zh", "files": 1, "documents": 1, "tokens": 9}])
+    rig.ship(attempt)
+    asked: dict[str, Any] = {"params": {"fields": "loss,eval,bpb"}, "headers": {"Accept": "text/csv"}}
+    empty = rig.client.get(f"/jobs/{job_id}/metrics", **asked).text
+    assert empty == "step,attempt,loss,eval.zh.loss,eval.zh.bpb,bpb\r\n"
+    attempt.metric(1, loss=2.0)
+    attempt.metric(2, loss=2.0, **held_out(2))
+    rig.ship(attempt)
+    rows = list(csv.DictReader(io.StringIO(rig.client.get(f"/jobs/{job_id}/metrics", **asked).text)))
+    columns = ["eval.zh.loss", "eval.zh.bpb", "eval.code.1.loss", "eval.code.1.bpb"]
+    assert [*rows[0]] == ["step", "attempt", "loss", *columns, "bpb"]
+    assert [rows[0][name] for name in columns] == ["", "", "", ""]
+    assert [rows[1][name] for name in columns] == ["4.98", "1.498", "2.0", ""]
+
+
+def test_an_agent_of_an_older_release_sends_no_held_out_sets(any_rig: ServiceHarness) -> None:
+    job_id, attempt = any_rig.running()
+    attempt.metric(1, loss=2.0, eval_loss=2.5)
+    any_rig.ship(attempt)
+    (row,) = any_rig.data(job_id, "metrics")
+    assert (row["eval_loss"], row["bpb"], row["eval_bpb"], row["eval"]) == (2.5, None, None, None)
+    assert any_rig.job(job_id)["plan"]["eval_sets"] == []
 
 
 @pytest.mark.parametrize("attempt", [1, 2])

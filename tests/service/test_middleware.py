@@ -114,7 +114,21 @@ def test_foreign_origins(rig: ServiceHarness) -> None:
             problem(answer, 403, "foreign_origin")
         assert rig.client.get("/jobs", headers={"Origin": origin}).status_code == 200
     assert rig.client.post("/jobs", json=rig.spec(), headers={"Origin": "http://127.0.0.1:8000"}).status_code == 201
+    assert rig.client.get("/jobs", headers={"Sec-Fetch-Site": "same-origin"}).status_code == 200
     assert "access-control-allow-origin" not in rig.client.get("/jobs", headers={"Origin": "http://a.b"}).headers
+
+
+def test_pages_of_other_sites_only_link_here(rig: ServiceHarness) -> None:
+    """A browser names the site that makes a request, also with GET and EventSource, which send no Origin."""
+    job_id = rig.submit()
+    cross = {"Sec-Fetch-Site": "cross-site"}
+    for mode in ("cors", "no-cors", "navigate"):
+        for path in ("/jobs", f"/jobs/{job_id}/metrics/stream", f"/jobs/{job_id}/logs", "/openapi.json", "/devices"):
+            problem(rig.client.get(path, headers={**cross, "Sec-Fetch-Mode": mode}), 403, "foreign_origin")
+    problem(rig.client.delete(f"/jobs/{job_id}", headers=cross), 403, "foreign_origin")
+    link = {**cross, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document", "Accept": "text/html"}
+    assert rig.client.get(f"/jobs/{job_id}", headers=link).headers["content-type"].startswith("text/html")
+    problem(rig.client.get(f"/jobs/{job_id}", headers={**link, "Sec-Fetch-Dest": "iframe"}), 403, "foreign_origin")
 
 
 def test_bodies_over_the_limit(rig: ServiceHarness) -> None:

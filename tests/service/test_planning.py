@@ -1,6 +1,7 @@
 """POST /jobs/plan: the estimate against the worker's own counts, the warnings, and that nothing is stored."""
 
 import gzip
+import itertools
 import json
 import math
 import random
@@ -203,6 +204,9 @@ def test_steps_follow_epochs_or_max_steps() -> None:
     assert (size().samples, size().steps_per_epoch, size().steps) == (18, 5, 5)
     assert size(epochs=3).steps == 15
     assert size(max_steps=7).steps == 7
+    tokens_per_step = 18 * 9 / 5
+    assert [size(max_tokens=tokens).steps for tokens in (1, 32, 33, 324, 325)] == [1, 1, 2, 10, 11]
+    assert size(max_tokens=1000).trained_tokens - 1000 < tokens_per_step
     assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
     spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
     half = estimate_size(spec, [10.0] * 10, 0, 1.0)
@@ -249,7 +253,7 @@ def test_nothing_to_say() -> None:
         (SIZE, HERE, {"resources": {"device": "auto"}}, "will use the CPU"),
         (SIZE, replace(HERE, memory_limit=1 << 29), {}, "needs about 1.1 GB of memory and this host has 0.5 GB"),
         (SIZE, replace(HERE, memory_limit=(1 << 30) + 1), {}, "it may not fit"),
-        (SIZE, replace(HERE, memory_limit=3 << 30), {"resources": {"device": "cpu", "nproc_per_node": 4}}, "4.3 GB"),
+        (SIZE, replace(HERE, memory_limit=3 << 30, memory_needed=4 << 30), {}, "4.3 GB"),
         (SIZE, replace(HERE, disk_free=1 << 21), {}, "4 checkpoints (keep_last and the one being written) take 4.2 MB"),
         (SIZE, replace(HERE, kind="cuda"), {"training": {"batch_size": 1}}, "gives a GPU 340 tokens at once"),
         (replace(SIZE, bad_lines=10), HERE, {}, "9.1 % of the lines cannot be read and max_bad_lines allows 1.0 %"),
@@ -270,7 +274,7 @@ def test_nothing_to_say() -> None:
             {},
             "the corpus is parquet: tokens, steps and time are known once",
         ),
-        (SIZE, replace(HERE, memory_limit=3 << 29, snapshot=1 << 30), {}, "needs about 2.1 GB of memory"),
+        (SIZE, replace(HERE, memory_limit=3 << 29, memory_needed=2 << 30), {}, "needs about 2.1 GB of memory"),
     ],
 )
 def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], said: str) -> None:
@@ -341,6 +345,32 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     assert any_rig.get("/jobs")["data"] == []
 
 
+def test_the_plan_has_the_held_out_sets(any_rig: ServiceHarness) -> None:
+    write_corpus(any_rig.corpus, 300, seed=5)
+    folder = any_rig.home / "held-out"
+    folder.mkdir()
+    for number in range(3):
+        write_corpus(folder / f"{number}.jsonl", 100, seed=number)
+    (any_rig.home / "book.txt").write_text("one\n\ntwo\n")
+    whole = plan(any_rig, data={"data_path": str(folder)})
+    data = {"data_path": str(any_rig.corpus)}
+    sets = [
+        {"name": "all", "path": str(folder)},
+        {"name": "part", "path": str(folder), "max_tokens": 500},
+        {"name": "book", "path": str(any_rig.home / "book.txt")},
+    ]
+    every, part, book = plan(any_rig, data={**data, "eval_sources": sets})["eval_sets"]
+    predicted = whole["tokens"] - whole["documents"]
+    assert every == {"name": "all", "files": 3, "documents": 300, "tokens": predicted, "duplicates": None}
+    assert part == {**every, "name": "part", "tokens": 500, "documents": round(300 * 500 / predicted)}
+    assert book == {**every, "name": "book", "files": 1, "tokens": None, "documents": None}, "not JSONL"
+    (one,) = plan(any_rig, data={**data, "eval_data_path": str(folder)})["eval_sets"]
+    assert one == {**every, "name": "eval"}
+    (split,) = plan(any_rig, data={**data, "eval_fraction": 0.1})["eval_sets"]
+    assert (split["name"], split["files"], split["documents"]) == ("data", 1, 30)
+    assert plan(any_rig)["eval_sets"] == []
+
+
 def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:
     body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
     answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]
@@ -382,6 +412,31 @@ def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig.close()
 
 
+def test_a_run_that_does_not_fit_names_the_settings_with_which_it_does(make_rig: MakeHarness, sqlite_url: str) -> None:
+    gpus = [Device(f"cuda:{number}", "cuda", memory_bytes=1 << 30) for number in range(4)]
+    rig = make_rig(sqlite_url, devices=gpus)
+    wide: dict[str, Any] = {"model": {"hidden_size": 768, "vocab_size": 6400}, "resources": {"nproc_per_node": 4}}
+    small = plan(rig, training={"batch_size": 1})
+    assert (small["settings_that_fit"], [one["fits"] for one in small["memory_options"]]) == (None, [True] * 6)
+    tall = plan(rig, training={"batch_size": 16})
+    assert tall["settings_that_fit"] == {"training": {"gradient_checkpointing": True}}
+    assert any("it fits with gradient_checkpointing true" in text for text in tall["warnings"])
+    found = plan(rig, training={"batch_size": 4}, **wide)
+    assert found["settings_that_fit"] == {
+        "training": {"gradient_checkpointing": True},
+        "resources": {"parallelism": "zero1"},
+    }
+    assert any("it fits with gradient_checkpointing true and parallelism zero1" in text for text in found["warnings"])
+    options = {(one["parallelism"], one["gradient_checkpointing"]): one for one in found["memory_options"]}
+    assert list(options) == list(itertools.product(("ddp", "zero1", "fsdp"), (False, True)))
+    assert options["ddp", False]["memory_bytes"] == found["memory_bytes"]
+    assert [one["fits"] for one in options.values()] == [False, False, False, True, True, True]
+    chosen = plan(rig, training={"batch_size": 4, "gradient_checkpointing": True}, **wide)
+    assert chosen["memory_bytes"] == options["ddp", True]["memory_bytes"]
+    rig.close()
+
+
+@pytest.mark.long
 def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
     spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
     assert MatrixSpeed(tmp_path, wait_seconds=0.0).estimate(spec, "cpu", 340) is None, "a plan does not wait for it"
@@ -404,7 +459,7 @@ def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: Servic
 
 def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarness, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12}))
+    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12, "cpu float32": 1e11}))
     state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
     host = state.host_limits(LOCAL)
     spec = validate_spec(rig.spec(), host)
@@ -414,6 +469,25 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     busy = rig.spec(resources={"nproc_per_node": 2})
     rig.running(resources=busy["resources"])
     assert make_preview(state, spec, host).eta_seconds is None
+
+
+@pytest.mark.parametrize(("float32", "warned"), [(3e11, True), (1e11, False)])
+def test_the_plan_offers_float32_on_a_cpu_that_is_slow_in_bfloat16(
+    float32: float, warned: bool, rig: ServiceHarness, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").mkdir()
+    measured = {"cpu bfloat16": 1.6e11, "cpu float32": float32}
+    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps(measured))
+    state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
+    host = state.host_limits(LOCAL)
+    texts = make_preview(state, validate_spec(rig.spec(), host), host).warnings
+    expected = (
+        "this CPU computes a bfloat16 product at 160 GFLOP/s and one in float32 at 300: "
+        'with training.dtype "float32" the run is faster, and more exact'
+    )
+    assert (expected in texts) == warned
+    exact = validate_spec(rig.spec(training={"dtype": "float32"}), host)
+    assert not any("bfloat16" in text for text in make_preview(state, exact, host).warnings)
 
 
 def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:

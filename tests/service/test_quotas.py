@@ -63,7 +63,7 @@ def test_devices_are_counted_together(make_rig: MakeHarness, any_url: str) -> No
 
 def test_a_resume_takes_a_place_of_who_asks(any_rig: ServiceHarness) -> None:
     alice = created(any_rig, "alice", scope="submit", max_jobs=1)
-    bob = created(any_rig, "bob", scope="submit", max_jobs=1)
+    bob = created(any_rig, "bob", scope="operate", max_jobs=1)
     job_id = submitted(any_rig, alice)
     any_rig.post_action(job_id, "pause")
     other = submitted(any_rig, alice)

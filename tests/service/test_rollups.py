@@ -201,7 +201,13 @@ def long_curve(rig: ServiceHarness, points: int) -> str:
     return job_id
 
 
-@pytest.mark.parametrize("points", [100_000, pytest.param(1_000_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "points",
+    [
+        pytest.param(100_000, marks=pytest.mark.long),
+        pytest.param(1_000_000, marks=pytest.mark.soak),
+    ],
+)
 def test_a_long_curve_is_read_at_once(rig: ServiceHarness, points: int) -> None:
     job_id = long_curve(rig, points)
     page: dict[str, Any] = {}

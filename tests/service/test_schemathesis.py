@@ -147,6 +147,7 @@ CHECKS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("token", [None, TOKEN])
 def test_generated_requests(make_rig: MakeHarness, any_url: str, token: str | None) -> None:
     rig = make_rig(any_url, token=token)

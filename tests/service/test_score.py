@@ -41,6 +41,17 @@ def test_a_score_is_the_smoothed_loss_until_there_is_an_evaluation(any_rig: Serv
         attempt.metric(step, loss=1.0, eval_loss=loss)
     rig.ship(attempt)
     assert score(rig, job_id) == {"metric": "eval_loss", "value": 2.25, "step": 50}
+    for step, loss, bpb in ((70, 2.5, 1.1), (80, 2.0, 1.3), (90, 1.5, None)):
+        attempt.metric(step, loss=1.0, eval_loss=loss, eval_bpb=bpb)
+    rig.ship(attempt)
+    assert score(rig, job_id) == {"metric": "bpb", "value": 1.1, "step": 70}
+    # Computed again from the stored points, after the run went back.
+    attempt.metric(75, loss=1.0, eval_loss=1.0)
+    rig.ship(attempt)
+    assert score(rig, job_id) == {"metric": "bpb", "value": 1.1, "step": 70}
+    attempt.metric(65, loss=1.0)
+    rig.ship(attempt)
+    assert score(rig, job_id) == {"metric": "eval_loss", "value": 2.25, "step": 50}
 
 
 @pytest.mark.parametrize("evaluates", [False, True])

@@ -159,6 +159,9 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     empty.touch()
     link.symlink_to("/etc/passwd")
     (rig.home / "folder").mkdir()
+    (rig.home / "leads-out").mkdir()
+    (rig.home / "leads-out" / "a\nb.jsonl").symlink_to("/etc/passwd")
+    leads = "'/leads-out/a\\nb.jsonl', which leads outside the directories that TRAINYARD_DATA_ROOTS allows"
     roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
     outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
@@ -168,6 +171,7 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
         ): "is a directory without a corpus file: it needs files that end in .jsonl, .ndjson, .txt "
         "or .parquet, or one of the first three with .gz or .zst",
         f"{rig.home}/folder/*.x": "matches no file. Links to directories are not followed",
+        str(rig.home / "leads-out"): f"holds {leads}".replace("'/", f"'{rig.home}/"),
         str(empty): "is empty",
         str(link): outside,
         "/etc/passwd": outside,
@@ -488,6 +492,25 @@ def test_a_mistake_in_the_sources_is_no_mistake_in_data_path(rig: ServiceHarness
     assert mistakes(rig, {"data": {"sources": many}}).keys() == {"/data/sources"}
     wrong = [{"name": "a", "path": path, "weight": -1}]
     assert mistakes(rig, {"data": {"sources": wrong}}).keys() == {"/data/sources/0/weight"}
+
+
+def test_the_paths_of_held_out_sets_are_checked_and_resolved(rig: ServiceHarness) -> None:
+    path = rig.spec()["data"]["data_path"]
+    wrong = [
+        {"name": "a", "path": "/etc/passwd"},
+        {"name": "b", "path": [path, "b.jsonl"]},
+        {"name": "c", "path": path},
+    ]
+    found = mistakes(rig, {"data": {"data_path": path, "eval_sources": wrong}})
+    assert found.keys() == {"/data/eval_sources/0/path", "/data/eval_sources/1/path/1"}
+    link = rig.home / "link.jsonl"
+    link.symlink_to(path)
+    sets = [{"name": "a", "path": str(link), "max_tokens": 100}]
+    answer = rig.client.post("/jobs", json={"data": {"data_path": path, "eval_sources": sets}})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["spec"]["data"]["eval_sources"] == [
+        {"name": "a", "path": str(Path(path).resolve()), "text_field": None, "max_tokens": 100}
+    ]
 
 
 def test_a_file_of_a_directory_that_cannot_be_used_is_named(rig: ServiceHarness) -> None:

@@ -68,6 +68,10 @@ def test_sentences() -> None:
     assert sentence(status=JobStatus.CANCELLING, desired=Desired.KILL) == "Ending without a save at step 12,400."
     assert sentence(status=JobStatus.PAUSED) == "Paused at step 12,400; resuming continues from step 12,000."
     assert sentence(status=JobStatus.SUCCEEDED) == "Finished at step 12,400, loss 2.913."
+    evaluated = RUNNING.progress.model_copy(update={"eval_loss": 3.01, "eval_bpb": 1.0954})
+    assert sentence(status=JobStatus.SUCCEEDED, progress=evaluated) == (
+        "Finished at step 12,400, loss 2.913, held-out loss 3.010 (1.095 bits per byte)."
+    )
     failed = {"status": JobStatus.FAILED, "message": "out of GPU memory on rank 2", "hint": "Lower batch_size."}
     assert sentence(**failed) == "Out of GPU memory on rank 2. Lower batch_size."
     assert sentence(status=JobStatus.INTERRUPTED) == "Ended for an unknown reason."

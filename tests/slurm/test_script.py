@@ -9,7 +9,7 @@ import pytest
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import NodeRange, ResourcesSpec, SlurmSpec
 from trainyard.service.launch.base import AttemptRef
-from trainyard.service.launch.slurm.script import SbatchScript, job_name, merge_options, render
+from trainyard.service.launch.slurm.script import SbatchScript, job_name, merge_options, preparation_options, render
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -60,3 +60,18 @@ def test_without_a_time_limit_only_the_warning_is_asked_for() -> None:
 def test_all_attempts_of_a_job_have_one_name() -> None:
     assert f"--job-name={job_name('job_abc')}\n" in render(TWO_NODES)
     assert "--comment=job_abc/3\n" in render(TWO_NODES)
+
+
+def test_a_preparation_asks_for_no_gpus() -> None:
+    gpus = ["--gpus-per-task=1", "--cpus-per-gpu=8", "--mem-per-gpu=64G", "--gpu-freq=high", "--exclusive"]
+    asked = SlurmSpec(partition="train", constraint="ib", gpu_type="a100", extra=[*gpus, "--mem=8G", "--nodelist=n1"])
+    same = preparation_options(asked)
+    assert (same.partition, same.constraint, same.gpu_type) == ("train", "ib", None)
+    assert same.extra == ["--mem=8G", "--nodelist=n1"]
+    elsewhere = preparation_options(merge_options(asked, SlurmSpec(prepare_partition="cpu", account="lab")))
+    assert (elsewhere.partition, elsewhere.constraint, elsewhere.account) == ("cpu", None, "lab")
+    assert elsewhere.extra == ["--mem=8G"]
+    script = render(replace(TWO_NODES, options=elsewhere, resources=ResourcesSpec(nproc_per_node=4), gpus=False))
+    assert "#SBATCH --partition=cpu\n#SBATCH --account=lab\n" in script
+    assert "gres" not in script
+    assert "#SBATCH --cpus-per-task=4\n" in script

@@ -7,6 +7,7 @@ from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.slurm_jobs import real, submit
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_nodes_train_one_model_and_report_over_http(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home(real_ranks=True)

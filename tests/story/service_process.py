@@ -36,12 +36,14 @@ class Served:
         port: int = 0,
         command: Sequence[str] = (sys.executable, "-m", "trainyard.service"),
         path: Path | None = None,
+        slots: int = RANKS,
     ) -> None:
         self.home = home
         self.roots = roots
         self.command = command
         self.path = path
         self.port = port
+        self.slots = slots
         self.process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True)
 
@@ -51,7 +53,7 @@ class Served:
             **os.environ,
             "TRAINYARD_HOME": str(self.home),
             "TRAINYARD_DATA_ROOTS": ":".join(map(str, self.roots)),
-            "TRAINYARD_CPU_SLOTS": str(RANKS),
+            "TRAINYARD_CPU_SLOTS": str(self.slots),
             **({"PYTHONPATH": str(self.path)} if self.path is not None else {}),
         }
         with (self.home / "service.log").open("ab") as log:

@@ -11,7 +11,7 @@ from benchmarks.corpus import write_docstrings
 from tests.story.service_process import Served, until
 from tests.story.test_story import spec as story_spec
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS = 24
 

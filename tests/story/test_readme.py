@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 README = Path(__file__).parents[2] / "README.md"
 PORT = "8000"

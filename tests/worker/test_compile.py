@@ -81,6 +81,7 @@ def stop_the_compiler(run: RunDir) -> None:
     arm("resume.find", run.attempt(1).stop.touch)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_compiler_that_the_stop_request_ended_is_no_broken_compiler(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")

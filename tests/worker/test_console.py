@@ -18,5 +18,7 @@ def test_console_lines() -> None:
     console = ConsoleLogger()
     metric = MetricEvent(step=5, epoch=0, loss=None, learning_rate=1e-3, tokens=1, eval_loss=2.5)
     assert console.text(metric) == "step 5/0  loss not finite  lr 1.00e-03  eval 2.5000  not finite tok/s"
+    metric = metric.model_copy(update={"eval_bpb": 0.75})
+    assert "  eval 2.5000 (0.7500 bits per byte)  " in (console.text(metric) or "")
     assert console.text(SampleEvent(step=1, prompt="a", text="b\n")) == "sample at step 1: 'ab\\n'"
     assert console.text(WarningEvent(code="x", message="look")) == "warning: look"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.worker.training.control import StopSignal
+from trainyard.worker.stop_signal import StopSignal
 
 
 def test_a_stop_by_file_and_by_signal(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def begin(run: RunDir, said: list[Any], identity: RunIdentity | None = None, **t
     artifacts = run.artifacts(None)
     place = artifacts.origin if artifacts.origin.is_dir() else artifacts.checkpoint(STEP)
     identity = identity or files.read_state(place).identity
-    found = find_resume_point(spec, run, artifacts, identity, lambda _: 16, said.append)
+    found = find_resume_point(spec, run, artifacts, identity, lambda _: False, said.append)
     return found.source if found is not None else None
 
 

@@ -92,7 +92,13 @@ class Trained:
         events: list[Event] = []
         artifacts = self.run.artifacts(spec.checkpoint.save_dir)
         found = find_resume_point(
-            spec, self.run, artifacts, IDENTITY, lambda rows: 100 // rows, events.append, shapes=self.shapes
+            spec,
+            self.run,
+            artifacts,
+            IDENTITY,
+            lambda state: state.step >= 100 // state.rows_per_step,
+            events.append,
+            shapes=self.shapes,
         )
         return found.checkpoint if found else None, [str(e.message) for e in events if isinstance(e, WarningEvent)]
 

@@ -1,13 +1,23 @@
 """What a metric event is the mean and the count of."""
 
 import math
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
-from trainyard.contract.events import MetricEvent
+from trainyard.contract.events import MetricEvent, RankInfo
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, peak_flops, restore_window
+from trainyard.worker.training.metrics import (
+    MetricsProcessor,
+    MetricsWindow,
+    RankTimer,
+    peak_flops,
+    restore_window,
+    slowest_rank,
+)
+from trainyard.worker.training.monitors import StragglerMonitor
 from trainyard.worker.training.step import StepMetrics
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
@@ -20,6 +30,7 @@ ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 D", 147e12),
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", 362e12),
         ("Tesla K80", None),
@@ -67,6 +78,101 @@ def test_what_is_not_finite_is_counted_and_not_added() -> None:
 def test_sums_come_back_to_the_ranks_they_were_of() -> None:
     rows = [[1.0, 2.0, 3.0, 0.0], [10.0, 20.0, 30.0, 1.0]]
     second = DistributedContext(1, 2, 1, 2, torch.device("cpu"))
-    assert restore_window(rows, second) == MetricsWindow(10.0, 20.0, 30.0, 1.0)
-    assert restore_window(rows, ALONE) == MetricsWindow(11.0, 22.0, 33.0, 1.0)
+    assert restore_window(rows, second, [50.0, 70.0]) == MetricsWindow(10.0, 20.0, 30.0, 1.0, text_bytes=70.0)
+    assert restore_window(rows, ALONE, [50.0, 70.0]) == MetricsWindow(11.0, 22.0, 33.0, 1.0, text_bytes=120.0)
     assert restore_window([], ALONE) == MetricsWindow()
+
+
+class SlowSecondRank(DistributedContext):
+    """Two ranks, of which the second computes three times as long."""
+
+    def gather(self, row: list[float]) -> list[list[float]]:
+        return [row, [*row[:2], 3 * row[2], *row[3:]]]
+
+
+def test_a_straggler_is_seen_by_its_own_time() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    two = SlowSecondRank(0, 2, 0, 2, torch.device("cpu"))
+    metrics = MetricsProcessor(two, MetricsWindow(), 6.0, has_aux=False, timer=RankTimer(weight, two.device))
+    for _ in range(3):
+        metrics.begin_step()
+        for _ in range(2):
+            torch.autograd.backward((weight * 2).sum())
+        metrics.record(result(1.0, 1))
+        metrics.end_step(1, 0.0)
+    first = line(metrics)
+    assert first.step_seconds_max_rank == 1
+    assert first.step_seconds_spread == pytest.approx(1.5), "3 over the median of 1 and 3"
+    assert line(metrics).step_seconds_max_rank is None, "without a step since the last line"
+
+
+def test_what_a_rank_waits_for_others_is_not_its_own_time() -> None:
+    weight = torch.nn.Parameter(torch.ones(4))
+    timer = RankTimer(weight, torch.device("cpu"))
+    timer.begin_step()
+    torch.autograd.backward((weight * 2).sum())
+    time.sleep(0.05)  # as in the exchange
+    timer.end_step()
+    assert timer.seconds() < 0.05
+    timer.reset()
+    assert math.isnan(timer.seconds())
+    timer.begin_step()
+    timer.end_step()
+    assert math.isnan(timer.seconds()), "no gradient: nothing is measured"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_events_measure_a_ranks_own_time() -> None:
+    weight = torch.nn.Parameter(torch.ones(2048, 2048, device="cuda"))
+    timer = RankTimer(weight, weight.device)
+    for _ in range(3):
+        timer.begin_step()
+        for _ in range(2):
+            torch.autograd.backward((weight @ weight).sum())
+        timer.end_step()
+    assert 0 < timer.seconds() < 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        ([1.0], (None, None)),
+        ([1.0, 1.0, 1.5, 1.0], (2, 1.5)),
+        ([2.0, 1.0], (0, pytest.approx(4 / 3))),
+        ([1.0, math.nan], (None, None)),
+    ],
+)
+def test_the_slowest_rank(seconds: list[float], expected: tuple[int | None, float | None]) -> None:
+    assert slowest_rank(seconds) == expected
+
+
+def test_a_straggler_is_reported_once_by_name() -> None:
+    places = [RankInfo(rank=rank, host=f"node-{rank}", device="cuda:0", name="Card") for rank in range(2)]
+    monitor = StragglerMonitor(places)
+    point = MetricEvent(step=1, epoch=0, loss=1, learning_rate=1, tokens=1)
+
+    def warned(count: int, rank: int, spread: float) -> list[str]:
+        slow = point.model_copy(update={"step_seconds_max_rank": rank, "step_seconds_spread": spread})
+        return [warning.message for _ in range(count) for warning in monitor.observe(slow)]
+
+    assert warned(9, 1, 1.1) == [], "less than a fifth"
+    assert warned(4, 1, 1.5) + warned(1, 0, 1.5) + warned(4, 1, 1.5) == [], "not five in a row"
+    [message] = warned(9, 1, 1.5)
+    assert message.startswith("rank 1 (host node-1, cuda:0 Card) computes 1.50 times as long as the median rank")
+    assert list(monitor.observe(point)) == [], "one rank has no spread"
+
+
+def test_a_window_that_a_release_without_bytes_has_begun_has_no_bits_per_byte() -> None:
+    old = restore_window([[10.0, 0.0, 5.0, 0.0]], ALONE)
+    assert old.text_bytes is None
+    metrics = MetricsProcessor(ALONE, old, 6.0, has_aux=False)
+    assert metrics.gather_windows() == ([[10.0, 0.0, 5.0, 0.0]], [None])
+    assert restore_window([[10.0, 0.0, 5.0, 0.0]] * 2, ALONE, [30.0, None]).text_bytes is None
+    metrics.record(replace(result(4.0, 5), text_bytes=20.0))
+    assert (line(metrics).bpb, line(metrics).loss) == (None, None)
+    metrics.record(replace(result(4.0, 5), text_bytes=20.0))
+    assert metrics.gather_windows()[1] == [20.0]
+    first = line(metrics)
+    assert first.loss == 0.8
+    assert first.bpb == pytest.approx(4.0 / math.log(2) / 20)

@@ -53,3 +53,6 @@ def test_a_directory_that_has_become_empty_is_left_to_the_opening_and_a_source_i
         sources = {"data_path": None, "sources": [{"name": "web", "path": corpus}]}
         with pytest.raises(TrainingError, match="source web lies outside"):
             check_allowed_paths(spec(data=sources), run, roots)
+        held_out = {"data_path": str(data / "empty"), "eval_sources": [{"name": "web", "path": corpus}]}
+        with pytest.raises(TrainingError, match="held-out set web lies outside"):
+            check_allowed_paths(spec(data=held_out), run, roots)

@@ -25,7 +25,7 @@ from trainyard.worker.data.loader import rank_slice, split_microbatches
 from trainyard.worker.data.prepare import prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.control import StopSignal
+from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.training.state import initial_model
 
 pytestmark = pytest.mark.slow
@@ -126,14 +126,18 @@ def test_a_hundred_steps_behind_the_move_it_still_does(dtype: str, kind: str, te
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_compiled_ranks_have_the_losses_of_others(kind: str, text: Path, tmp_path: Path) -> None:
-    """DistributedDataParallel cuts the compiled graph at its buckets, and sums the same gradients."""
+def test_compiled_ranks_have_the_losses_of_others(kind: str, parallelism: str, text: Path, tmp_path: Path) -> None:
+    """DDP cuts the compiled graph at its buckets. With FSDP each layer is one graph, also if it runs again."""
     model = {"use_moe": True, "moe_intermediate_size": 32} if kind == "moe" else {}
     curves = []
     for compiled in (False, True):
-        training = {**FP32, "max_steps": 5, "use_compile": compiled}
-        described = rank_runner.spec(text, model=model, training=training, reporting={"log_interval": 1})
+        training = {**FP32, "max_steps": 5, "use_compile": compiled, "gradient_checkpointing": parallelism == "fsdp"}
+        resources = {"parallelism": parallelism, "device": "cpu"}
+        described = rank_runner.spec(
+            text, model=model, training=training, reporting={"log_interval": 1}, resources=resources
+        )
         run = rank_runner.new_run(tmp_path / f"compiled-{compiled}", described)
         rank_runner.run_to_end(run, world=2)
         curves.append([line.loss for line in rank_runner.metrics(run).values()])

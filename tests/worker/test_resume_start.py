@@ -113,7 +113,7 @@ def test_material_is_built_once_and_knows_what_it_is(tmp_path: Path, monkeypatch
     monkeypatch.setenv("TRAINYARD_CORPUS_CACHE", str(tmp_path / "cache"))
     first = material(tmp_path, [])
     assert first.spec.model.vocab_size == 259
-    assert first.eval_set is None
+    assert first.eval_sets == ()
     assert first.sources[0].corpus.directory.parent == tmp_path / "cache"
     built = first.sources[0].corpus.directory.stat().st_mtime_ns
     second = material(tmp_path, [])
@@ -125,12 +125,13 @@ def test_material_is_built_once_and_knows_what_it_is(tmp_path: Path, monkeypatch
 
 def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     whole, split = material(tmp_path, []), material(tmp_path, [], data={"eval_fraction": 0.25})
-    assert split.eval_set is not None
-    assert 0 < split.eval_set.tokens < 0.6 * whole.train_set.tokens
-    assert split.train_set.tokens + split.eval_set.tokens == whole.train_set.tokens
+    (held_out,) = split.eval_sets
+    assert held_out.name == "data"
+    assert 0 < held_out.rows.tokens < 0.6 * whole.train_set.tokens
+    assert split.train_set.tokens + held_out.rows.tokens == whole.train_set.tokens
     apart = rank_runner.corpus(tmp_path / "eval.jsonl", documents=4, seed=2)
     given = material(tmp_path, [], data={"eval_data_path": str(apart)})
-    assert given.eval_set is not None
+    assert [each.name for each in given.eval_sets] == ["eval"]
     assert given.train_set.tokens == whole.train_set.tokens
 
 
@@ -241,7 +242,9 @@ class Yard:
         self.said: list[Event] = []
 
     def begin(self, *, steps: int = 100) -> Path | None:
-        found = find_resume_point(self.spec, self.run, self.artifacts, IDENTITY, lambda _: steps, self.said.append)
+        found = find_resume_point(
+            self.spec, self.run, self.artifacts, IDENTITY, lambda state: state.step >= steps, self.said.append
+        )
         return found.source if found is not None else None
 
     def warnings(self) -> list[str]:

@@ -268,12 +268,12 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
     later.start()
     train_on(bench.train_state)
     later.join()
-    assert staging.blocked_seconds > 0.01
+    assert staging.gate.blocked_seconds > 0.01
     assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
     assert not torch.equal(bench.train_state.model.lm_head.weight, expected["lm_head.weight"])
-    held = staging.blocked_seconds
+    held = staging.gate.blocked_seconds
     train_on(bench.train_state)
-    assert staging.blocked_seconds == held
+    assert staging.gate.blocked_seconds == held
 
 
 @pytest.mark.gpu

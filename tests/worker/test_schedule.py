@@ -4,11 +4,14 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.training.schedule import StepIntervals, total_steps
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
+from trainyard.worker.training.state import TrainProgress
 
 
 def spec(**groups: object) -> JobSpec:
@@ -143,9 +146,15 @@ def test_the_spec_s_continuations_are_used() -> None:
     assert LRSchedule.from_spec(training, 50).at(9) == LRSchedule(1.0, 0.1, 50, continued_at=((8, 20),)).at(9)
 
 
-def test_total_steps_are_epochs_unless_max_steps_is_given() -> None:
-    assert total_steps(spec(training={"epochs": 3}).training, 7) == 21
-    assert total_steps(spec(training={"epochs": 3, "max_steps": 5}).training, 7) == 5
+@pytest.mark.parametrize("base", [0, 4])
+def test_the_run_has_its_epochs_unless_max_steps_is_given(base: int) -> None:
+    sampler = StepSampler(rows=13, global_batch=2, seed=1)
+    for training, steps in (({"epochs": 3}, 21), ({"epochs": 3, "max_steps": 5}, 5)):
+        progress = TrainProgress(step=base, base_step=base)
+        assert last_step(spec(training=training).training, progress, sampler, np.ones_like) == base + steps
+        assert not is_finished(spec(training=training).training, progress, 7)
+        assert not is_finished(spec(training=training).training, replace(progress, step=base + steps - 1), 7)
+        assert is_finished(spec(training=training).training, replace(progress, step=base + steps), 7)
 
 
 def test_calendar_logs_at_the_interval_at_evaluations_and_at_the_end() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.worker import rank_runner
 from tests.worker.test_resume import kill_after
-from trainyard.contract.events import Event, MetricEvent, WarningEvent
+from trainyard.contract.events import Event, HeldOutResult, MetricEvent, WarningEvent
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.events.trackers import TensorBoard, Trackers
@@ -119,11 +119,18 @@ def test_going_back_takes_the_points_away_that_were_told_too_early(tmp_path: Pat
         board.log(metric(step, loss=1.0))
     board.start_at(3)
     for step in (4, 5):
-        board.log(metric(step, loss=2.0, expert_load=[0.2, 0.3, 0.5]))
+        sets = {"zh": HeldOutResult(loss=3.0, bpb=1.5), "code": HeldOutResult(loss=2.0)}
+        board.log(metric(step, loss=2.0, expert_load=[0.2, 0.3, 0.5], bpb=1.25, eval_bpb=1.0, eval=sets))
     found = scalars(tmp_path)
     assert found["loss"] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2)]
     assert [value for _, value in found["expert_load_most"]] == [0.5, 0.5]
     assert [step for step, _ in found["expert_load_least"]] == [4, 5]
+    assert found["bpb"] == [(4, 1.25), (5, 1.25)]
+    assert found["eval_bpb"] == [(4, 1), (5, 1)]
+    assert found["eval/zh/loss"] == [(4, 3), (5, 3)]
+    assert found["eval/zh/bpb"] == [(4, 1.5), (5, 1.5)]
+    assert "eval/code/loss" in found
+    assert "eval/code/bpb" not in found
     board.close()
 
 
@@ -145,7 +152,7 @@ def test_tensorboard_reads_each_step_of_a_resumed_run_once(tmp_path: Path) -> No
     assert len(list((run.path / "tensorboard").iterdir())) == 2
     found, lines = scalars(run.path / "tensorboard"), {**rank_runner.metrics(run, 1), **rank_runner.metrics(run, 2)}
     measured = {"tokens_per_second", "step_seconds", "data_seconds", "memory_bytes"}
-    assert set(found) == {"loss", "learning_rate", "grad_norm", "tokens", "epoch", *measured}
+    assert set(found) == {"loss", "bpb", "learning_rate", "grad_norm", "tokens", "epoch", *measured}
     for tag, points in found.items():
         assert [step for step, _ in points] == list(range(1, 25)), tag
         assert [value for _, value in points] == pytest.approx([getattr(lines[s], tag) for s, _ in points]), tag

@@ -1,5 +1,7 @@
 """`python -m trainyard.worker.agent RUN_DIR --attempt N`: the torch-free parent of an attempt's processes on one node.
 
+An attempt that prepares a corpus has one process and no ranks.
+
 A run on several nodes has one agent on each, see `worker.agent.rendezvous`; this file is the first node's.
 
 An agent outlives the service that started it, and never ends a run because the service cannot be reached. It stops a
@@ -18,7 +20,13 @@ from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
 from trainyard.worker.agent.follower import run_follower
 from trainyard.worker.agent.rendezvous import NodeInfo, can_reach, node_name, publish_endpoint
-from trainyard.worker.agent.torchrun import ProcessTree, become_subreaper, launch_torchrun, write_started
+from trainyard.worker.agent.torchrun import (
+    ProcessTree,
+    become_subreaper,
+    launch_preparation,
+    launch_torchrun,
+    write_started,
+)
 from trainyard.worker.output import redirect_output
 
 TICK_SECONDS = 0.05
@@ -110,6 +118,8 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, node: NodeInf
     run.current.write_text(str(attempt.number))
     alive_lock.take(shared=True)
     write_started(attempt)
+    if attempt.prepare.exists():
+        return ProcessTree(launch_preparation(run, attempt, alive_lock, node), ancestor=os.getpid(), has_ranks=False)
     torchrun = launch_torchrun(run, attempt, alive_lock, node, publish_endpoint(attempt, node))
     return ProcessTree(torchrun, ancestor=os.getpid())
 

@@ -184,6 +184,11 @@ MEMORY_HINT = (
 )
 
 
+PREPARATION_MEMORY_HINT = (
+    "Give the host or its container more memory, or lower data.num_workers: each process that tokenizes needs memory."
+)
+
+
 @dataclass(frozen=True)
 class _ExitSummary:
     outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
@@ -199,6 +204,15 @@ def diagnose(evidence: Evidence, cause: StopCause | None, last_seq: int, now: da
     has finished.
     """
     summary = _from_outcome(evidence) or _from_agent(evidence, cause) or _from_crash(evidence)
+    return _report(summary, evidence, last_seq, now)
+
+
+def diagnose_preparation(evidence: Evidence, cause: StopCause | None, last_seq: int, now: datetime) -> ExitReport:
+    """Return the exit report of an attempt that prepares a corpus: one process instead of torchrun and ranks."""
+    return _report(_from_outcome(evidence) or _from_preparation(evidence, cause), evidence, last_seq, now)
+
+
+def _report(summary: "_ExitSummary", evidence: Evidence, last_seq: int, now: datetime) -> ExitReport:
     return ExitReport(
         outcome=summary.outcome,
         reason=summary.reason,
@@ -281,6 +295,24 @@ def _from_agent(evidence: Evidence, cause: StopCause | None) -> _ExitSummary | N
             return _ExitSummary("crashed", Reason.HUNG, message, card)
         case _:
             assert_never(cause)
+
+
+def _from_preparation(evidence: Evidence, cause: StopCause | None) -> _ExitSummary:
+    if cause in (StopCause.KILLED, StopCause.OVERDUE):
+        late = "" if cause is StopCause.KILLED else ": it did not stop within the grace period"
+        return _ExitSummary("killed", Reason.USER, f"the preparation of the corpus was killed{late}")
+    if cause is StopCause.HUNG:
+        return _crash(Reason.HUNG, "the preparation of the corpus made no progress", evidence)
+    status = evidence.torchrun_status
+    if status is not None and status < 0:
+        name = signal_name(-status)
+        if name == "SIGKILL" and evidence.memory.kills:
+            return _out_of_memory(evidence, "the process that prepares the corpus", hint=PREPARATION_MEMORY_HINT)
+        return _crash(Reason.WORKER_CRASHED, f"the process that prepares the corpus was killed by {name}", evidence)
+    lines = evidence.tails.get(0, "").strip().splitlines()
+    last = f": {lines[-1][:MESSAGE_CHARACTERS]}" if lines else ""
+    message = f"the process that prepares the corpus ended with exit code {status}{last}"
+    return _crash(Reason.WORKER_CRASHED, message, evidence)
 
 
 def _lost_node(evidence: Evidence) -> _ExitSummary | None:
@@ -369,10 +401,11 @@ def _killed_rank(evidence: Evidence, rank: int, name: str) -> _ExitSummary:
     return _crash(Reason.WORKER_CRASHED, message, evidence, rank)
 
 
-def _out_of_memory(evidence: Evidence, killed: str, rank: int | None = None) -> _ExitSummary:
-    message = f"the kernel killed {killed} for lack of memory at step {evidence.step}; {evidence.memory}"
+def _out_of_memory(evidence: Evidence, killed: str, rank: int | None = None, hint: str = MEMORY_HINT) -> _ExitSummary:
+    at_step = f" at step {evidence.step}" if hint is MEMORY_HINT else ""
+    message = f"the kernel killed {killed} for lack of memory{at_step}; {evidence.memory}"
     tail = evidence.tails.get(rank or 0) or None
-    card = ErrorCard(code=Reason.HOST_OUT_OF_MEMORY, message=message, hint=MEMORY_HINT, rank=rank, traceback=tail)
+    card = ErrorCard(code=Reason.HOST_OUT_OF_MEMORY, message=message, hint=hint, rank=rank, traceback=tail)
     return _ExitSummary("failed", Reason.HOST_OUT_OF_MEMORY, message, card)
 
 

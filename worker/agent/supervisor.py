@@ -14,7 +14,13 @@ from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir, write_json
 from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.exit_report import StopCause, apply_time_limit, collect_evidence, diagnose
+from trainyard.worker.agent.exit_report import (
+    StopCause,
+    apply_time_limit,
+    collect_evidence,
+    diagnose,
+    diagnose_preparation,
+)
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.hang_detector import HangDetector
 from trainyard.worker.agent.oom import OomMonitor, monitor_own_processes
@@ -172,14 +178,16 @@ class Supervisor:
         self.oom_monitor.poll(now)
         self.peers.poll(now)
         clustered = self.node.clustered
+        # No service answers the agent of a cluster's attempt or of a preparation in time: both read files.
+        by_files = clustered or not self.processes.has_ranks
         return Observation(
             torchrun_ended=self.processes.torchrun_status() is not None,
-            # On a cluster, ``closed`` requests a kill. The cluster's first signal alone would look like a stop request.
-            desired=Desired.KILL if clustered and self.attempt.closed.exists() else self.uploader.desired,
+            # ``closed`` requests a kill. The cluster's first signal alone would look like a stop request.
+            desired=Desired.KILL if by_files and self.attempt.closed.exists() else self.uploader.desired,
             # Also read the file ``stop``: its signal may have come before this agent could receive one.
             received_signal=self.received_signal.is_set()
             or self._near_time_limit()
-            or (clustered and self.attempt.stop.exists()),
+            or (by_files and self.attempt.stop.exists()),
             stop_requested_at=self.stop_requested_at,
             terminated_at=self.terminated_at,
             is_hung=self.hang_detector.is_hung(now),
@@ -203,7 +211,8 @@ class Supervisor:
         evidence = collect_evidence(self.attempt, self.processes.torchrun.returncode, oom_report, self.peers)
         if self.outcome_is_late:
             evidence = replace(evidence, outcome=None)
-        self.report = diagnose(
+        decide = diagnose if self.processes.has_ranks else diagnose_preparation
+        self.report = decide(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )
         if self._near_time_limit() and self.uploader.desired is Desired.RUN:

@@ -80,6 +80,22 @@ def launch_torchrun(
     )
 
 
+def launch_preparation(
+    run: RunDir, attempt: AttemptDir, alive_lock: FileLock, node: NodeInfo = SINGLE_NODE
+) -> "subprocess.Popen[bytes]":
+    """Start the process that prepares a corpus. It inherits the alive lock, as torchrun does."""
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "trainyard.worker", "prepare", str(run.path), f"--attempt={attempt.number}"],
+        stdin=subprocess.DEVNULL,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        pass_fds=(alive_lock.descriptor,),
+        cwd=attempt.path,
+        start_new_session=node.clustered,
+        preexec_fn=set_pdeathsig if node.clustered else None,
+    )
+
+
 def set_pdeathsig() -> None:
     """Make the kernel send SIGTERM to this child when the thread that started it ends: the agent's main thread.
 
@@ -98,7 +114,10 @@ def rank_environment(environment: dict[str, str], endpoint: RendezvousEndpoint |
     inherited = {name: value for name, value in environment.items() if name not in SECRETS}
     interface = interface_of(address_towards((endpoint or LOOPBACK).host))
     gloo = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
-    return {**gloo, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
+    # Without it, evaluations and the experts' slots leave memory of a GPU in pieces that fit nothing. It must be set
+    # before the process starts. A choice of the user is kept, under the old name too.
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in inherited else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    return {**gloo, **allocator, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
 
 
 def write_started(attempt: AttemptDir) -> None:
@@ -136,14 +155,15 @@ class ProcessTree:
 
     ``ancestor`` is the pid of the agent, which is a subreaper. `kill` kills every process below it, so a process may
     only pass itself after `become_subreaper`: a process with other children, such as a test, never calls that. Raises
-    ValueError otherwise.
+    ValueError otherwise. ``has_ranks`` False: ``torchrun`` is the process that does the work itself.
     """
 
-    def __init__(self, torchrun: "subprocess.Popen[bytes]", ancestor: int) -> None:
+    def __init__(self, torchrun: "subprocess.Popen[bytes]", ancestor: int, has_ranks: bool = True) -> None:
         if ancestor == os.getpid() and not is_subreaper():
             raise ValueError("only a subreaper may end all processes below it: call become_subreaper first")
         self.torchrun = torchrun
         self.ancestor = ancestor
+        self.has_ranks = has_ranks
         self.orphans: dict[int, int] = {}
 
     def torchrun_status(self) -> int | None:
@@ -158,7 +178,10 @@ class ProcessTree:
 
     def ranks(self) -> list[ProcessIdentity]:
         """Return the running ranks: torchrun's own children, without the processes that a rank has started."""
-        return children(self.torchrun.pid)
+        if self.has_ranks:
+            return children(self.torchrun.pid)
+        process = ProcessIdentity.of(self.torchrun.pid)
+        return [process] if process is not None else []
 
     def terminate(self) -> None:
         """Send SIGTERM to torchrun and the ranks: a rank saves and exits after its current step.
@@ -166,7 +189,8 @@ class ProcessTree:
         Not to the processes that a rank has started: it must not lose, for example, the compiler that it waits for.
         """
         torchrun = ProcessIdentity.of(self.torchrun.pid)
-        signal_all([*([torchrun] if torchrun is not None else []), *self.ranks()], signal.SIGTERM)
+        others = self.ranks() if self.has_ranks else []
+        signal_all([*([torchrun] if torchrun is not None else []), *others], signal.SIGTERM)
 
     def dump_stacks(self) -> None:
         """Make the ranks print their stacks into their logs. A rank that does not catch SIGUSR2 yet is left out."""

@@ -45,6 +45,7 @@ from trainyard.worker.checkpoint.files import (
 )
 from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
 from trainyard.worker.checkpoint.weights import write_moe_config, write_weights
+from trainyard.worker.data.byte_lengths import byte_characters
 from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
 from trainyard.worker.paths import data_roots, save_roots
 
@@ -203,22 +204,12 @@ def _write_tokenizer(out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> No
 
 def byte_level_tokenizer() -> HFTokenizer:
     """Return the tokenizer "byte" for the ``tokenizers`` library: every byte is a token, without merges."""
-    vocabulary = {name: number for number, name in enumerate((*SPECIAL_TOKENS, *_byte_characters()))}
+    vocabulary = {name: number for number, name in enumerate((*SPECIAL_TOKENS, *byte_characters()))}
     tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
-
-
-def _byte_characters() -> list[str]:
-    """Return the characters for the bytes 0, 1, ... in byte-level vocabularies: themselves, or from U+0100 on.
-
-    Source: GPT-2's byte encoder, which the ``tokenizers`` library has too.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

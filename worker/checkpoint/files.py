@@ -18,7 +18,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -49,6 +49,7 @@ from trainyard.contract.rundir import (
     manifest_json,
     parse_manifest,
 )
+from trainyard.worker.checkpoint.parts import ParameterPart
 from trainyard.worker.paths import save_roots
 
 OptimizerKind = Literal["adamw", "muon"]
@@ -72,10 +73,11 @@ MIN_WINDOW_NUMBERS = 4
 class RunState:
     """Everything a resume needs besides the tensors. Stored as the JSON object state.json, so field names are fixed.
 
-    ``data_offset``, ``base_step``: see `worker.training.state.TrainProgress`. ``interval``: the metrics window of each
-    rank. ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the
-    score of `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its
-    evaluation was still to be done; None also in checkpoints of 0.1.
+    ``data_offset``, ``base_step``, ``base_tokens``: see `worker.training.state.TrainProgress`. ``interval``: the
+    metrics window of each rank; ``interval_bytes``: the bytes of text in it, None if unknown, [] in checkpoints of 0.1.
+    ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
+    `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its evaluation
+    was still to be done; None also in checkpoints of 0.1.
     """
 
     # Without an annotation, because it is no field. Pydantic reads it in `from_json`.
@@ -88,8 +90,10 @@ class RunState:
     identity: RunIdentity
     data_offset: Annotated[int, Ge(-(2**53)), Le(2**53)] = 0
     base_step: Count = 0
+    base_tokens: Count = 0
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
+    interval_bytes: list[float | None] = field(default_factory=list)
     trouble: dict[str, Count] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
@@ -113,11 +117,15 @@ class RunState:
 def _state_problem(state: RunState) -> str | None:
     if state.base_step > state.step or state.step + state.data_offset < 0:
         return "base_step and data_offset do not belong to step"
+    if state.base_tokens > state.tokens:
+        return "base_tokens does not belong to tokens"
     if not set(state.trouble) <= COUNTERS:
         return f"trouble: must hold {', '.join(sorted(COUNTERS))}"
     widths = {len(row) for row in state.interval}
     if len(widths) > 1 or any(width < MIN_WINDOW_NUMBERS for width in widths):
         return f"interval: must hold rows of one length, at least {MIN_WINDOW_NUMBERS}"
+    if len(state.interval_bytes) not in (0, len(state.interval)):
+        return "interval_bytes: must hold a number for each row of interval"
     if state.scaler and (set(state.scaler) != SCALER_KEYS or not all(map(_is_positive, state.scaler.values()))):
         return f"scaler: must hold positive numbers: {', '.join(sorted(SCALER_KEYS))}"
     if "loss" in state.probe and not _is_finite(state.probe["loss"]):
@@ -174,9 +182,13 @@ class CheckpointInfo:
 
 
 def write_checkpoint(
-    artifacts: ArtifactDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    artifacts: ArtifactDir,
+    state: RunState,
+    model: Mapping[str, torch.Tensor],
+    optimizer: Mapping[str, torch.Tensor],
+    before_publishing: Callable[[], None] = lambda: None,
 ) -> CheckpointInfo:
-    """Write a checkpoint and publish it. Raises OSError; nothing is left on disk then."""
+    """Write a checkpoint and publish it. Raises OSError, or what ``before_publishing`` raises: then nothing is left."""
     final = artifacts.checkpoint(state.step)
     with atomic_directory(final, saving_directory(final), save_roots()) as unfinished:
         written = {
@@ -185,6 +197,7 @@ def write_checkpoint(
             STATE_FILE: write_state(unfinished, state),
         }
         manifest = write_manifest(unfinished, written)
+        before_publishing()
     size = manifest.bytes + sum(file.bytes for file in written.values())
     return CheckpointInfo(state.step, final, size, written[MODEL_FILE].sha256)
 
@@ -400,14 +413,19 @@ def quarantine(path: Path, prefix: str = INVALID_PREFIX) -> Path:
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Load a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)
+    model.load_state_dict(load_weights(path, shared_names(model.state_dict())), strict=True)
+    parts = [ParameterPart(name, tuple(each.shape), 0, each) for name, each in model.named_parameters()]
+    load_optimizer_parts(path, parts, optimizer)
+    return state
+
+
+def load_weights(path: Path, names: Iterable[list[str]]) -> dict[str, torch.Tensor]:
+    """Return the weights of a verified checkpoint, memory-mapped; tied ones under all of their ``names``."""
     with _readable(path / MODEL_FILE) as readable:
         tensors = load_file(readable)
-    for names in shared_names(model.state_dict()):
-        tensors.update(dict.fromkeys(names, tensors[names[0]]))
-    model.load_state_dict(tensors, strict=True)
-    with _readable(path / OPTIMIZER_FILE) as readable:
-        _load_optimizer(load_file(readable), model, optimizer)
-    return state
+    for tied in names:
+        tensors.update(dict.fromkeys(tied, tensors[tied[0]]))
+    return tensors
 
 
 def optimizer_kind(path: Path) -> OptimizerKind | None:
@@ -441,9 +459,11 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def _load_optimizer(
-    tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
+@failpoint("resume.load")
+def load_optimizer_parts(path: Path, parts: Iterable[ParameterPart], optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer state of ``parts`` from a verified checkpoint. Only their bytes are read."""
+    with _readable(path / OPTIMIZER_FILE) as readable:
+        tensors = load_file(readable)
     by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
@@ -451,9 +471,11 @@ def _load_optimizer(
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     # Cloned: on a CPU the library's tensors are memory-mapped views of the file, and would change if the file does.
     state = {
-        index[id(parameter)]: {key: tensor.clone() for key, tensor in by_parameter[name].items()}
-        for name, parameter in model.named_parameters()
-        if name in by_parameter
+        index[id(part.tensor)]: {
+            key: (part.of(tensor) if tensor.ndim else tensor).clone() for key, tensor in by_parameter[part.name].items()
+        }
+        for part in parts
+        if part.name in by_parameter and id(part.tensor) in index
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -107,7 +107,9 @@ def _restart_data(state: RunState, identity: RunIdentity, spec: JobSpec, world: 
         rows_per_step=spec.training.batch_size * spec.training.accumulation_steps * world,
         data_offset=-state.step,
         base_step=state.step,
+        base_tokens=state.tokens,
         interval=[],
+        interval_bytes=[],
         trouble={},
         probe=state.probe if is_comparable else {},
     )

@@ -23,7 +23,7 @@ from trainyard.contract.rundir import (
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.files import CheckpointInfo, Damage, TensorShapes
+from trainyard.worker.checkpoint.files import CheckpointInfo, Damage, RunState, TensorShapes
 from trainyard.worker.checkpoint.fork import fork_error, import_parent, read_fork
 from trainyard.worker.checkpoint.retention import delete_leftovers, link_or_copy
 from trainyard.worker.checkpoint.saver import report_damage
@@ -44,7 +44,7 @@ def find_resume_point(
     run: RunDir,
     artifacts: ArtifactDir,
     identity: RunIdentity,
-    run_length: Callable[[int], int],
+    is_finished: Callable[[RunState], bool],
     emit: Callable[[Event], None],
     from_step: int | None = None,
     world: int = 1,
@@ -52,7 +52,7 @@ def find_resume_point(
 ) -> ResumePoint | None:
     """Return the checkpoint to resume from, every byte verified, or None to start at step 0. For rank 0 only.
 
-    ``run_length(rows_per_step)``: the steps of the whole run. ``from_step``: the step to go back to, if any. A fork
+    ``is_finished(state)``: whether nothing is left to train. ``from_step``: the step to go back to, if any. A fork
     without a checkpoint of its own starts with its parent's, on ``world`` ranks. ``shapes``: of the model. Raises
     TrainingError if the job's own checkpoints cannot be used: to start at step 0 silently would throw work away.
     """
@@ -74,7 +74,7 @@ def find_resume_point(
         raise fork_error(fork, "nothing is left of it, nor of any later one")
     if not spec.checkpoint.from_resume:
         return None
-    return _resume_earlier_job(spec, run, artifacts, identity, run_length, emit, shapes)
+    return _resume_earlier_job(spec, run, artifacts, identity, is_finished, emit, shapes)
 
 
 def saved_corpora(spec: JobSpec, run: RunDir, artifacts: ArtifactDir) -> Iterator[str]:
@@ -172,15 +172,15 @@ def _resume_earlier_job(
     run: RunDir,
     artifacts: ArtifactDir,
     identity: RunIdentity,
-    run_length: Callable[[int], int],
+    is_finished: Callable[[RunState], bool],
     emit: Callable[[Event], None],
     shapes: TensorShapes | None,
 ) -> ResumePoint | None:
     folder = _earlier_jobs(spec, run)
     rejected: list[str] = []
     for path in _newest_first(folder, artifacts):
-        problem = _incompatibility(path, identity, run_length)
-        adopted = _adopt(path, artifacts, identity, run_length, shapes) if problem is None else problem
+        problem = _incompatibility(path, identity, is_finished)
+        adopted = _adopt(path, artifacts, identity, is_finished, shapes) if problem is None else problem
         if isinstance(adopted, CheckpointInfo):
             emit(adopted.saved_event())
             return ResumePoint(path, adopted.path)
@@ -213,7 +213,7 @@ def _adopt(
     path: Path,
     artifacts: ArtifactDir,
     identity: RunIdentity,
-    run_length: Callable[[int], int],
+    is_finished: Callable[[RunState], bool],
     shapes: TensorShapes | None,
 ) -> CheckpointInfo | str:
     """Make another job's checkpoint the first one of this job. Return it, or why that is not possible.
@@ -231,7 +231,7 @@ def _adopt(
                     for file in (*CHECKPOINT_FILES, MANIFEST_FILE):
                         link_or_copy(path / file, copy / file)
                 copy = artifacts.checkpoints / name
-                problem = _incompatibility(copy, identity, run_length) or files.verify(copy, shapes=shapes)
+                problem = _incompatibility(copy, identity, is_finished) or files.verify(copy, shapes=shapes)
                 if problem is None:
                     step = files.read_state(copy).step
                     publish_directory(folder / name, folder / artifacts.checkpoint(step).name)
@@ -244,7 +244,7 @@ def _adopt(
 
 
 @failpoint("resume.check")
-def _incompatibility(path: Path, identity: RunIdentity, run_length: Callable[[int], int]) -> str | None:
+def _incompatibility(path: Path, identity: RunIdentity, is_finished: Callable[[RunState], bool]) -> str | None:
     """Return why another job's checkpoint cannot be used, without reading its tensors; None if it may be usable."""
     if files.verify(path, thorough=False) is not None:
         return "damaged"
@@ -255,6 +255,6 @@ def _incompatibility(path: Path, identity: RunIdentity, run_length: Callable[[in
     differences = identity.differences(state.identity)
     if differences:
         return ", ".join(differences)
-    if state.step - state.base_step >= run_length(state.rows_per_step):
+    if is_finished(state):
         return f"already at step {state.step}, with nothing left to train"
     return None

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +23,9 @@ from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
+from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, exchange, gather_layout
+from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck
+from trainyard.worker.checkpoint.update_gate import UpdateGate
 from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
@@ -43,25 +46,21 @@ class StateDicts(NamedTuple):
 class StagingBuffers:
     """Host buffers, allocated at the first save and reused by every later one.
 
-    Only the optimizer's update changes weights and moments. So they are copied during the forward and backward passes
-    that follow, and the next update waits if the copy is not complete by then. On a CPU the writer thread copies. On
-    CUDA the device copies into pinned memory, on a stream of its own, and the update waits on the device.
-    ``blocked_seconds``: how long updates have waited on the host.
+    Weights and moments are copied during the forward and backward passes that follow, and the next update waits if the
+    copy is not complete by then. On a CPU the writer thread copies. On CUDA the device copies into pinned memory, on a
+    stream of its own, and the update waits on the device.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.blocked_seconds = 0.0
         self._model = model
         self._optimizer = optimizer
         self._buffers: dict[str, Tensor] = {}
         self._pairs: list[tuple[Tensor, Tensor]] = []
-        self._copied = threading.Event()
-        self._copied.set()
         self._device = next(model.parameters()).device
         cuda: Any = torch.cuda  # its streams and events are unannotated
         self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._copy_event: Any = None
-        self._hook = optimizer.register_step_pre_hook(self._delay_update)
+        self.gate = UpdateGate(optimizer, self._device)
 
     def stage(self) -> StateDicts:
         """Start copying the current step. The copies are valid after `fill` has returned, until the next `stage`.
@@ -74,20 +73,25 @@ class StagingBuffers:
         for names in shared_names(live.model):
             weights.update(dict.fromkeys(names, self._buffer(f"model.{names[0]}", live.model[names[0]])))
         moments = {name: self._buffer(f"optimizer.{name}", tensor) for name, tensor in live.optimizer.items()}
-        if self._stream is None:
-            self._copied.clear()
-        else:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                for buffer, tensor in self._pairs:
-                    buffer.copy_(tensor, non_blocking=True)
-            self._copy_event = self._stream.record_event()
+        self._start_copy()
         return StateDicts({name: weights[name] for name in live.model}, moments)
 
     def release(self) -> None:
         """Free the buffers and remove the hook from the optimizer."""
-        self._hook.remove()
+        self.gate.remove()
         self._buffers, self._pairs = {}, []
+        self.gate.open()
+
+    def _start_copy(self) -> None:
+        if self._stream is None:
+            self.gate.close()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for buffer, tensor in self._pairs:
+                buffer.copy_(tensor, non_blocking=True)
+        self._copy_event = self._stream.record_event()
+        self.gate.close_until(self._copy_event)
 
     def fill(self) -> None:
         """Complete the copies. Called by the writer thread."""
@@ -99,21 +103,57 @@ class StagingBuffers:
                 # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
                 np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
-            self._copied.set()
+            self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        buffer = self._allocate(name, tensor.shape)
+        self._pairs.append((buffer, tensor.detach()))
+        return buffer
+
+    def _allocate(self, name: str, shape: Sequence[int]) -> Tensor:
         if name not in self._buffers:
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._stream is not None)
-        self._pairs.append((self._buffers[name], tensor.detach()))
+            # All that is saved is float32.
+            self._buffers[name] = torch.empty(tuple(shape), dtype=torch.float32, pin_memory=self._stream is not None)
         return self._buffers[name]
 
-    def _delay_update(self, *_: object) -> None:
-        if self._copy_event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._copy_event)
-        elif not self._copied.is_set():
-            start = time.perf_counter()
-            self._copied.wait()
-            self.blocked_seconds += time.perf_counter() - start
+
+class PartStagingBuffers(StagingBuffers):
+    """The same for a model that is split over the ranks: all stage their parts, and `fill` sends them to rank 0.
+
+    There the buffers hold whole tensors, which `stage` returns. On the other ranks it returns nothing.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, held: ModelParts, optimizer: torch.optim.Optimizer, ranks: DistributedContext
+    ) -> None:
+        super().__init__(model, optimizer)
+        self._held = held
+        self._ranks = ranks
+        self._layout: Mapping[str, SavedTensor] = {}
+
+    def stage(self) -> StateDicts:
+        own, rank = self._held.contribution(self._optimizer), self._ranks.rank
+        self._layout, self._pairs = gather_layout(own, self._ranks), []
+        wholes = {name: self._allocate(name, saved.shape) for name, saved in self._layout.items() if rank == 0}
+        for name, saved in self._layout.items():
+            for extent in saved.extents:
+                if extent.rank == rank:
+                    tensor = own[name].tensor.detach()
+                    buffer = wholes[name].view(-1)[extent.start : extent.stop] if rank == 0 else None
+                    buffer = buffer.view(tensor.shape) if buffer is not None else self._allocate(name, tensor.shape)
+                    self._pairs.append((buffer, tensor))
+        self._start_copy()
+        if rank != 0:
+            return StateDicts({}, {})
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}}
+        for name, whole in wholes.items():
+            group, _, short = name.partition(".")
+            groups[group][short] = whole
+        return StateDicts(self._held.state_dict(groups["model"]), groups["optimizer"])
+
+    def fill(self) -> None:
+        super().fill()
+        exchange(self._layout, self._buffers, self._ranks.rank, self._held.group)
 
 
 def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
@@ -156,6 +196,11 @@ class BackgroundTask:
             self._thread.join()
             self._thread = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether the work has ended with an error that `wait` has not raised yet."""
+        return self._error is not None
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
@@ -172,7 +217,10 @@ GONE = "the directory of the run is gone; if it was moved, stop the run, and mov
 
 @dataclass
 class Checkpointer:
-    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too."""
+    """Saves one job. ``saved_at`` is on the monotonic clock. ``emit`` is called from the writer thread too.
+
+    ``replicas``: compares the weights of all ranks at each save; None if there is nothing to compare.
+    """
 
     spec: JobSpec
     artifacts: ArtifactDir
@@ -182,8 +230,11 @@ class Checkpointer:
     emit: Callable[[Event], None]
     saved_at: float = 0.0
     resume_check: "ResumeCheck | None" = None
+    replicas: ReplicaCheck | None = None
     _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
+    _comparison: BackgroundTask = field(default_factory=lambda: BackgroundTask("compare"))
     _staging: StagingBuffers | None = None
+    _digests: DigestSender | None = None
     _had_directory: bool = False
 
     def __post_init__(self) -> None:
@@ -208,48 +259,102 @@ class Checkpointer:
         every rank raises TrainingError.
         """
         self.wait()
+        interval, interval_bytes = metrics.gather_windows()
         state = train_state.run_state(
             progress,
             self.identity,
             rows_per_step=self.rows_per_step,
-            interval=self.ranks.gather(metrics.window.to_row()),
+            interval=interval,
             loss=metrics.last_loss,
+            interval_bytes=interval_bytes,
         )
         self.saved_at = time.monotonic()
-        if self.ranks.is_main_process:
-            score = self.resume_check.score(train_state) if self.resume_check is not None else {}
+        if self.ranks.is_main_process or train_state.split is not None:
+            scores = self.resume_check is not None and (self.ranks.is_main_process or train_state.gathers_weights)
+            score = self.resume_check.score(train_state) if self.resume_check is not None and scores else {}
             line = metrics.unevaluated
             unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
             self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
+        elif (digests := self._read_digests(train_state)) is not None:
+            self._writer.start(lambda: digests.send(digests.read()))
         if required:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the current save, if any. All ranks call it together. Raises TrainingError if it was required."""
+        """Wait for the current save, if any. All ranks call it together.
+
+        Raises TrainingError if it was required and has failed, or if the weights of the ranks differ.
+        """
+        if not self.ranks.is_main_process:
+            self._writer.wait()
         self.ranks.broadcast_from_rank0(self._writer.wait)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `wait` will raise an error on this rank."""
+        return self._writer.failed
 
     def close(self) -> None:
         """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
         self._writer.join()
 
     def _start(self, train_state: "TrainState", state: RunState, required: bool) -> None:
-        staging = self._staging = self._staging or StagingBuffers(train_state.model, train_state.optimizer)
+        staging = self._staging = self._staging or self._new_staging(train_state)
+        copies, error = None, None
         try:
             copies = staging.stage()
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as caught:
+            error = caught
+        if self._lacks_memory(copies is None, train_state):
             staging.release()
-            self._save_in_place(train_state, state, required, error)
+            self._staging = None
+            if train_state.split is not None:
+                self._give_up(state, required)
+            elif error is not None:
+                self._save_in_place(train_state, state, required, error)
             return
 
+        digests = self._read_digests(train_state)
+
         def work() -> None:
+            # First the digests: the next update waits for them, and `fill` may wait for another rank.
+            own = digests.read() if digests is not None else []
             staging.fill()
-            self._save(copies, state, required)
+            if digests is not None:
+                digests.send(own)
+            if copies is not None and self.ranks.is_main_process:
+                self._save(copies, state, required)
 
         self._writer.start(work)
 
+    def _read_digests(self, train_state: "TrainState") -> DigestSender | None:
+        """Start reading this rank's weights for rank 0, which has its copy; None if there is nothing to compare."""
+        if self.replicas is None or self.ranks.is_main_process:
+            return None
+        self._digests = self._digests or DigestSender(self.ranks, train_state.model, train_state.optimizer)
+        self._digests.start()
+        return self._digests
+
+    def _new_staging(self, train_state: "TrainState") -> StagingBuffers:
+        model, optimizer, split = train_state.model, train_state.optimizer, train_state.split
+        if split is None:
+            return StagingBuffers(model, optimizer)
+        return PartStagingBuffers(model, split.held, optimizer, self.ranks)
+
+    def _lacks_memory(self, own: bool, train_state: "TrainState") -> bool:
+        """Return whether this rank, or any that has a part of the model, has no memory for a copy."""
+        return own if train_state.split is None else any(each for (each,) in self.ranks.gather([float(own)]))
+
+    def _give_up(self, state: RunState, required: bool) -> None:
+        # Rank 0 has no memory for the parts of the others, so nothing can be saved in place.
+        what = f"the checkpoint of step {state.step}"
+        if required:
+            raise save_error(MemoryError(), what)
+        message = f"{what} was not saved: {describe_error(MemoryError())}; training continues"
+        self.emit(WarningEvent(code="save_failed", message=message, step=state.step))
+
     def _save_in_place(self, train_state: "TrainState", state: RunState, required: bool, error: Exception) -> None:
         """Write the live tensors while training waits, because there is no memory for a copy."""
-        self._staging = None
         message = f"no memory for a copy of step {state.step}, so training waits for its save: {str(error)[:200]}"
         self.emit(WarningEvent(code="save_blocks", message=message, step=state.step))
         live = StateDicts.live(train_state.model, train_state.optimizer)
@@ -257,6 +362,22 @@ class Checkpointer:
         self._writer.join()
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
+        try:
+            if self.replicas is not None:
+                # Beside the writing of the files: `_write` waits for it before it publishes them.
+                self._comparison.start(lambda: self._compare(tensors.model, state.step))
+            self._publish(tensors, state, required)
+        finally:
+            self._comparison.join()
+
+    def _compare(self, weights: Mapping[str, Tensor], step: int) -> None:
+        assert self.replicas is not None
+        problem = self.replicas.compare(weights, step)
+        if problem is not None:
+            message = f"the weights of the ranks could not be compared at step {step}: {problem}"
+            self.emit(WarningEvent(code="weights_not_compared", message=message, step=step))
+
+    def _publish(self, tensors: StateDicts, state: RunState, required: bool) -> None:
         # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
         if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
             what = f"the weights file in {self.artifacts.out}"
@@ -288,8 +409,9 @@ class Checkpointer:
     def _write(self, tensors: StateDicts, state: RunState) -> None:
         start = time.monotonic()
         saved = self._already_published(state.step) or files.write_checkpoint(
-            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
+            self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer, self._comparison.wait
         )
+        self._comparison.wait()  # also if this step was published before
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:

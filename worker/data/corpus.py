@@ -2,8 +2,9 @@
 
 A tokenized corpus is a directory in the cache, named by a hash of its content, tokenizer, text field and format:
 ``tokens.bin`` (each document as BOS, text, EOS; uint16 or uint32), ``offsets.bin`` (int64, the start of each document,
-and the total), ``meta.json``. It is built in a temporary directory under a lock and published by rename: ranks and jobs
-that need the same corpus build it once, and a killed build is never mistaken for a corpus. The next build resumes it.
+and the total), ``meta.json``, and ``report.json`` (see `contract.corpus_report`). It is built in a temporary directory
+under a lock and published by rename: ranks and jobs that need the same corpus build it once, and a killed build is
+never mistaken for a corpus. The next build resumes it.
 """
 
 import argparse
@@ -33,7 +34,9 @@ from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
+from trainyard.contract.units import counted
 from trainyard.worker.data.file import PrefixDiffers, open_regular
+from trainyard.worker.data.file_counts import FileCounts
 from trainyard.worker.data.jsonl import (
     MAX_BAD_LINE_EXAMPLES,
     BadLineGrouper,
@@ -44,6 +47,7 @@ from trainyard.worker.data.jsonl import (
     require_unchanged,
 )
 from trainyard.worker.data.readers import Reader, detect_plain_text, open_reader
+from trainyard.worker.data.report import write_report
 from trainyard.worker.data.shards import ShardWriter, build_directory, memmap_array
 from trainyard.worker.data.tokenizers import Ids, Tokenizer, backtracking_message, load_tokenizer
 
@@ -328,6 +332,9 @@ def _build(
             text_field=text_field,
         )
         write_json(building / "meta.json", asdict(meta))
+        counts = FileCounts(content, False, reader.size, shards.tokens, stats)
+        named = NamedFile(path.name, path)
+        write_report(building, [named], [counts], tokenizer, text_field, lambda: progress(reader.size, reader.size))
 
 
 class TokenSink(Protocol):
@@ -623,12 +630,14 @@ def check_corpus(files: Sequence[NamedFile], tokenizer: Tokenizer, text_field: s
 
 
 def _print_counts(label: str, stats: ParseStats, tokens: int) -> None:
-    print(f"{label}: {stats.documents:,} documents, {tokens:,} tokens, {stats.lines:,} lines")
+    print(
+        f"{label}: {counted(stats.documents, 'document')}, {counted(tokens, 'token')}, {counted(stats.lines, 'line')}"
+    )
     for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):
         if count:
-            print(f"{count:,} {kind} line{'s' if count != 1 else ''}")
+            print(counted(count, f"{kind} line"))
     if stats.special_tokens:
-        print(f"{stats.special_tokens:,} special tokens in {stats.special_texts:,} texts")
+        print(f"{counted(stats.special_tokens, 'special token')} in {counted(stats.special_texts, 'text')}")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -29,6 +30,7 @@ import numpy.typing as npt
 from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.corpus_files import NamedFile, file_sketch, shown
+from trainyard.contract.corpus_report import REPORT, SourceReport
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.tokenizer_info import TokenizerInvalid
@@ -48,8 +50,10 @@ from trainyard.worker.data.corpus import (
     tokenize_file,
 )
 from trainyard.worker.data.file import PrefixDiffers, ReadPosition, open_regular
+from trainyard.worker.data.file_counts import FILES, FileCounts, FileKey, read_counts
 from trainyard.worker.data.jsonl import MAX_BAD_LINE_EXAMPLES, DataInvalid, ParseStats, require_unchanged
 from trainyard.worker.data.readers import detect_plain_text, open_reader
+from trainyard.worker.data.report import name_files, write_report
 from trainyard.worker.data.shards import (
     JOURNAL,
     JOURNAL_SECONDS,
@@ -69,40 +73,7 @@ PROGRESS_SECONDS = 0.25
 COPY_TOKENS = 1 << 22
 NOTHING_READ = ReadPosition(0, hashlib.sha256().hexdigest())
 Result = TypeVar("Result")
-FILES, PART = "files.json", "part.json"
-
-
-@dataclass(frozen=True)
-class FileKey:
-    """What decides the tokens of a file: the sha256 of its bytes, and whether blank lines separate its documents.
-
-    ``sketch``: see `contract.corpus_files.file_sketch`.
-    """
-
-    content: str
-    plain: bool
-    sketch: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class FileCounts:
-    """An entry of files.json. ``tokens`` includes BOS and EOS."""
-
-    content: str
-    plain: bool
-    bytes: int
-    tokens: int
-    stats: ParseStats
-
-    @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Self:
-        stats = dict(raw["stats"])
-        examples = [(int(line), str(reason)) for line, reason in stats.pop("examples")]
-        return cls(**{**raw, "stats": ParseStats(**stats, examples=examples)})
-
-    @property
-    def key(self) -> FileKey:
-        return FileKey(self.content, self.plain)
+PART = "part.json"
 
 
 @dataclass(frozen=True)
@@ -128,16 +99,24 @@ def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
 
     Raises what `worker.data.corpus.open_corpus` raises; the messages name the file.
     """
-    if len(files) == 1:
-        return open_corpus(
-            files[0].path,
-            options.tokenizer,
-            cache=options.cache,
-            text_field=options.text_field,
-            max_bad_lines=options.max_bad_lines,
-            progress=options.progress,
-            roots=options.roots,
-        )
+    corpus = _open_file(files[0], options) if len(files) == 1 else _open_several(files, options)
+    _update_names(corpus, files)
+    return corpus
+
+
+def _open_file(file: NamedFile, options: FileSetOptions) -> Corpus:
+    return open_corpus(
+        file.path,
+        options.tokenizer,
+        cache=options.cache,
+        text_field=options.text_field,
+        max_bad_lines=options.max_bad_lines,
+        progress=options.progress,
+        roots=options.roots,
+    )
+
+
+def _open_several(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     options.cache.mkdir(parents=True, exist_ok=True)
     keys = _identify(files, options)
     content = hashlib.sha256(json.dumps([[key.content, key.plain] for key in keys]).encode()).hexdigest()
@@ -154,10 +133,31 @@ def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     return corpus
 
 
+def describe(corpus: Corpus, files: Sequence[NamedFile], options: FileSetOptions) -> SourceReport:
+    """Return the report of a corpus made of ``files``. If an older release made the corpus, make its report first."""
+    report = _update_names(corpus, files)
+    if report is None:
+        counts = _counts_of(corpus.directory)
+        with corpus.lock():
+            waiting = partial(options.progress, 0, corpus.meta.bytes)
+            report = write_report(corpus.directory, files, counts, options.tokenizer, options.text_field, waiting)
+    return report
+
+
+def _update_names(corpus: Corpus, files: Sequence[NamedFile]) -> SourceReport | None:
+    """Name ``files`` in the stored report, if there is one, and return it."""
+    report = SourceReport.read(corpus.directory)
+    if report is None:
+        return None
+    named = name_files(report, files, _counts_of(corpus.directory))
+    if named != report:
+        write_json(corpus.directory / REPORT, named.model_dump(mode="json"))
+    return named
+
+
 def file_counts(corpus: Corpus) -> list[FileCounts] | None:
     """Return the counts of each file of a corpus, or None if it was made of one file."""
-    raw = read_json(corpus.directory / FILES)
-    return None if raw is None else [FileCounts.from_json(entry) for entry in raw["files"]]
+    return read_counts(corpus.directory / FILES)
 
 
 def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
@@ -297,6 +297,10 @@ class _Build:
             arrays.flush()
             self._remove_parts(building)
             self._write_meta(building)
+            options = self._options
+            write_report(
+                building, self._files, self._counts, options.tokenizer, options.text_field, lambda: self._report(0)
+            )
 
     def _parts(self, start: int, stack: ExitStack) -> list[_Part]:
         """Cut the files from ``start`` into parts: runs of cached files of one corpus, and runs of other files."""
@@ -341,7 +345,8 @@ class _Build:
         )
 
     def _report(self, done: int) -> None:
-        self._options.progress(self._done_bytes + done, self._total_bytes)
+        # Never 0, which means that nothing was begun.
+        self._options.progress(max(1, self._done_bytes + done), self._total_bytes)
 
     def _cached_counts(self, part: _Part) -> list[FileCounts]:
         assert part.source is not None
@@ -418,9 +423,9 @@ def _read_journal(building: Path, token_bytes: int) -> tuple[list[FileCounts], t
 
 def _counts_of(directory: Path) -> list[FileCounts]:
     """Return the counts of the files of a corpus in the cache, also if it was made of one file."""
-    raw = read_json(directory / FILES)
-    if raw is not None:
-        return [FileCounts.from_json(entry) for entry in raw["files"]]
+    counts = read_counts(directory / FILES)
+    if counts is not None:
+        return counts
     meta = CorpusMeta.read(directory / "meta.json")
     return [FileCounts(meta.content, False, meta.bytes, meta.tokens, meta.stats)]
 
@@ -504,9 +509,9 @@ def tokenize_part(
     roots: Sequence[Path] = (),
 ) -> list[FileCounts]:
     """Tokenize ``files`` into token shards in ``directory``, and return their counts. A complete part is only read."""
-    stored = read_json(directory / PART)
+    stored = read_counts(directory / PART)
     if stored is not None:
-        return [FileCounts.from_json(entry) for entry in stored["files"]]
+        return stored
     write = partial(_write_part, directory, files, keys, tokenizer, text_field, progress, roots)
     if len(files) > 1:
         shutil.rmtree(directory, ignore_errors=True)  # only a part of one file has a journal
@@ -641,6 +646,8 @@ def main() -> int:
     """Tokenize the part that each line of stdin names; write progress and results to stdout, one JSON object a line."""
     from trainyard.worker.data.tokenizers import load_tokenizer
 
+    # A stop of the whole process tree must not end a part before the process that waits for it has stored its journal.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     tokenizer: Tokenizer | None = None
     for line in sys.stdin:
         request = json.loads(line)

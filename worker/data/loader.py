@@ -2,13 +2,16 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
 
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.microbatch import MicroBatch
-from trainyard.worker.data.packing import Batch, Integers, PackedDataset
+from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
 
@@ -20,7 +23,10 @@ class MicroBatchLoader:
     """Makes the micro-batches of one rank.
 
     ``min_rows``: shorter micro-batches are padded to this many rows. A compiled model needs this: it is compiled for
-    each shape. ``data_seconds``: time that the current step has waited for data.
+    each shape, and ``fixed_shape`` makes the number of segments no part of it. ``prefetches``: a thread makes the next
+    micro-batch in pinned memory, also that of the next step, while the device works. ``equal_counts``: every rank gets
+    as many micro-batches as the one with the most, the last ones without rows if need be. FSDP needs this: all ranks
+    run each layer together. ``data_seconds``: time that the current step has waited for data.
     """
 
     dataset: PackedDataset
@@ -29,17 +35,26 @@ class MicroBatchLoader:
     batch_size: int
     normalization: Normalization
     min_rows: int = 1
+    fixed_shape: bool = False
+    prefetches: bool = False
+    equal_counts: bool = False
     data_seconds: float = 0.0
     _rows_by_step: dict[int, Integers] = field(default_factory=dict)
+    _thread: ThreadPoolExecutor | None = None
+    _prefetched: tuple[tuple[int, int], Future[Batch]] | None = None
 
     def microbatches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of data step ``step``: at least one, which may predict nothing."""
         self.data_seconds, began = 0.0, time.perf_counter()
         rows = self.rows_of(step)
         loss_scale = self._loss_scale(rows)
-        for part in split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size):
+        parts = self._parts(rows)
+        for index, part in enumerate(parts):
             tokens = int(self.dataset.targets_of(part).sum())
-            batch = to_device(self.dataset.batch(part, self.min_rows), self.ranks.device)
+            host_batch = self._take(step, index, part)
+            if self.prefetches:
+                self._prefetch(step, index + 1, parts)
+            batch = to_device(host_batch, self.ranks.device)
             micro_batch = MicroBatch(batch, loss_scale.factor(tokens), tuple(part.tolist()), tokens)
             self.data_seconds += time.perf_counter() - began
             yield micro_batch
@@ -47,6 +62,32 @@ class MicroBatchLoader:
         # The caller reads one micro-batch ahead, so the GPU is still busy with the second to last one here.
         self.rows_of(step + 1)
         self.data_seconds += time.perf_counter() - began
+
+    def _take(self, step: int, index: int, part: Integers) -> Batch:
+        prefetched, self._prefetched = self._prefetched, None
+        # After a rollback, another step is next than the one that was prefetched.
+        if prefetched is not None and prefetched[0] == (step, index):
+            return prefetched[1].result()
+        return self._make(part)
+
+    def _prefetch(self, step: int, index: int, parts: list[Integers]) -> None:
+        if index == len(parts):
+            step, index, parts = step + 1, 0, self._parts(self.rows_of(step + 1))
+        if self._thread is None:
+            # The thread's own current device: without it, it would use the first one, which another rank has.
+            start = partial(torch.cuda.set_device, self.ranks.device) if self.ranks.device.type == "cuda" else None
+            self._thread = ThreadPoolExecutor(1, "batches", initializer=start)
+        self._prefetched = ((step, index), self._thread.submit(self._make, parts[index]))
+
+    def _make(self, part: Integers) -> Batch:
+        batch = self.dataset.batch(part, self.min_rows, fixed_offsets=self.fixed_shape)
+        return batch.pin_memory() if self.ranks.device.type == "cuda" else batch
+
+    def _parts(self, rows: Integers) -> list[Integers]:
+        parts = list(split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size))
+        largest_share = -(-len(rows) // self.ranks.world)
+        count = -(-largest_share // self.batch_size) if self.equal_counts else 0
+        return parts + [rows[:0]] * (count - len(parts))
 
     def rows_of(self, step: int) -> Integers:
         """Return the rows of a data step, over all ranks. The rows of the last two steps are cached."""
@@ -61,7 +102,8 @@ class MicroBatchLoader:
 
     def dummy(self) -> MicroBatch:
         """Return a micro-batch of ``min_rows`` rows that predicts nothing, for the warm-up."""
-        batch = self.dataset.batch(self.sampler.rows_of(1)[:1].repeat(self.min_rows))
+        rows = self.sampler.rows_of(1)[:1].repeat(self.min_rows)
+        batch = self.dataset.batch(rows, fixed_offsets=self.fixed_shape)
         return MicroBatch(to_device(batch._replace(labels=torch.full_like(batch.labels, -100)), self.ranks.device), 1.0)
 
     def _loss_scale(self, rows: Integers) -> "LossScale":

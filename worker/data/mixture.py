@@ -6,17 +6,19 @@ and repeats, so any position costs the same.
 
 import hashlib
 import heapq
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from trainyard.contract.rundir import write_atomically
 from trainyard.worker.data.corpus import Corpus
-from trainyard.worker.data.packing import Integers
-from trainyard.worker.data.sampler import FeistelPermutation, StepSampler
+from trainyard.worker.data.documents import Integers
+from trainyard.worker.data.sampler import FeistelPermutation, StepSampler, sum_of
 from trainyard.worker.data.shards import memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
@@ -92,6 +94,7 @@ class MixturePattern:
     """The repeated `source_pattern` of a mixture. Finds the source of any position in constant time."""
 
     def __init__(self, pattern: npt.NDArray[np.uint8], sources: int) -> None:
+        self.period = len(pattern)
         self._pattern = pattern
         counts = [
             np.bincount(pattern[start : start + BLOCK], minlength=sources) for start in range(0, len(pattern), BLOCK)
@@ -131,10 +134,44 @@ class MixtureSampler(StepSampler):
     def epochs_done(self, step: int) -> float:
         return max(0, step) * self.global_batch / self.rows
 
-    def rows_of(self, step: int) -> Integers:
-        first = (step - 1) * self.global_batch
-        sources, ranks = self.pattern.locate(first, first + self.global_batch)
-        rows = np.empty(self.global_batch, dtype=np.int64)
+    def steps_until(self, tokens: int, data_step: int, targets_of: Callable[[Integers], Integers]) -> int:
+        per_pass = [sum_of(targets_of, first, last) for first, last in pairwise(self._bounds())]
+        shares = self.pattern.counts(self.pattern.period) / self.pattern.period
+        mean = self.global_batch * sum(
+            share * n / size for share, n, size in zip(shares, per_pass, self.sizes, strict=True)
+        )
+        # A step's distance from the mean never adds up to more than one pass over each source. So jump to where at most
+        # this much is missing, and count the rest.
+        jump = max(0, int((tokens - 2 * sum(per_pass)) / mean))
+        if jump > 0:
+            before, after = (self._tokens_before(step, per_pass, targets_of) for step in (data_step, data_step + jump))
+            tokens -= after - before
+        return jump + self._count(tokens, data_step + jump, 2**53, targets_of)[0]
+
+    def _tokens_before(self, data_step: int, per_pass: list[int], targets_of: Callable[[Integers], Integers]) -> int:
+        """Return the predictions of the first ``data_step`` steps. ``per_pass``: those of each source."""
+        total = 0
+        counts = self.pattern.counts(data_step * self.global_batch).tolist()
+        for source, (count, first) in enumerate(zip(counts, self._bounds(), strict=False)):
+            size = self.sizes[source]
+            passes, rest = divmod(count, size)
+            permutation = FeistelPermutation(size, source_seed(self.seed, source), passes)
+
+            def targets_at(
+                positions: Integers, first: int = first, order: FeistelPermutation = permutation
+            ) -> Integers:
+                return targets_of(first + order(positions))
+
+            total += passes * per_pass[source] + sum_of(targets_at, 0, rest)
+        return total
+
+    def _bounds(self) -> list[int]:
+        return [0, *itertools.accumulate(self.sizes)]
+
+    def rows_of_steps(self, first_step: int, count: int) -> tuple[Integers, list[int]]:
+        first, length = (first_step - 1) * self.global_batch, count * self.global_batch
+        sources, ranks = self.pattern.locate(first, first + length)
+        rows = np.empty(length, dtype=np.int64)
         offset = 0
         for source, size in enumerate(self.sizes):
             seed = source_seed(self.seed, source)
@@ -143,7 +180,7 @@ class MixtureSampler(StepSampler):
                 mask = (sources == source) & (passes == number)
                 rows[mask] = offset + FeistelPermutation(size, seed, number)(ranks[mask] % size)
             offset += size
-        return rows
+        return rows, [self.global_batch] * count
 
     def passes(self, steps: int) -> list[float]:
         """Return how many times ``steps`` steps read each source."""

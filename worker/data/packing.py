@@ -7,30 +7,43 @@ predicted exactly once, and only the last segment ends with EOS. With packing "n
 Legend: ``B`` rows of a batch, ``S`` = max_seq_len.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from trainyard.worker.data.corpus import Corpus
+from trainyard.worker.data.documents import (
+    BLOCK_TOKENS,
+    CHUNK,
+    TEXT_KEY,
+    Hashes,
+    HashFile,
+    Integers,
+    blocks,
+    count_distinct,
+    positions,
+    text_hashes,
+)
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.shards import ArrayFiles, build_directory, memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
-Integers = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    # The process that prepares a corpus packs its rows without torch, which takes seconds to load.
+    import torch
+    from torch import Tensor
+
 Packing = Literal["document", "none"]
 SplitBy = Literal["number", "text"]
 
 FORMAT = 1
 IGNORE_INDEX = -100
-DUPLICATES_FILE = "duplicates"
-BLOCK_TOKENS = 1 << 22
-"""Documents are packed in blocks of about this size: small enough for memory, large enough to fill the rows."""
+DUPLICATES_FILE, DOCUMENTS_FILE = "duplicates", "documents"
 
 
 @dataclass(frozen=True)
@@ -38,17 +51,23 @@ class SplitSpec:
     """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out.
 
     ``by``: what decides on a document. By its "text", documents with the same text are on the same side. By its
-    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so.
+    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so. ``documents``: of all, use only
+    the first so many.
     """
 
     part: Literal["all", "train", "eval"] = "all"
     fraction: float = 0.0
     by: SplitBy = "text"
+    documents: int | None = None
 
     def __str__(self) -> str:
         if self.part == "all":
-            return self.part
+            return self.part if self.documents is None else f"first-{self.documents}"
         return f"{self.part}-{self.fraction!r}" + ("" if self.by == "number" else f"-{self.by}")
+
+
+OFFSETS_STEP = 64
+"""Numbers of segments are rounded up to a multiple of this, so that a GPU's allocator sees few sizes."""
 
 
 class Batch(NamedTuple):
@@ -57,25 +76,24 @@ class Batch(NamedTuple):
     ``labels[b, t]`` is the token after ``input_ids[b, t]`` in its segment, or -100 if there is none. ``segment_ids``
     is 0 for padding and numbers the segments of a row from 1; ``position_ids`` starts at 0 in each segment. Both are
     None if every row is one segment: the decoder does not need them then, and is faster without. ``offsets`` [P + 1]
-    int32 is the start of each segment among all B * S tokens; the padding of a row counts as one more segment. P is
-    the maximum for B rows, so that the shape depends on B alone; the rest of ``offsets`` is filled with B * S. None if
-    ``segment_ids`` is None.
+    int32 is the start of each segment among all B * S tokens; the padding of a row counts as one more segment. The rest
+    of ``offsets`` is filled with B * S. None if ``segment_ids`` is None.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor | None
-    segment_ids: Tensor | None
-    labels: Tensor
-    offsets: Tensor | None = None
+    input_ids: "Tensor"
+    position_ids: "Tensor | None"
+    segment_ids: "Tensor | None"
+    labels: "Tensor"
+    offsets: "Tensor | None" = None
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: "torch.device | str") -> "Batch":
         """Copy the batch to ``device``; from pinned memory the copy is asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _map(self, function: "Callable[[Tensor], Tensor]") -> "Batch":
         return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
@@ -91,22 +109,26 @@ class RowFiles:
         self.firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
         self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
         self.max_segments = int(np.diff(self.firsts).max(initial=0))
-        duplicates = directory / DUPLICATES_FILE
-        self.duplicates = int(duplicates.read_text()) if duplicates.exists() else None
+        self.duplicates = _read_count(directory / DUPLICATES_FILE)
+        self.documents = _read_count(directory / DOCUMENTS_FILE)
 
     def segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
         """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
         first = self.firsts[rows]
         counts = self.firsts[rows + 1] - first
-        segments = np.repeat(first, counts) + _positions(counts)
+        segments = np.repeat(first, counts) + positions(counts)
         return np.repeat(np.arange(len(rows)), counts), self.starts[segments], self.lengths[segments].astype(np.int64)
+
+
+def _read_count(file: Path) -> int | None:
+    return int(file.read_text()) if file.exists() else None
 
 
 class PackedDataset:
     """The rows of one corpus, or of several, numbered one corpus after the other: ``parts``, one of each corpus.
 
     ``duplicates``: documents of a corpus whose text is that of an earlier one in it, or None if no corpus was split by
-    text.
+    text. ``documents``: those in the rows, or None if release 0.1 made the rows.
     """
 
     def __init__(self, parts: Sequence[RowFiles], max_seq_len: int, packing: Packing) -> None:
@@ -117,6 +139,8 @@ class PackedDataset:
         self._max_segments = max(part.max_segments for part in parts)
         counted = [part.duplicates for part in parts if part.duplicates is not None]
         self.duplicates = sum(counted) if counted else None
+        documents = [part.documents for part in parts if part.documents is not None]
+        self.documents = sum(documents) if len(documents) == len(parts) else None
 
     @classmethod
     def open(
@@ -167,11 +191,11 @@ class PackedDataset:
         )
         return sum(int(np.square(block, dtype=np.int64).sum()) for block in blocks) / max(1, self.tokens)
 
-    def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1) -> Batch:
+    def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1, *, fixed_offsets: bool = False) -> Batch:
         """Return the rows of these indices, in this order, and after them padding that predicts nothing.
 
         There are at least ``min_rows`` rows, and at least one: a rank that has no row in a short micro-batch must still
-        join the gradient all-reduce.
+        join the gradient all-reduce. ``fixed_offsets``: the shape of ``offsets`` depends on the number of rows alone.
         """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(min_rows, len(rows)), self.max_seq_len)
@@ -179,7 +203,7 @@ class PackedDataset:
         row, part, first_token, length = self._segments(rows)
         start = row * self.max_seq_len + _starts_in_row(row, length)
         # One value per token; ``source`` is an index into the corpus, ``destination`` one into the batch:
-        position = _positions(length)
+        position = positions(length)
         source = np.repeat(first_token, length) + position
         destination = np.repeat(start, length) + position
         # The last token of a segment predicts nothing: the next one belongs to another document, or is past the end.
@@ -192,16 +216,20 @@ class PackedDataset:
             None if segments is None else _scatter(shape, 0, destination, position),
             None if segments is None else _scatter(shape, 0, destination, segments),
             _scatter(shape, IGNORE_INDEX, destination, labels),
-            None if segments is None else self._offsets(shape[0], start, length),
+            None if segments is None else self._offsets(shape[0], start, length, fixed_offsets),
         )
 
-    def _offsets(self, rows: int, start: Integers, length: Integers) -> Tensor:
+    def _offsets(self, rows: int, start: Integers, length: Integers, fixed: bool) -> "Tensor":
         """Return the starts of all segments, and of the padding after them, among the tokens of ``rows`` rows."""
         edges = np.arange(rows + 1) * self.max_seq_len
         starts = np.unique(np.concatenate((start, start + length, edges)))
-        out = np.full(rows * (self._max_segments + 1) + 1, edges[-1], dtype=np.int32)
+        # Flash attention's backward pass takes memory and blocks for each segment, also for an empty one. The maximum
+        # is often five times the number of real ones, because packing puts the shortest documents together.
+        most = rows * (self._max_segments + 1)
+        segments = most if fixed else min(most, -(-(len(starts) - 1) // OFFSETS_STEP) * OFFSETS_STEP)
+        out = np.full(segments + 1, edges[-1], dtype=np.int32)
         out[: len(starts)] = starts
-        return torch.from_numpy(out)
+        return _as_tensor(out)
 
     def _by_part(self, rows: Integers) -> Iterator[tuple[int, Integers, Integers]]:
         """Yield (number of a part, indices into ``rows`` of its rows, their numbers in the part), part by part."""
@@ -232,12 +260,6 @@ class PackedDataset:
         return tokens
 
 
-def _positions(counts: Integers) -> Integers:
-    """Count from 0 in each group: [2, 3] -> [0, 1, 0, 1, 2]."""
-    total = int(counts.sum())
-    return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _starts_in_row(row: Integers, length: Integers) -> Integers:
     """Return the start of each segment within its row; the segments are sorted by ``row``."""
     before = np.cumsum(length) - length
@@ -249,13 +271,16 @@ def _numbers_in_row(row: Integers) -> Integers:
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
-def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: Integers) -> Tensor:
+def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: Integers) -> "Tensor":
     out = np.full(shape, fill, dtype=np.int64)
     out.reshape(-1)[destination] = values
-    return torch.from_numpy(out)
+    return _as_tensor(out)
 
 
-Hashes = npt.NDArray[np.uint64]
+def _as_tensor(array: npt.NDArray[Any]) -> "Tensor":
+    import torch
+
+    return torch.from_numpy(array)
 
 
 @dataclass(frozen=True)
@@ -269,9 +294,6 @@ class Holdout:
     hashes: Hashes | None = None
     always_held_out: int = 0
     never_held_out: int = 0
-
-    KEY = 0x5EED_0E7A1
-    CHUNK = 1 << 20
 
     @classmethod
     def of(cls, split: SplitSpec, documents: int, hashes: Hashes | None = None) -> "Holdout":
@@ -287,8 +309,8 @@ class Holdout:
                 "hold out another corpus with eval_data_path"
             )
         lowest, highest = 2**64, -1
-        for start in range(0, documents, cls.CHUNK):
-            chunk = cls(split, hashes).hashes_of(start, min(start + cls.CHUNK, documents))
+        for start in range(0, documents, CHUNK):
+            chunk = cls(split, hashes).hashes_of(start, min(start + CHUNK, documents))
             lowest, highest = min(lowest, int(chunk.min())), max(highest, int(chunk.max()))
         if lowest == highest:
             raise DataInvalid("eval_fraction needs two different documents, and all of this corpus have the same text")
@@ -297,7 +319,7 @@ class Holdout:
     def hashes_of(self, start: int, end: int) -> Hashes:
         if self.hashes is not None:
             return self.hashes[start:end]
-        return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, self.KEY)
+        return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, TEXT_KEY)
 
     def mask(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """Return whether the split has each of the documents ``start`` to ``end - 1``."""
@@ -315,54 +337,38 @@ def _holdout(corpus: Corpus, building: Path, split: SplitSpec) -> Holdout:
     documents = corpus.meta.documents
     if split.part == "all" or split.by == "number" or documents < 2:
         return Holdout.of(split, documents)
-    # In a file and not in memory: a corpus may have a billion documents.
-    file = ArrayFiles(building, ("hashes.bin",))
-    for first, last in _blocks(corpus.offsets):
-        file.append(text_hashes(corpus.tokens, corpus.offsets[first : last + 1]))
-    file.close()
-    hashes: Hashes = memmap_array(building / "hashes.bin", np.uint64, documents)
-    (building / "hashes.bin").unlink()
-    (building / DUPLICATES_FILE).write_text(str(documents - _count_distinct(hashes)))
+    with HashFile(building) as file:
+        for first, last in blocks(corpus.offsets):
+            file.append(text_hashes(corpus.tokens, corpus.offsets[first : last + 1]))
+        hashes = file.read(documents)
+    (building / DUPLICATES_FILE).write_text(str(documents - count_distinct(hashes)))
     return Holdout.of(split, documents, hashes)
-
-
-def text_hashes(tokens: npt.NDArray[Any], offsets: Integers) -> Hashes:
-    """Return a hash of the tokens of each document: the sum of hashes of (position, token)."""
-    first, last = int(offsets[0]), int(offsets[-1])
-    position = _positions(np.diff(offsets)).astype(np.uint64)
-    mixed = splitmix64((position << np.uint64(32)) | tokens[first:last].astype(np.uint64), Holdout.KEY)
-    return splitmix64(np.add.reduceat(mixed, offsets[:-1] - first), Holdout.KEY)
-
-
-def _count_distinct(hashes: Hashes) -> int:
-    """Count different hashes, in ranges of hashes that fit into memory."""
-    ranges = -(-len(hashes) // (16 * Holdout.CHUNK))
-    edges = [number * 2**64 // ranges for number in range(ranges)]
-    count = 0
-    for low, high in zip(edges, [*edges[1:], 2**64], strict=True):
-        chunks = (hashes[start : start + Holdout.CHUNK] for start in range(0, len(hashes), Holdout.CHUNK))
-        selected = [chunk[(chunk >= np.uint64(low)) & (chunk <= np.uint64(high - 1))] for chunk in chunks]
-        count += len(np.unique(np.concatenate(selected)))
-    return count
 
 
 def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, holdout: Holdout) -> None:
     files = ArrayFiles(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
     empty = np.zeros(0, dtype=np.int64)
     files.append(empty, empty, np.zeros(1, dtype=np.int64), empty)
-    written = 0
-    for first, last in _blocks(corpus.offsets):
-        starts, lengths = segments_of(corpus.offsets[first : last + 1], holdout.mask(first, last), max_seq_len)
+    written = documents = 0
+    wanted = holdout.split.documents
+    for first, last in blocks(corpus.offsets if wanted is None else corpus.offsets[: wanted + 1]):
+        selected = holdout.mask(first, last)
+        documents += int(np.count_nonzero(selected))
+        starts, lengths = segments_of(corpus.offsets[first : last + 1], selected, max_seq_len)
         row = np.arange(len(lengths)) if packing == "none" else best_fit(lengths, max_seq_len)
         written = _append(files, written, starts, lengths, row)
     files.close()
+    (directory / DOCUMENTS_FILE).write_text(str(documents))
 
 
-def _blocks(offsets: Integers) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) ranges of documents of about ``BLOCK_TOKENS`` tokens."""
-    edges = np.searchsorted(offsets, np.arange(0, int(offsets[-1]) + BLOCK_TOKENS, BLOCK_TOKENS))
-    edges = np.unique(np.minimum(edges, len(offsets) - 1))
-    yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+def documents_within(offsets: Integers, max_tokens: int) -> int:
+    """Return how many of the first documents predict at most ``max_tokens`` tokens together; at least 1.
+
+    ``offsets``: the bounds of the documents. A document predicts all its tokens but the first.
+    """
+    # By bisection: the offsets of a billion documents are not read.
+    fitting = bisect_right(range(len(offsets)), max_tokens, key=lambda count: int(offsets[count] - offsets[0]) - count)
+    return max(1, fitting - 1)
 
 
 def segments_of(offsets: Integers, selected: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:
@@ -370,7 +376,7 @@ def segments_of(offsets: Integers, selected: npt.NDArray[np.bool_], max_seq_len:
     starts, sizes = offsets[:-1][selected], np.diff(offsets)[selected]
     stride = max_seq_len - 1
     counts = -(-(sizes - 1) // stride)
-    shift = _positions(counts) * stride
+    shift = positions(counts) * stride
     return np.repeat(starts, counts) + shift, np.minimum(max_seq_len, np.repeat(sizes, counts) - shift)
 
 

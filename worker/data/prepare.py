@@ -1,19 +1,25 @@
-"""Prepare the training data: tokenizer, token shards, packed rows. Rank 0 builds what is missing; other ranks wait."""
+"""Prepare the training data: tokenizer, token shards, packed rows.
 
+A process without devices does it before a run starts (`prepare_corpus`, `worker.prepare`). The run opens the same
+(`prepare_data`): rank 0 builds what is missing by then, and the other ranks wait.
+"""
+
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.corpus_files import (
     CorpusFilesInvalid,
     NamedFile,
+    corpus_paths,
     expand,
     file_sketch,
     files_fingerprint,
@@ -23,21 +29,26 @@ from trainyard.contract.corpus_files import (
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
+from trainyard.contract.prepared import CorpusPart, PrepareTask, corpus_parts, mark_prepared
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
+from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
 from trainyard.worker.data.corpus import Corpus, read_as_text_warning
 from trainyard.worker.data.fileset import FileSetOptions, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
-from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
+from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec, documents_within
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
-from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
-from trainyard.worker.paths import DATA_ROOTS, data_roots, outside_error
+from trainyard.worker.paths import DATA_ROOTS, data_roots, held_out_field, outside_error
+
+if TYPE_CHECKING:
+    # The process that prepares a corpus has no ranks, and does not load torch.
+    from trainyard.worker.distributed import DistributedContext
 
 SplitChooser = Callable[[Corpus, Tokenizer], SplitBy]
 
@@ -62,8 +73,17 @@ class TrainingSource:
 
 
 @dataclass(frozen=True)
+class HeldOutSet:
+    """A held-out set: the name that its results have, the number of its files, and its rows."""
+
+    name: str
+    files: int
+    rows: PackedDataset
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None.
+    """Everything that a run trains on. ``spec`` has its vocabulary size set.
 
     ``train_set`` has the rows of all sources, one source after the other. ``roots``: the directories below which the
     run may read, see `worker.paths.data_roots`.
@@ -73,7 +93,7 @@ class TrainingData:
     tokenizer: Tokenizer
     sources: tuple[TrainingSource, ...]
     train_set: PackedDataset
-    eval_set: PackedDataset | None
+    eval_sets: tuple[HeldOutSet, ...]
     split_by: SplitBy = "text"
     roots: tuple[Path, ...] = ()
 
@@ -85,6 +105,14 @@ class TrainingData:
     def tokens(self) -> int:
         """Tokens of the corpus, with BOS and EOS of each document."""
         return sum(source.corpus.meta.tokens for source in self.sources)
+
+    @cached_property
+    def byte_lengths(self) -> ByteLengths | BytesUnknown:
+        """The bytes of text that each token stands for, or why they are unknown."""
+        try:
+            return self.tokenizer.byte_lengths()
+        except BytesUnknown as unknown:
+            return unknown
 
     @cached_property
     def stats(self) -> ParseStats:
@@ -191,7 +219,7 @@ def _fingerprint(
 def prepare_data(
     spec: JobSpec,
     run: RunDir,
-    ranks: DistributedContext,
+    ranks: "DistributedContext",
     emit: Callable[[Event], None],
     stop_requested: Callable[[], bool],
     saved_corpora: Callable[[], Iterable[str]] = tuple,
@@ -208,30 +236,98 @@ def prepare_data(
         return next((known[saved] for saved in saved_corpora() if saved in known), "text")
 
     progress = _ProgressReporter(emit, stop_requested)
-    split_by = ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress, choose_split).split_by)
+
+    def build() -> SplitBy:
+        with _marked(spec.data, _cache(run)) as mark:
+            data = _open_or_fail(spec, run, progress, choose_split)
+            mark(data)
+        return data.split_by
+
+    split_by = ranks.broadcast_from_rank0(build)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
     data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
     _report_corpus(data, emit)
     return data
 
 
+def prepare_corpus(
+    spec: JobSpec, run: RunDir, task: PrepareTask, emit: Callable[[Event], None], stop_requested: Callable[[], bool]
+) -> TrainingData:
+    """Build the data that a run of ``spec`` opens, without any device. Raises TrainingError or StopRequested."""
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, stop_requested), lambda *_: "text", task.processes)
+    try:
+        mark_prepared(_cache(run), task.parts, _shards(data))
+    except OSError as error:
+        raise save_error(error, "the corpus cache") from error
+    _report_corpus(data, emit)
+    return data
+
+
+def _cache(run: RunDir) -> Path:
+    return Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
+
+
+def _shards(data: TrainingData) -> dict[tuple[str, bool], str]:
+    """Return the key of the token shards of each source and held-out set: (name, held out) -> key."""
+    shards = {(source.name, False): source.corpus.directory.name for source in data.sources}
+    own_files = {source.name for source in data.spec.data.held_out_sources}
+    held_out = [(each.name, each.rows.parts[0]) for each in data.eval_sets if each.name in own_files]
+    return shards | {(name, True): part.corpus.directory.name for name, part in held_out}
+
+
+@contextlib.contextmanager
+def _marked(data: DataSpec, cache: Path) -> Iterator[Callable[[TrainingData], None]]:
+    """Yield a function that marks a corpus that was opened in the block. The marker is a hint: it raises nothing."""
+    parts: tuple[CorpusPart, ...] = ()
+    with contextlib.suppress(OSError, ValueError):
+        parts = corpus_parts(data)  # before the files are read: they may change meanwhile
+
+    def mark(opened: TrainingData) -> None:
+        with contextlib.suppress(OSError):
+            mark_prepared(cache, parts, _shards(opened))
+
+    yield mark
+
+
 class _ProgressReporter:
+    """Reports the bytes that are done of all corpora of a run, at most once a second.
+
+    Without progress it reports nothing, so that a hang is found. But while nothing of a corpus is done its files are
+    hashed, or another process builds it: then the current state is reported again and again.
+    """
+
     def __init__(self, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> None:
         self._emit = emit
         self._stop_requested = stop_requested
         self._emitted_at = time.monotonic()
+        self._total = self._before = self._last = 0
 
-    def __call__(self, done: int, total: int) -> None:
+    def expect(self, total: int) -> None:
+        """Set the number of bytes of all corpora."""
+        self._total = total
+
+    def finish(self, size: int) -> None:
+        """Count a corpus of ``size`` bytes as done."""
+        self._before, self._last = self._before + size, 0
+
+    def __call__(self, done: int, _total: int) -> None:
         if self._stop_requested():
             raise StopRequested
-        if time.monotonic() - self._emitted_at >= PROGRESS_SECONDS:
-            self._emitted_at = time.monotonic()
-            self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
+        if time.monotonic() - self._emitted_at >= PROGRESS_SECONDS and (done == 0 or done != self._last):
+            self._emitted_at, self._last = time.monotonic(), done
+            total = max(self._total, self._before + done)
+            self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=self._before + done, total=total))
 
 
-def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
+def _open_or_fail(
+    spec: JobSpec,
+    run: RunDir,
+    progress: _ProgressReporter,
+    choose_split: SplitChooser,
+    processes: int | None = None,
+) -> TrainingData:
     try:
-        return _open(spec, run, progress, choose_split)
+        return _open(spec, run, progress, choose_split, processes)
     except (DataInvalid, CorpusFilesInvalid) as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
@@ -242,17 +338,22 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choos
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
+def _open(
+    spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser, processes: int | None
+) -> TrainingData:
     hit("prepare.open")
     data = spec.data
-    limit_threads(data.num_workers)
+    processes = processes if data.num_workers is None else max(1, data.num_workers)
+    limit_threads(processes)
     roots = data_roots(run)
     try:
         tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens, roots)
     except OutsideRoots as error:
         raise outside_error("data.tokenizer_path", error.reason, DATA_ROOTS) from error
     spec = _with_vocabulary(spec, tokenizer)
-    cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
+    cache = _cache(run)
+    files_of = {name: expand(path) for name, path in corpus_paths(data)}
+    progress.expect(sum(_size(files) for files in files_of.values()))
 
     def open_shards(pointer: str, files: list[NamedFile], text_field: str | None) -> Corpus:
         options = FileSetOptions(
@@ -262,12 +363,14 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
             text_field=text_field or data.text_field,
             max_bad_lines=data.max_bad_lines,
             special_tokens=data.special_tokens,
-            processes=None if data.num_workers is None else max(1, data.num_workers),
+            processes=processes,
             progress=progress,
             roots=roots,
         )
         try:
-            return open_files(files, options)
+            corpus = open_files(files, options)
+            progress.finish(_size(files))
+            return corpus
         except OutsideRoots as error:
             which = pointer if len(files) == 1 else f"{pointer}: {shown(str(error.filename))}"
             raise outside_error(which, error.reason, DATA_ROOTS) from error
@@ -276,9 +379,9 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
     splits, by = data.eval_fraction > 0, SplitSpec().by
-    sources, held_out = [], []
+    sources, eval_sets = [], []
     for source in data.training_sources:
-        files = expand(source.path)
+        files = files_of["data_path" if data.sources is None else f"sources/{source.name}"]
         corpus = open_shards(
             "data.data_path" if data.sources is None else f"source {source.name}", files, source.text_field
         )
@@ -290,12 +393,23 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split:
             raise error if data.sources is None else DataInvalid(f"source {source.name}: {error}") from error
         sources.append(TrainingSource(source.name, files, corpus, rows, source.weight))
         if splits:
-            held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction, by)))
-    if data.eval_data_path is not None:
-        held_out = [open_rows(open_shards("data.eval_data_path", expand(data.eval_data_path), None), SplitSpec())]
+            held_out = open_rows(corpus, SplitSpec("eval", data.eval_fraction, by))
+            eval_sets.append(HeldOutSet(source.name, len(files), held_out))
+    for wanted in data.held_out_sources:
+        files = files_of["eval_data_path" if data.eval_sources is None else f"eval_sources/{wanted.name}"]
+        corpus = open_shards(held_out_field(data, wanted), files, wanted.text_field)
+        documents = None if wanted.max_tokens is None else documents_within(corpus.offsets, wanted.max_tokens)
+        eval_sets.append(HeldOutSet(wanted.name, len(files), open_rows(corpus, SplitSpec(documents=documents))))
     train_set = PackedDataset.concat([source.rows for source in sources])
-    eval_set = PackedDataset.concat(held_out) if held_out else None
-    return TrainingData(spec, tokenizer, tuple(sources), train_set, eval_set, by, roots)
+    return TrainingData(spec, tokenizer, tuple(sources), train_set, tuple(eval_sets), by, roots)
+
+
+def _size(files: Sequence[NamedFile]) -> int:
+    size = 0
+    for file in files:
+        with contextlib.suppress(OSError):  # the error is raised when the file is opened
+            size += file.path.stat().st_size
+    return size
 
 
 def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
@@ -316,3 +430,6 @@ def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
     if warning := read_as_text_warning(data.tokenizer, stats):
         details = {"special_tokens": stats.special_tokens, "special_texts": stats.special_texts}
         emit(WarningEvent(code="special_tokens", message=f"{name}: {warning}", data=details))
+    if isinstance(unknown := data.byte_lengths, BytesUnknown):
+        why = f"the tokens of this tokenizer have no fixed number of bytes: {unknown}"
+        emit(WarningEvent(code="bytes_unknown", message=f"bits per byte are not reported, because {why}"))

@@ -4,15 +4,19 @@ A keyed pseudo-random permutation shuffles the rows of an epoch. It is computed 
 step costs the same.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from trainyard.worker.data.packing import Integers
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
 ROUNDS = 8
+
+MAX_ROWS_COUNTED = 1 << 18
+"""Rows whose tokens are counted at once."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +84,52 @@ class StepSampler:
 
     def rows_of(self, step: int) -> Integers:
         """Return the rows of ``step``, over all ranks."""
-        first, last = self._range(step)
-        return FeistelPermutation(self.rows, self.seed, self.epoch_of(step))(np.arange(first, last))
+        return self.rows_of_steps(step, 1)[0]
+
+    def steps_until(self, tokens: int, data_step: int, targets_of: Callable[[Integers], Integers]) -> int:
+        """Return how many steps after ``data_step`` are needed to predict at least so many tokens.
+
+        ``targets_of(rows)``: the number of predictions of each row. Whole epochs are not counted row by row.
+        """
+        steps = 0
+        if tokens > 0 and (first := data_step % self.steps_per_epoch):
+            steps, tokens = self._count(tokens, data_step, self.steps_per_epoch - first, targets_of)
+        if tokens > 0:
+            per_epoch = sum_of(targets_of, 0, self.rows)
+            epochs = (tokens - 1) // per_epoch
+            steps += epochs * self.steps_per_epoch
+            tokens -= epochs * per_epoch
+            steps += self._count(tokens, data_step + steps, self.steps_per_epoch, targets_of)[0]
+        return steps
+
+    def _count(
+        self, tokens: int, data_step: int, at_most: int, targets_of: Callable[[Integers], Integers]
+    ) -> tuple[int, int]:
+        """Return the steps after ``data_step`` that predict ``tokens``, at most ``at_most``, and the tokens left."""
+        done, chunk = 0, max(1, MAX_ROWS_COUNTED // self.global_batch)
+        while tokens > 0 and done < at_most:
+            count = min(chunk, at_most - done)
+            rows, sizes = self.rows_of_steps(data_step + done + 1, count)
+            sums = np.cumsum(targets_of(rows))[np.cumsum(sizes) - 1]
+            if sums[-1] >= tokens:
+                return done + int(np.searchsorted(sums, tokens)) + 1, 0
+            done, tokens = done + count, tokens - int(sums[-1])
+        return done, tokens
+
+    def rows_of_steps(self, first_step: int, count: int) -> tuple[Integers, list[int]]:
+        """Return the rows of ``count`` steps of one epoch, one step after the other, and how many each step has."""
+        ranges = [self._range(step) for step in (first_step, first_step + count - 1)]
+        rows = FeistelPermutation(self.rows, self.seed, self.epoch_of(first_step))(
+            np.arange(ranges[0][0], ranges[1][1])
+        )
+        return rows, [self.global_batch] * (count - 1) + [ranges[1][1] - ranges[1][0]]
 
     def _range(self, step: int) -> tuple[int, int]:
         first = (step - 1) % self.steps_per_epoch * self.global_batch
         return first, min(first + self.global_batch, self.rows)
+
+
+def sum_of(targets_of: Callable[[Integers], Integers], first: int, last: int) -> int:
+    """Return the sum over the rows ``first`` .. ``last`` - 1, a part at a time."""
+    parts = (np.arange(at, min(at + MAX_ROWS_COUNTED, last)) for at in range(first, last, MAX_ROWS_COUNTED))
+    return sum(int(targets_of(part).sum()) for part in parts)

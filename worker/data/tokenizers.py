@@ -37,6 +37,8 @@ from trainyard.contract.tokenizer_info import (
     special_pattern,
     tokenizer_file,
 )
+from trainyard.contract.units import counted
+from trainyard.worker.data.byte_lengths import ByteLengths, byte_lengths_of_bytes, byte_lengths_of_file
 from trainyard.worker.data.jsonl import DataInvalid, Document
 from trainyard.worker.data.readers import Reader, open_reader
 
@@ -74,6 +76,9 @@ class Tokenizer(Protocol):
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, without any special token."""
+
+    def byte_lengths(self) -> ByteLengths:
+        """Return how many bytes of text each token stands for. Raises BytesUnknown."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
@@ -119,6 +124,9 @@ class ByteTokenizer:
             return [self._encode_marked(text) for text in texts]
         return [self._encode(text) for text in texts]
 
+    def byte_lengths(self) -> ByteLengths:
+        return byte_lengths_of_bytes(len(SPECIAL_TOKENS))
+
     def _encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) + np.uint32(len(SPECIAL_TOKENS))
 
@@ -142,7 +150,7 @@ class FileTokenizer:
 
     def __init__(self, file: Path, special_tokens: SpecialTokens = "text", roots: Sequence[Path] = ()) -> None:
         info = TokenizerInfo.read(file, roots)
-        self._file = file
+        self._file, self._info, self._mode = file, info, special_tokens
         self.patterns = tuple(_patterns([info.described.get("normalizer"), info.described.get("pre_tokenizer")]))
         described = info.described if special_tokens == "tokens" else _hide_special_tokens(info)
         try:
@@ -171,6 +179,9 @@ class FileTokenizer:
                 raise
             raise TokenizerInvalid(backtracking_message(str(self._file), self.patterns, str(error))) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def byte_lengths(self) -> ByteLengths:
+        return byte_lengths_of_file(self._info, self._mode, self.encode_batch)
 
     def decode(self, ids: Iterable[int]) -> str:
         known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
@@ -321,7 +332,7 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
     if stats.documents == 0:
         raise DataInvalid(f"{shown(file)} {stats.empty_reason(text_field)}")
     size = _save(tokenizer, out)
-    print(f"{out}: {size:,} tokens from {stats.documents:,} documents")
+    print(f"{out}: {size:,} tokens from {counted(stats.documents, 'document')}")
     if stats.bad_lines:
         print(stats.describe_bad(), file=sys.stderr)
     if size < vocab_size:
@@ -353,7 +364,7 @@ def _with_progress(reader: Reader, text_field: str) -> Iterator[Document]:
 
 def _print_progress(reader: Reader) -> None:
     share = f", {100 * reader.bytes_read / reader.size:.0f} % of the file" if reader.size else ""
-    print(f"read {reader.stats.documents:,} documents{share}", file=sys.stderr, flush=True)
+    print(f"read {counted(reader.stats.documents, 'document')}{share}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ class SaveBench(TrainBench):
 
     def _blocked_seconds(self) -> float:
         staging = self.saver._staging  # noqa: SLF001 - the measurement is of its inside
-        return staging.blocked_seconds if staging is not None else 0.0
+        return staging.gate.blocked_seconds if staging is not None else 0.0
 
 
 def worker_environment(folder: Path) -> dict[str, str]:

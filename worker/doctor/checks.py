@@ -92,7 +92,8 @@ def check_driver(facts: DriverFacts) -> CheckResult:
         return warning(
             "driver",
             f"NVIDIA driver {facts.version}; unlike cards: {', '.join(names)}",
-            "set CUDA_DEVICE_ORDER=PCI_BUS_ID for the service: CUDA alone numbers the fastest card first",
+            "set CUDA_DEVICE_ORDER=PCI_BUS_ID for runs that you start by hand, as the service does: CUDA alone numbers "
+            "the fastest card first",
             **data,
         )
     return ok("driver", f"NVIDIA driver {facts.version}: {', '.join(names) or 'no card'}", **data)

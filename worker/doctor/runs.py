@@ -10,9 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, RunDir
+from trainyard.contract.spec import Parallelism
 from trainyard.worker.checkpoint.files import read_manifest
 from trainyard.worker.doctor.bench import Trial, worker_environment
 from trainyard.worker.doctor.report import CheckResult, fault, ok, warning
@@ -41,7 +42,7 @@ class WorkerRun:
         """Write the spec of a small run."""
         run = RunDir(trial.folder / name)
         run.path.mkdir()
-        interval = training.pop("log_interval", STEPS)
+        interval, parallelism = training.pop("log_interval", STEPS), training.pop("parallelism", "ddp")
         described = {
             "model": trial.sizes.run,
             "data": {"data_path": str(trial.texts()), "max_seq_len": trial.sizes.run_length},
@@ -54,7 +55,7 @@ class WorkerRun:
             },
             "checkpoint": {"save_interval": SAVE_AT, "keep_last": 10},
             "reporting": {"log_interval": interval},
-            "resources": {"device": trial.device.type, "nproc_per_node": world},
+            "resources": {"device": trial.device.type, "nproc_per_node": world, "parallelism": parallelism},
         }
         run.spec.write_text(json.dumps(described))
         return cls(run, trial, world)
@@ -158,16 +159,19 @@ def judge_resume(
 
 
 def check_ranks(trial: Trial, world: int) -> Iterator[CheckResult]:
-    """Train the same steps with one rank and with ``world``, in float32, and compare the losses."""
+    """Train the same steps with one rank and with ``world``, by each parallelism, and compare the float32 losses."""
     settings: dict[str, Any] = {"max_steps": LOSS_STEPS, "dtype": "float32", "log_interval": 1}
     alone = WorkerRun.create(trial, "one-rank", batch_size=2 * world, **settings)
-    together = WorkerRun.create(trial, "all-ranks", world, batch_size=2, **settings)
     alone.finish()
-    began = time.perf_counter()
-    together.finish()
-    seconds = time.perf_counter() - began
     backend = "NCCL" if trial.device.type == "cuda" else "gloo"
-    yield judge_ranks(world, backend, alone.losses(), together.losses(), seconds)
+    for parallelism in get_args(Parallelism):
+        together = WorkerRun.create(
+            trial, f"all-ranks-{parallelism}", world, batch_size=2, parallelism=parallelism, **settings
+        )
+        began = time.perf_counter()
+        together.finish()
+        seconds = time.perf_counter() - began
+        yield judge_ranks(world, f"{backend} with {parallelism}", alone.losses(), together.losses(), seconds)
 
 
 def judge_ranks(

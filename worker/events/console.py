@@ -65,7 +65,7 @@ def _started(event: Started) -> str:
 def _metric(event: MetricEvent, steps: int) -> str:
     parts = [f"step {event.step}/{steps}", f"loss {_format(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
     if event.eval_loss is not None:
-        parts.append(f"eval {event.eval_loss:.4f}")
+        parts.append(f"eval {event.eval_loss:.4f}{_bits(event.eval_bpb)}")
     parts.append(f"{_format(event.tokens_per_second, ',.0f')} tok/s")
     if event.step_seconds is not None:
         parts.append(f"ETA {duration((steps - event.step) * event.step_seconds)}")
@@ -76,6 +76,10 @@ def _task(event: TaskScored) -> str:
     values = {"acc": event.acc, "acc_norm": event.acc_norm, "bpb": event.bpb}
     shown = [f"{name} {value:.4f}" for name, value in values.items() if value is not None]
     return f"task {event.task} at step {event.step}: {', '.join(shown) or 'not finite'} ({event.examples:,} examples)"
+
+
+def _bits(bpb: float | None) -> str:
+    return f" ({bpb:.4f} bits per byte)" if bpb is not None else ""
 
 
 def _format(value: float | None, spec: str) -> str:

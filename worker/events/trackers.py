@@ -10,6 +10,7 @@ from trainyard.contract.spec import JobSpec
 
 LOGGED_FIELDS = (
     "loss",
+    "bpb",
     "aux_loss",
     "learning_rate",
     "grad_norm",
@@ -17,9 +18,11 @@ LOGGED_FIELDS = (
     "tokens_per_second",
     "mfu",
     "step_seconds",
+    "step_seconds_spread",
     "data_seconds",
     "memory_bytes",
     "eval_loss",
+    "eval_bpb",
     "epoch",
 )
 
@@ -105,6 +108,8 @@ def scalars(point: Point) -> dict[str, float]:
         values = {name: getattr(point, name) for name in LOGGED_FIELDS}
         if point.expert_load:
             values |= {"expert_load_least": min(point.expert_load), "expert_load_most": max(point.expert_load)}
+        for name, result in (point.eval or {}).items():
+            values |= {f"eval/{name}/loss": result.loss, f"eval/{name}/bpb": result.bpb}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 

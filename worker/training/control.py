@@ -5,11 +5,8 @@ makes all ranks act at the same step. Live settings (how often to log and save, 
 trained.
 """
 
-import faulthandler
-import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
 import torch
@@ -19,32 +16,6 @@ from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings, read_message
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.distributed import DistributedContext
-
-
-class StopSignal:
-    """A stop request by file or by signal. ``file`` is for rank 0 only; checking it costs one stat."""
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._signalled = False
-
-    @classmethod
-    def install_handlers(cls, file: Path | None) -> Self:
-        """Also stop on SIGTERM and Ctrl-C. Print all stacks on SIGUSR2, to diagnose a hang."""
-        stop = cls(file)
-        signal.signal(signal.SIGTERM, stop.on_signal)
-        signal.signal(signal.SIGINT, stop.on_signal)
-        faulthandler.register(signal.SIGUSR2, all_threads=True)
-        return stop
-
-    def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the request; the current step is finished first. A second Ctrl-C does not wait for it."""
-        if self._signalled and signum == signal.SIGINT:
-            signal.default_int_handler(signum, frame)
-        self._signalled = True
-
-    def requested(self) -> bool:
-        return self._signalled or (self._file is not None and self._file.exists())
 
 
 def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
@@ -99,12 +70,16 @@ def _setting_text(value: int | None) -> str:
 
 @dataclass(frozen=True)
 class ControlFlags:
-    """Requests that any rank has seen. All ranks act on them at the same step."""
+    """Requests that any rank has seen. All ranks act on them at the same step.
+
+    ``save_failed``: an asynchronous save has ended with an error that ends the run.
+    """
 
     stop: bool = False
     save: bool = False
     spike: bool = False
     log: bool = False
+    save_failed: bool = False
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
@@ -114,15 +89,16 @@ class ControlFlags:
         """
         none = dict.fromkeys(RunSettings.model_fields, 0)
         settings = self.settings.model_dump() if self.settings is not None else none
-        return [self.stop, self.save, self.spike, self.log, *(value or 0 for value in settings.values())]
+        flags = [self.stop, self.save, self.spike, self.log, self.save_failed]
+        return [*flags, *(value or 0 for value in settings.values())]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
         """Return the flags that `to_ints` gave."""
-        stop, save, spike, log, *values = numbers
+        stop, save, spike, log, save_failed, *values = numbers
         named = {name: value or None for name, value in zip(RunSettings.model_fields, values, strict=True)}
         settings = RunSettings.model_validate(named) if any(values) else None
-        return cls(bool(stop), bool(save), bool(spike), bool(log), settings)
+        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(save_failed), settings)
 
 
 class ControlSync:

@@ -1,74 +1,44 @@
-"""The loss on the evaluation split, summed over all ranks, and text samples of what the model generates."""
+"""Text samples of what the model generates."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 
 from trainyard.contract.events import SampleEvent
 from trainyard.contract.failpoints import hit
 from trainyard.model.decoder import Decoder
-from trainyard.worker.data.loader import rank_slice, split_microbatches, to_device
-from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.tokenizers import Tokenizer
-from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.errors import StopRequested
-from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
 MAX_NEW_TOKENS = 64
 MIN_NEW_TOKENS = 16
 
 
-@dataclass(frozen=True)
-class Evaluator:
-    """The evaluation split, the number of rows in a batch, and whether this rank has seen a stop request."""
-
-    dataset: PackedDataset
-    ranks: DistributedContext
-    batch_size: int
-    stop_requested: Callable[[], bool] = lambda: False
-
-    def loss(self, state: TrainState) -> float | None:
-        """Return the mean cross-entropy over all tokens of the split, without dropout, or None if it is not finite.
-
-        All ranks call it together and get the same number. A stop request that any rank sees before a batch raises
-        StopRequested on all of them.
-        """
-        loss_sum, tokens = state.loss_sum(self._batches())
-        loss_sum, tokens_of_all = (
-            sum(column) for column in zip(*self.ranks.gather([loss_sum, float(tokens)]), strict=True)
-        )
-        loss = loss_sum / max(1.0, tokens_of_all)
-        return loss if math.isfinite(loss) else None
-
-    def _batches(self) -> Iterator[Batch]:
-        share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
-        parts = list(split_microbatches(share, self.batch_size))
-        # A rank may have one batch less than another, but all must take part in the same number of all-reduces.
-        largest_share = -(-len(self.dataset) // self.ranks.world)
-        for index in range(max(1, -(-largest_share // self.batch_size))):
-            hit("evaluation.batch", index)
-            if any(requested for (requested,) in self.ranks.gather([float(self.stop_requested())])):
-                raise StopRequested
-            if index < len(parts):
-                yield to_device(self.dataset.batch(parts[index]), self.ranks.device)
-
-
 def generate_samples(
-    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    step: int,
+    precision: Precision,
+    limit: int,
+    *,
+    in_step: bool = False,
 ) -> Iterator[SampleEvent]:
-    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
+    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions.
+
+    ``in_step``: all ranks generate together, so every one runs the model equally often, also after the last token.
+    """
     for prompt in prompts:
         hit("samples.prompt", prompt)
         all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
         ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_id)
-        text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
+            eos_id = tokenizer.eos_id if not in_step else None
+            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=eos_id)
+        new_ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, output[0, len(ids) :].tolist())
+        text = tokenizer.decode(list(new_ids))
         # A lone surrogate cannot be written as JSON.
         yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode(), note=note)
 

@@ -2,15 +2,20 @@
 
 import math
 import resource
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from trainyard.contract.events import MetricEvent
 from trainyard.worker.distributed import DistributedContext, FloatRow
+from trainyard.worker.training.bits_per_byte import bits_per_byte
 from trainyard.worker.training.step import StepMetrics
+from trainyard.worker.training.verify import on_accumulated
 
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2.5e15),
@@ -31,6 +36,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("A10", 125e12),
     ("RTX 6000 ADA", 364e12),
     ("RTX 5090", 209.5e12),
+    ("RTX 4090 D", 147e12),
     ("RTX 4090", 165.2e12),
     ("RTX 4080", 97.5e12),
     ("RTX 3090", 71e12),
@@ -50,6 +56,7 @@ class MetricsWindow:
     """One rank's sums since the last metric line. Part of every checkpoint, so that a resumed curve has equal points.
 
     ``nonfinite``: steps with a non-finite loss. ``experts``: tokens per expert over all layers, () for a dense model.
+    ``text_bytes``: of the text that the tokens stand for; None if a release without bits per byte has begun the window.
     """
 
     loss_sum: float = 0.0
@@ -57,12 +64,13 @@ class MetricsWindow:
     tokens: float = 0.0
     nonfinite: float = 0.0
     experts: tuple[float, ...] = ()
+    text_bytes: float | None = 0.0
 
     @classmethod
-    def from_row(cls, row: FloatRow) -> Self:
+    def from_row(cls, row: FloatRow, text_bytes: float | None) -> Self:
         """Return the window that `to_row` gave."""
         loss_sum, aux_sum, tokens, nonfinite = row[:4]
-        return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]))
+        return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]), text_bytes)
 
     def with_experts(self, experts: int) -> Self:
         """Return the window with room for so many experts: `gather` needs equal lengths, also before the first step."""
@@ -78,30 +86,105 @@ class MetricsWindow:
             aux_sum=self.aux_sum + result.aux_sum,
             tokens=self.tokens + result.tokens,
             experts=tuple(a + b for a, b in zip(self.experts, result.experts, strict=True)),
+            text_bytes=None if self.text_bytes is None else self.text_bytes + result.text_bytes,
         )
 
     def to_row(self) -> FloatRow:
-        """Return the window as numbers, to be gathered or stored."""
+        """Return the window without its bytes as numbers, to be gathered or stored."""
         return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite, *self.experts]
 
 
-def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWindow:
-    """Return this rank's saved window. If the number of ranks has changed, rank 0 takes the sum of all."""
+def _with_bytes(window: MetricsWindow) -> FloatRow:
+    # NaN makes the sum of all ranks unknown.
+    return [math.nan if window.text_bytes is None else window.text_bytes, *window.to_row()]
+
+
+def restore_window(
+    rows: list[FloatRow], ranks: DistributedContext, text_bytes: Sequence[float | None] = ()
+) -> MetricsWindow:
+    """Return this rank's saved window. If the number of ranks has changed, rank 0 takes the sum of all.
+
+    ``text_bytes``: those of each row, or () if they were not saved.
+    """
+    text_bytes = text_bytes or [None] * len(rows)
     if len(rows) == ranks.world:
-        return MetricsWindow.from_row(rows[ranks.rank])
+        return MetricsWindow.from_row(rows[ranks.rank], text_bytes[ranks.rank])
     if ranks.is_main_process and rows:
-        return MetricsWindow.from_row([sum(column) for column in zip(*rows, strict=True)])
+        known = [each for each in text_bytes if each is not None]
+        whole = sum(known) if len(known) == len(rows) else None
+        return MetricsWindow.from_row([sum(column) for column in zip(*rows, strict=True)], whole)
     return MetricsWindow()
+
+
+MAX_TIMED_STEPS = 256
+"""Steps between two metric lines whose own time is measured, so that a long interval keeps few CUDA events."""
+
+
+class RankTimer:
+    """Measures a rank's own time in a step: until its gradient is complete, without waiting for the other ranks.
+
+    The whole step takes equally long on all ranks, because they exchange gradients: a slow rank shows only here. On
+    CUDA, events on the device measure it, so that nothing waits. ``last``: the parameter whose gradient comes last.
+    """
+
+    def __init__(self, last: Tensor, device: torch.device) -> None:
+        self._device = device
+        self._start: Any = None
+        self._end: Any = None
+        self._steps: list[tuple[Any, Any]] = []
+        on_accumulated(last, lambda _: self._mark_end())
+
+    def begin_step(self) -> None:
+        self._start, self._end = self._now(), None
+
+    def end_step(self) -> None:
+        if self._end is not None and len(self._steps) < MAX_TIMED_STEPS:
+            self._steps.append((self._start, self._end))
+
+    def reset(self) -> None:
+        self._steps = []
+
+    def seconds(self) -> float:
+        """Return the mean over the steps since `reset`, or NaN without any. The device has done them by now."""
+        return sum(map(self._between, self._steps)) / len(self._steps) if self._steps else math.nan
+
+    def _mark_end(self) -> None:
+        # Called in each micro-batch. The last call of a step counts.
+        if self._device.type == "cuda" and self._end is not None:
+            self._end.record()
+        else:
+            self._end = self._now()
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        cuda: Any = torch.cuda  # its events are unannotated
+        event = cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, step: tuple[Any, Any]) -> float:
+        start, end = step
+        if self._device.type != "cuda":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
 
 
 class MetricsProcessor:
     """Sums up this rank's steps, and makes metric lines from the sums of all ranks.
 
-    ``unevaluated``: the line of the current step, if its evaluation is still to be done.
+    ``unevaluated``: the line of the current step, if its evaluation is still to be done. ``timer``: None for one rank.
     """
 
     def __init__(
-        self, ranks: DistributedContext, window: MetricsWindow, flops_per_token: float, has_aux: bool, experts: int = 0
+        self,
+        ranks: DistributedContext,
+        window: MetricsWindow,
+        flops_per_token: float,
+        has_aux: bool,
+        experts: int = 0,
+        timer: RankTimer | None = None,
     ) -> None:
         self.window = window
         self.last_loss: float | None = None
@@ -110,6 +193,7 @@ class MetricsProcessor:
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
         self._experts = experts
+        self._timer = timer
         self._peak_flops = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._step_start = time.perf_counter()
         self.rewind(window)
@@ -117,6 +201,8 @@ class MetricsProcessor:
     def begin_step(self) -> None:
         """Start the clock of a step. Time between steps (saving, evaluating) does not count as step time."""
         self._step_start = time.perf_counter()
+        if self._timer is not None:
+            self._timer.begin_step()
 
     def record(self, result: StepMetrics) -> None:
         """Add a step to the window."""
@@ -128,21 +214,32 @@ class MetricsProcessor:
         self._seconds += time.perf_counter() - self._step_start
         self._data_seconds += data_seconds
         self._timed_tokens += step_tokens
+        if self._timer is not None:
+            self._timer.end_step()
 
     def rewind(self, window: MetricsWindow) -> None:
         """Continue from the window of a checkpoint, with timing reset."""
         self.window = window.with_experts(self._experts)
         # Of this attempt's steps since the last metric line.
         self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
+        if self._timer is not None:
+            self._timer.reset()
+
+    def gather_windows(self) -> tuple[list[FloatRow], list[float | None]]:
+        """Return the rows of all ranks' windows, and the bytes of text in each. All ranks call it together."""
+        rows = self._ranks.gather(_with_bytes(self.window))
+        return [row[1:] for row in rows], [None if math.isnan(row[0]) else row[0] for row in rows]
 
     def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> MetricEvent:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
-        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
-        rows = self._ranks.gather(own)
-        data_seconds, memory = (max(row[i] for row in rows) for i in range(2))
-        loss_sum, aux_sum, counted, nonfinite, *experts = (sum(column) for column in list(zip(*rows, strict=True))[2:])
+        own_seconds = self._timer.seconds() if self._timer is not None else math.nan
+        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), own_seconds, *_with_bytes(self.window)]
+        columns = list(zip(*self._ranks.gather(own), strict=True))
+        data_seconds, memory = max(columns[0]), max(columns[1])
+        slowest, spread = slowest_rank(columns[2])
+        text_bytes, loss_sum, aux_sum, counted, nonfinite, *experts = map(sum, columns[3:])
         loss = loss_sum / counted if counted else None
         steps, seconds = self._steps, self._seconds
         tokens_per_second = self._timed_tokens / seconds if seconds else None
@@ -159,17 +256,28 @@ class MetricsProcessor:
             tokens_per_second=tokens_per_second,
             mfu=self._mfu(tokens_per_second),
             step_seconds=seconds / steps if steps else None,
+            step_seconds_max_rank=slowest,
+            step_seconds_spread=spread,
             data_seconds=data_seconds / steps if steps else None,
             memory_bytes=int(memory),
             eval_loss=eval_loss,
             expert_load=[tokens / sum(experts) for tokens in experts] if sum(experts) else None,
             nonfinite=bool(nonfinite) or not math.isfinite(grad_norm),
+            bpb=bits_per_byte(loss_sum, text_bytes),
         )
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
         if tokens_per_second is None or self._peak_flops is None:
             return None
         return tokens_per_second * self._flops_per_token / (self._peak_flops * self._ranks.world)
+
+
+def slowest_rank(seconds: Sequence[float]) -> tuple[int | None, float | None]:
+    """Return the rank with the most ``seconds``, and them over the median of all ranks; (None, None) for one rank."""
+    if len(seconds) == 1 or not all(math.isfinite(each) and each > 0 for each in seconds):
+        return None, None
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    return rank, seconds[rank] / statistics.median(seconds)
 
 
 def device_name(device: torch.device) -> str:

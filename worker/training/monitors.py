@@ -1,13 +1,13 @@
-"""Monitors of a run's loss and gradients: warnings about loss spikes and about a run that does not learn."""
+"""Monitors of a run: warnings about loss spikes, about a run that does not learn, and about a slow rank."""
 
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from trainyard.contract.events import MetricEvent, WarningEvent
+from trainyard.contract.events import MetricEvent, RankInfo, WarningEvent
 from trainyard.worker.distributed import FloatRow
 
 WINDOW, MIN_STEPS = 64, 32
@@ -189,3 +189,36 @@ class LearningMonitor:
         if code not in self._reported:
             self._reported.add(code)
             yield WarningEvent(code=code, message=message, step=step, data=data or {})
+
+
+STRAGGLER_SPREAD, STRAGGLER_LINES = 1.2, 5
+
+
+@dataclass
+class StragglerMonitor:
+    """Warns, once for each rank, if one computes longer than the others: by a fifth, in five metric lines in a row.
+
+    ``places``: host and device of each rank.
+    """
+
+    places: Sequence[RankInfo]
+    _rank: int | None = None
+    _lines: int = 0
+    _reported: set[int] = field(default_factory=set)
+
+    def observe(self, metric: MetricEvent) -> Iterator[WarningEvent]:
+        rank, spread = metric.step_seconds_max_rank, metric.step_seconds_spread
+        if rank is None or spread is None or spread < STRAGGLER_SPREAD:
+            rank = None
+        self._lines = self._lines + 1 if rank == self._rank else 1
+        self._rank = rank
+        if rank is None or spread is None or self._lines < STRAGGLER_LINES or rank in self._reported:
+            return
+        self._reported.add(rank)
+        message = (
+            f"{self.places[rank]} computes {spread:.2f} times as long as the median rank, since {self._lines} points "
+            "of the curve, and all others wait for it. Look for another program on its device or its cores, or for a "
+            "device that is hot and lowers its clock"
+        )
+        data = {"rank": rank, "spread": spread, **self.places[rank].model_dump(mode="json", exclude={"rank"})}
+        yield WarningEvent(code="straggler", message=message, step=metric.step, data=data)

@@ -10,8 +10,10 @@ import torch
 from trainyard.contract.events import Event, ResumeVerified, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.spec import TrainingSpec
+from trainyard.model.loss import IGNORED
+from trainyard.worker.data.documents import Integers
 from trainyard.worker.data.loader import to_device
-from trainyard.worker.data.packing import Batch, Integers, PackedDataset
+from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.sampler import FeistelPermutation
 from trainyard.worker.training.state import TrainState
 
@@ -39,8 +41,9 @@ class ResumeCheck:
     def score(self, state: TrainState) -> dict[str, Any]:
         """Return {"loss": mean cross-entropy without dropout, "dtype": ...}, or {} if the loss is not finite."""
         hit("resume_check.score")
-        loss_sum, tokens = state.loss_sum([to_device(self.batch(), self.device)])
-        loss = loss_sum / max(1, tokens)
+        batch = to_device(self.batch(), self.device)
+        with state.scoring() as loss_sum:
+            loss = float(loss_sum(batch)) / max(1, int((batch.labels != IGNORED).sum()))
         return {"loss": loss, "dtype": self.dtype} if math.isfinite(loss) else {}
 
     def batch(self) -> Batch:

@@ -4,10 +4,14 @@ Steps count from 1. Everything depends on the step and the spec alone, never on 
 the same things at the same steps as an uninterrupted one.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
 from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.worker.data.documents import Integers
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.training.state import TrainProgress
 
 POINTS = 100
 """Approximate number of points of a curve whose ``log_interval`` is null."""
@@ -51,6 +55,24 @@ class StepIntervals:
         return step % self.save_interval == 0 or step >= self.steps
 
 
-def total_steps(training: TrainingSpec, steps_per_epoch: int) -> int:
-    """Return the optimizer steps of the whole job: ``max_steps`` if it is given, else those of all epochs."""
-    return training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch
+def last_step(
+    training: TrainingSpec, progress: TrainProgress, sampler: StepSampler, targets_of: Callable[[Integers], Integers]
+) -> int:
+    """Return the last step of the run, as it is after ``progress``.
+
+    With ``max_tokens`` this is the first step at which so many tokens are trained. After a rollback, which skips data,
+    it may be another one. ``targets_of``: see `StepSampler.steps_until`.
+    """
+    if training.max_tokens is not None:
+        left = training.max_tokens - (progress.tokens - progress.base_tokens)
+        return progress.step + sampler.steps_until(left, progress.step + progress.data_offset, targets_of)
+    steps = training.max_steps if training.max_steps is not None else training.epochs * sampler.steps_per_epoch
+    return progress.base_step + steps
+
+
+def is_finished(training: TrainingSpec, progress: TrainProgress, steps_per_epoch: int) -> bool:
+    """Return whether nothing is left to train after ``progress``."""
+    if training.max_tokens is not None:
+        return progress.tokens - progress.base_tokens >= training.max_tokens
+    steps = training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch
+    return progress.step - progress.base_step >= steps

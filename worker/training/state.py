@@ -1,27 +1,29 @@
 """The state of training: model, optimizer and scaler in `TrainState`, and how far the run is in `TrainProgress`."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from trainyard.contract.run_identity import RunIdentity
-from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.spec import Parallelism, TrainingSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.model.loss import IGNORED
-from trainyard.model.muon import Muon, matrix_parameters
+from trainyard.model.muon import Muon, is_matrix
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.files import RunState
+from trainyard.worker.checkpoint.files import RunState, TensorShapes
 from trainyard.worker.data.microbatch import ModelInputs
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.training.bits_per_byte import ByteCounter
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard, NonFiniteCounters
+from trainyard.worker.training.parallel import FsdpModel, SplitModel, Zero1Model
 from trainyard.worker.training.step import Precision, TrainStep, forward
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -32,14 +34,15 @@ class TrainProgress:
     """How far the run is.
 
     ``data_offset``: step + data_offset is the step of the data order; rollbacks skip data and add to it, a fork that
-    restarts its data makes it negative. ``base_step``: schedule and length of the run count from here; not 0 only for
-    forks.
+    restarts its data makes it negative. ``base_step``, ``base_tokens``: schedule and length of the run count from here;
+    not 0 only for forks.
     """
 
     step: int = 0
     tokens: int = 0
     data_offset: int = 0
     base_step: int = 0
+    base_tokens: int = 0
     nonfinite: NonFiniteCounters = field(default_factory=NonFiniteCounters)
 
     def next_step(self, step_tokens: int) -> Self:
@@ -47,42 +50,59 @@ class TrainProgress:
 
     @classmethod
     def from_state(cls, state: RunState) -> Self:
-        return cls(state.step, state.tokens, state.data_offset, state.base_step, NonFiniteCounters(**state.trouble))
+        counters = NonFiniteCounters(**state.trouble)
+        return cls(state.step, state.tokens, state.data_offset, state.base_step, state.base_tokens, counters)
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The model (its weights are always float32), optimizer and scaler, and the step that trains them."""
+    """The model (its weights are always float32), optimizer and scaler, and the step that trains them.
+
+    ``shapes``: of the whole model.
+    """
 
     model: Decoder
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     train_step: TrainStep
+    shapes: TensorShapes
 
     @property
     def precision(self) -> Precision:
         return self.train_step.precision
 
+    @property
+    def split(self) -> SplitModel | None:
+        """How the ranks share the update, or None if each rank does all of it."""
+        return self.train_step.split
+
+    @property
+    def gathers_weights(self) -> bool:
+        """Whether a forward pass needs all ranks, because each has a part of the weights."""
+        return self.split is not None and self.split.gathers_weights
+
     def defers_metrics(self) -> bool:
         """Return True if metric reads may be deferred: on CUDA, if the device guard latches after a bad step."""
         return self.train_step.guard.is_latching and self.train_step.guard.device.type == "cuda"
 
-    @torch.no_grad()
-    def loss_sum(self, batches: Iterable[ModelInputs]) -> tuple[float, int]:
-        """Return the summed cross-entropy of ``batches``, without dropout, and the number of their labels."""
+    @contextmanager
+    def scoring(self) -> Iterator[Callable[[ModelInputs], torch.Tensor]]:
+        """Yield a function that returns the summed cross-entropy of a batch, without dropout: float64 scalar."""
+
+        def loss_sum(batch: ModelInputs) -> torch.Tensor:
+            with self.precision.autocast():
+                loss: torch.Tensor = forward(self.model, batch).loss_sum.double()
+            return loss
+
         was_training = self.model.training
         self.model.eval()
         try:
-            # In float64: the sum over a whole evaluation split would lose digits in float32.
-            total: torch.Tensor | float = 0.0
-            labels = 0
-            for batch in batches:
-                with self.precision.autocast():
-                    total = total + forward(self.model, batch).loss_sum.double()
-                labels += int((batch.labels != IGNORED).sum())
+            with torch.no_grad():
+                yield loss_sum
         finally:
             self.model.train(was_training)
-        return float(total), labels
+            if self.split is not None:
+                self.split.release()
 
     def loss_scale(self) -> float | None:
         """Return the fp16 loss scale, or None without a scaler."""
@@ -96,8 +116,12 @@ class TrainState:
         rows_per_step: int,
         interval: list[FloatRow],
         loss: float | None,
+        interval_bytes: list[float | None] | None = None,
     ) -> RunState:
-        """Return all that a checkpoint holds besides the tensors. ``interval``: the metrics window of each rank."""
+        """Return all that a checkpoint holds besides the tensors.
+
+        ``interval``: the metrics window of each rank; ``interval_bytes``: the bytes of text in it.
+        """
         return RunState(
             step=progress.step,
             tokens=progress.tokens,
@@ -106,8 +130,10 @@ class TrainState:
             identity=identity,
             data_offset=progress.data_offset,
             base_step=progress.base_step,
+            base_tokens=progress.base_tokens,
             loss=loss,
             interval=interval,
+            interval_bytes=interval_bytes or [],
             trouble=dataclasses.asdict(progress.nonfinite),
             scaler=self.scaler.state_dict(),
         )
@@ -115,7 +141,12 @@ class TrainState:
     def load(self, path: Path) -> RunState:
         """Load a verified checkpoint in place. Raises TrainingError if another optimizer wrote it."""
         _require_same_optimizer(path, self.optimizer)
-        state = files.load_checkpoint(path, self.model, self.optimizer)
+        if self.split is None:
+            state = files.load_checkpoint(path, self.model, self.optimizer)
+        else:
+            state = files.read_state(path)
+            self.split.load_weights(files.load_weights(path, self.split.held.names))
+            files.load_optimizer_parts(path, self.split.held.parts, self.optimizer)
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
         return state
@@ -127,14 +158,21 @@ def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decod
 
 
 def build_train_state(
-    model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: DistributedContext
+    model: Decoder,
+    training: TrainingSpec,
+    aux_coefficient: float,
+    ranks: DistributedContext,
+    byte_counter: ByteCounter | None = None,
+    parallelism: Parallelism = "ddp",
 ) -> TrainState:
-    """Build optimizer, scaler and train step for ``model``."""
-    dtype = DTYPES[training.dtype]
-    optimizer = _build_optimizer(model, training)
-    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16)
+    """Build optimizer, scaler and train step for ``model``. All ranks call it together."""
+    dtype, shapes = DTYPES[training.dtype], TensorShapes.of(model)
+    model.recompute_layers(training.gradient_checkpointing)
+    split = _split_model(model, training, ranks, parallelism)
+    optimizer = _build_optimizer(model, split, training)
+    scaler = _build_scaler(ranks.device.type, split, enabled=dtype is torch.float16)
     train_step = TrainStep(
-        module=_wrap_model(model, training.use_compile, ranks),
+        module=model if isinstance(split, FsdpModel) else _wrap_model(model, training, ranks),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
@@ -142,27 +180,68 @@ def build_train_state(
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
         guard=DeviceNonFiniteGuard(training.on_nonfinite, is_latching=not scaler.is_enabled(), device=ranks.device),
+        byte_counter=byte_counter,
+        split=split,
+        recomputes=training.gradient_checkpointing,
+        replays_graphs=training.use_compile and training.compile_mode != "default" and ranks.device.type == "cuda",
     )
-    return TrainState(model, optimizer, scaler, train_step)
+    return TrainState(model, optimizer, scaler, train_step, shapes)
 
 
-def _build_optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
+def _split_model(
+    model: Decoder, training: TrainingSpec, ranks: DistributedContext, parallelism: Parallelism
+) -> SplitModel | None:
+    if parallelism == "ddp" or ranks.world == 1:
+        return None
+    if parallelism == "zero1":
+        return Zero1Model.split(model, ranks, keeps_matrices=training.optimizer == "muon")
+    return FsdpModel.split(model, ranks, DTYPES[training.dtype], compiled=training.use_compile)
+
+
+def _build_scaler(device: str, split: SplitModel | None, *, enabled: bool) -> torch.amp.GradScaler:
+    if split is None or not enabled:
+        return torch.amp.GradScaler(device, enabled=enabled)
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    # It tells all ranks of an overflow that only one has in its part.
+    return ShardedGradScaler(device)
+
+
+class UpdatedTensor(NamedTuple):
+    """What the optimizer updates: a parameter, or a part of one. ``name``, ``ndim``: of the whole parameter."""
+
+    name: str
+    ndim: int
+    tensor: nn.Parameter
+
+
+def _updated_tensors(model: Decoder, split: SplitModel | None) -> Iterator[UpdatedTensor]:
+    if split is None:
+        yield from (UpdatedTensor(name, each.ndim, each) for name, each in model.named_parameters())
+    else:
+        yield from (UpdatedTensor(part.name, len(part.shape), part.tensor) for part in split.held.parts)
+
+
+def _build_optimizer(model: Decoder, split: SplitModel | None, training: TrainingSpec) -> torch.optim.Optimizer:
     lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
+    updated = list(_updated_tensors(model, split))
     if training.optimizer == "muon":
-        matrices = matrix_parameters(model)
-        matrix_ids = {id(matrix) for matrix in matrices}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in matrix_ids]
-        return Muon(matrices, _parameter_groups(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
+        # Empty parts as well: for a matrix all ranks must come together.
+        matrices = [each.tensor for each in updated if is_matrix(each.name)]
+        others = _parameter_groups([each for each in updated if not is_matrix(each.name)], training)
+        orthogonalizer = split.orthogonalizer() if split is not None else None
+        return Muon(matrices, others, lr=lr, betas=betas, weight_decay=weight_decay, orthogonalizer=orthogonalizer)
     # Fused on a CPU too: several times faster, and elementwise, so that its result does not depend on any order.
-    groups = _parameter_groups(list(model.parameters()), training)
+    groups = _parameter_groups(updated, training)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def _parameter_groups(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dict[str, Any]]:
+def _parameter_groups(updated: list[UpdatedTensor], training: TrainingSpec) -> list[dict[str, Any]]:
+    updated = [each for each in updated if each.tensor.numel()]
     if training.weight_decay_on == "all":
-        return [{"params": parameters}]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+        return [{"params": [each.tensor for each in updated]}]
+    matrices = [each.tensor for each in updated if each.ndim >= 2]
+    vectors = [each.tensor for each in updated if each.ndim < 2]
     return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
@@ -174,10 +253,10 @@ def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> Non
         raise TrainingError(Reason.CHECKPOINT_INVALID, f"{path} was trained with {saved}", hint)
 
 
-def _wrap_model(model: nn.Module, compiled: bool, ranks: DistributedContext) -> nn.Module:
+def _wrap_model(model: nn.Module, training: TrainingSpec, ranks: DistributedContext) -> nn.Module:
     # One graph for each shape. With dynamic shapes the graph would depend on the shapes seen before, and a resumed run
     # has seen others.
-    inner: Any = torch.compile(model, dynamic=False) if compiled else model
+    inner: Any = torch.compile(model, dynamic=False, mode=training.compile_mode) if training.use_compile else model
     if ranks.world == 1:
         module: nn.Module = inner
         return module

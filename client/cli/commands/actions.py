@@ -7,7 +7,7 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.find import find_job
+from trainyard.client.cli.find import find_job, split_step
 from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
@@ -29,7 +29,7 @@ def resume(args: SimpleNamespace, console: Console) -> int:
     changes = _changes(args)
     with connect(args) as trainyard:
         job = trainyard.resume(_id(trainyard, args, console), **changes)
-    if not args.json and {"epochs", "max_steps"} & changes.keys():
+    if not args.json and {"epochs", "max_steps", "max_tokens"} & changes.keys():
         _report_rates(job, console)
     return _report(job, args, console)
 
@@ -42,20 +42,24 @@ def _report_rates(job: ResumedJob, console: Console) -> None:
     console.error(f"learning rate: {before:.3g} at the checkpoint, {after:.3g} at the next step{hint}")
 
 
+RESUME_SETTINGS = (("checkpoint", "save_dir"), ("training", "gradient_checkpointing"))
+"""Fields of other groups than resources that a resume may change, by their own name."""
+
+
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
-    options |= {"save_dir": args.save_dir, "schedule": args.schedule}
+    names = ("epochs", "max_steps", "max_tokens", "step", "save_dir", "schedule")
+    options = {name: getattr(args, name) for name in names}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
-        if place == ("checkpoint", "save_dir"):
-            changes["save_dir"] = value
+        if place in RESUME_SETTINGS:
+            changes[place[-1]] = value
         elif len(place) == 2 and place[0] == "resources":
             changes.setdefault("resources", {})[place[1]] = value
         else:
             raise UsageError(
-                "only resources and checkpoint.save_dir can be changed on resume: --set resources.FIELD=JSON, "
-                f"not {assignment!r}"
+                "only resources, checkpoint.save_dir and training.gradient_checkpointing can be changed on resume: "
+                f"--set resources.FIELD=JSON, not {assignment!r}"
             )
     if isinstance(changes.get("save_dir"), str):
         changes["save_dir"] = str(Path.cwd() / Path(changes["save_dir"]).expanduser())
@@ -103,8 +107,8 @@ def export(args: SimpleNamespace, console: Console) -> int:
 
 def _job_at_step(trainyard: Client, args: SimpleNamespace, console: Console) -> tuple[str, int]:
     """Return the job and the step that ``JOB@STEP`` and ``--step`` name. Raises UsageError."""
-    name, at, text = args.job.rpartition("@")
-    if not at or not (text == "latest" or text.isdecimal()):
+    name, text = split_step(args.job)
+    if text is None:
         job_id = find_job(trainyard, args.job, console)["id"]
         return job_id, args.step if args.step is not None else _newest(trainyard, job_id)
     if args.step is not None:

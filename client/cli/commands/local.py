@@ -42,6 +42,11 @@ def check_corpus(args: SimpleNamespace, _console: Console) -> int:
     return exec_module("trainyard.worker.data.corpus", ["check", *args.paths, *options], {})
 
 
+def sample_corpus(args: SimpleNamespace, _console: Console) -> int:
+    options = [f"--documents={args.documents}", f"--seed={args.seed}", "--text-field", args.text_field]
+    return exec_module("trainyard.worker.data.inspection", ["sample", *options, "--", args.out, *args.paths], {})
+
+
 def list_corpora(args: SimpleNamespace, _console: Console) -> int:
     return exec_module(
         "trainyard.service.maintenance.corpus_cache", ["list", *_json(args)], {"TRAINYARD_HOME": args.home}

@@ -1,20 +1,28 @@
 """`trainyard plan`: size, cost and warnings of a run. Nothing is stored and no device is reserved."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.formatting import compact_number, count, duration, fixed, one_line, size
+from trainyard.client.cli.formatting import UNKNOWN, compact_number, count, duration, fixed, one_line, size, table
 from trainyard.client.cli.parser import PLAN
 from trainyard.client.cli.spec_flags import differences
 from trainyard.client.cli.submission import Submission
 from trainyard.client.errors import ApiError, InvalidSpec, NotFound
 from trainyard.client.exit_codes import Exit
 from trainyard.contract.parsing import parse_spec
+from trainyard.contract.units import counted
 
 NOT_ALLOWED = 405
+MAX_SETS = 5
+"""Held-out sets that are listed."""
+
+MAX_PATHS = 80
+"""Characters of the paths of a source."""
+
+NUMBERS = frozenset(range(1, 6))
 
 
 def plan(args: SimpleNamespace, console: Console) -> int:
@@ -57,8 +65,27 @@ def plan_warnings(trainyard: Client, spec: Mapping[str, Any]) -> list[str]:
 
 def changed_settings(spec: Mapping[str, Any]) -> list[str]:
     """Return the settings that differ from their defaults, one a line."""
-    changed = differences(parse_spec(spec).spec, spec)
-    return ["Changed from defaults:", *(f"  {place:<32}{value}" for place, value in changed)]
+    parsed = parse_spec(spec).spec
+    lists = {f"data.{leaf}": getattr(parsed.data, leaf) for leaf in ("sources", "eval_sources")}
+    lines = ["Changed from defaults:"]
+    for place, value in differences(parsed, spec):
+        if lists.get(place):
+            lines += [f"  {place}", *_source_settings([source.model_dump() for source in lists[place]])]
+        else:
+            lines.append(f"  {place:<32}{value}")
+    return lines
+
+
+def _source_settings(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of the sources in a spec, with the columns that one of them has a value for."""
+    columns = [name for name in sources[0] if any(source[name] is not None for source in sources)]
+    rows = [[_setting(source[name]) for name in columns] for source in sources]
+    return [f"    {line}" for line in table(columns, rows)]
+
+
+def _setting(value: object) -> str:
+    texts = value if isinstance(value, list) else [value]
+    return one_line(", ".join("" if text is None else str(text) for text in texts), MAX_PATHS)
 
 
 def plan_page(plan: Mapping[str, Any]) -> list[str]:
@@ -67,13 +94,35 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "model": _model(plan),
         "corpus": _corpus(plan),
         "document": _separators(plan),
+        "held-out": _held_out(plan.get("eval_sets") or []),
         "run": _run(plan),
         "memory": _memory(plan),
+        "options": _memory_options(plan),
         "disk": _disk(plan),
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
     }
-    return ["Plan:", *(f"  {name:<9}{text}" for name, text in facts.items() if text), *_warnings(plan)]
+    lines = ["Plan:", *(f"  {name:<9}{text}" for name, text in facts.items() if text)]
+    return [*lines, *_sources(plan.get("sources") or []), *_warnings(plan)]
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of what the run reads of each source, if it has several."""
+    if len(sources) < 2:
+        return []
+    rows = [
+        [
+            one_line(str(source.get("name")), MAX_PATHS),
+            count(source.get("files")),
+            count(source.get("documents")),
+            compact_number(source.get("tokens")),
+            UNKNOWN if source.get("share") is None else f"{100 * source['share']:.3g} %",
+            fixed(source.get("passes"), 2),
+        ]
+        for source in sources
+    ]
+    header = ("source", "files", "documents", "tokens", "share", "passes")
+    return [f"  {'' if number else 'sources':<9}{line}" for number, line in enumerate(table(header, rows, NUMBERS))]
 
 
 def _warnings(plan: Mapping[str, Any]) -> list[str]:
@@ -92,12 +141,26 @@ def _corpus(plan: Mapping[str, Any]) -> str:
         return ""
     about = "about " if plan.get("estimated") else ""
     bad = plan.get("bad_lines")
-    unreadable = f", {count(bad)} bad lines" if bad else ""
+    unreadable = f", {counted(bad, 'bad line')}" if bad else ""
     marks = plan.get("special_tokens")
     special = f", {count(marks)} special tokens in {count(plan.get('special_texts'))} texts" if marks else ""
     return (
         f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{special}{unreadable}"
     )
+
+
+def _held_out(sets: Sequence[Mapping[str, Any]]) -> str:
+    texts = [
+        f"{each['name']}: {count(each['files'])} {'file' if each['files'] == 1 else 'files'}{_tokens_of(each)}"
+        for each in sets[:MAX_SETS]
+    ]
+    return "; ".join([*texts, *([f"and {len(sets) - MAX_SETS:,} more"] if len(sets) > MAX_SETS else [])])
+
+
+def _tokens_of(held_out: Mapping[str, Any]) -> str:
+    if held_out.get("tokens") is None:
+        return ""
+    return f", {count(held_out.get('documents'))} documents, {compact_number(held_out['tokens'])} tokens"
 
 
 def _separators(plan: Mapping[str, Any]) -> str:
@@ -123,6 +186,19 @@ def _memory(plan: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
     return f"{size(sum(parts.values()))} per rank ({listed}){_fits(plan, sum(parts.values()))}"
+
+
+def _memory_options(plan: Mapping[str, Any]) -> str:
+    """Return the memory per rank with other settings; those that do not fit are marked."""
+    texts: dict[str, list[str]] = {}
+    for option in plan.get("memory_options") or []:
+        total = size(sum(value or 0 for value in option["memory_bytes"].values()))
+        checkpointing = "gradient_checkpointing " if option["gradient_checkpointing"] else ""
+        too_much = " (does not fit)" if option["fits"] is False else ""
+        texts.setdefault(option["parallelism"], []).append(f"{checkpointing}{total}{too_much}")
+    if (plan.get("world_size") or 1) == 1:
+        texts = {name: listed for name, listed in texts.items() if name == "ddp"}
+    return "; ".join(f"{name} {', with '.join(listed)}" for name, listed in texts.items())
 
 
 def _fits(plan: Mapping[str, Any], per_rank: int) -> str:

@@ -30,6 +30,7 @@ from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.exit_codes import Exit
 
 CELL = 60
+UNITS = ("loss", "bpb")
 Row = Sequence[str]
 
 
@@ -42,7 +43,7 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
     now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
-        filters |= {"order": args.order, "discarded": args.discarded}
+        filters |= {"owner": args.owner, "order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:
@@ -79,9 +80,12 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
     step = f"{count(progress.get('step'))} / {count(progress.get('steps'))}" if progress.get("step") is not None else ""
     loss = fixed(progress.get("loss")) if progress.get("loss") is not None else ""
     eta = duration(progress["eta_seconds"]) if progress.get("eta_seconds") and job["status"] == "running" else ""
+    if preparation := job.get("preparation"):
+        eta = duration(preparation["eta_seconds"]) if preparation.get("eta_seconds") is not None else ""
     name = one_line(job["name"], 30)
     group, score = job.get("group") or "", job.get("score")
-    scored = "" if score is None else f"{fixed(score['value'])}{' eval' if score['metric'] == 'eval_loss' else ''}"
+    units = {"eval_loss": " eval", "bpb": " bpb"}
+    scored = "" if score is None else f"{fixed(score['value'])}{units.get(score['metric'], '')}"
     status, created = status_word(job["status"]), ago(job.get("created_at"), now)
     return (job["id"], name, one_line(group, 20), status, step, loss, scored, eta, created)
 
@@ -89,11 +93,13 @@ def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
 def show(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = find_job(trainyard, args.job, console)
-        scores = [] if args.json else _newest_scores(trainyard, job["id"])
-    if args.json:
-        console.json(job)
-    else:
-        console.lines(job_page(job, datetime.now(UTC), scores))
+        if args.json:
+            console.json(job)
+            return Exit.SUCCEEDED
+        evaluated = (job.get("progress") or {}).get("eval_loss") is not None
+        held_out = trainyard.held_out(job["id"]) if evaluated else {}
+        scores = _newest_scores(trainyard, job["id"])
+        console.lines(job_page(job, datetime.now(UTC), held_out, scores))
     return Exit.SUCCEEDED
 
 
@@ -107,35 +113,41 @@ def _newest_scores(trainyard: Client, job_id: str) -> list[Any]:
 def metrics(args: SimpleNamespace, console: Console) -> int:
     """Print the points while they are fetched, so that a long curve takes no memory."""
     with connect(args) as trainyard:
-        job_id = find_job(trainyard, args.job, console)["id"]
-        points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
+        job = find_job(trainyard, args.job, console)
+        points = trainyard.metrics(job["id"], after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
             console.json_list(list(points))
         elif args.csv:
-            _print_csv(points, console)
+            sets = [each["name"] for each in (job.get("plan") or {}).get("eval_sets") or ()]
+            _print_csv(points, sets, console)
         else:
             _print_points(points, console)
     return Exit.SUCCEEDED
 
 
-def _print_csv(points: Iterable[Any], console: Console) -> None:
+def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> None:
+    """Print one line per point. ``sets``: the held-out sets, each of which has two columns."""
+    cells = [f"eval.{name}.{unit}" for name in sets for unit in UNITS]
     source = iter(points)
     first = next(source, None)
     if first is None:
         return
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, fieldnames=list(first), extrasaction="ignore", lineterminator="\n")
+    names = [column for name in first for column in ([name] if name != "eval" else cells)]
+    writer = csv.DictWriter(buffer, fieldnames=names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for point in chain([first], source):
-        writer.writerow(point)
+        results = point.get("eval") or {}
+        found = {f"eval.{name}.{unit}": result.get(unit) for name, result in results.items() for unit in UNITS}
+        writer.writerow({**point, **found})
         console.data(buffer.getvalue().rstrip("\n"))
         buffer.seek(0)
         buffer.truncate()
 
 
 def _print_points(points: Iterable[Any], console: Console) -> None:
-    form = "{:>10}  {:>9}  {:>10}  {:>9}  {:>11}  {:>9}"
-    console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "EVAL LOSS"))
+    form = "{:>10}  {:>10}  {:>10}  {:>9}  {:>11}  {:>7}  {:>9}  {:>8}"
+    console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "BPB", "EVAL LOSS", "EVAL BPB"))
     for point in points:
         cells = (
             count(point["step"]),
@@ -143,7 +155,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
             scientific(point.get("learning_rate")),
             fixed(point.get("grad_norm")),
             count(point.get("tokens_per_second")),
-            "" if point.get("eval_loss") is None else fixed(point["eval_loss"], 4),
+            *("" if point.get(name) is None else fixed(point[name], 4) for name in ("bpb", "eval_loss", "eval_bpb")),
         )
         console.data(form.format(*cells).rstrip())
 
@@ -184,15 +196,30 @@ def samples(args: SimpleNamespace, console: Console) -> int:
 
 def devices(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        items = trainyard.devices()
-    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LEASED TO"), _device_row)
+        items = [trainyard.clear_device(args.clear)] if args.clear else trainyard.devices()
+    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LINK", "LEASED TO"), _device_row)
 
 
 def _device_row(device: Any) -> Row:
     name = one_line(str(device.get("model") or device.get("kind")), CELL)
+    return (str(device["id"]), name, size(device.get("memory_bytes")), _link(device), _lease(device))
+
+
+def _link(device: Any) -> str:
+    """How the GPU reaches others: ``nvlink to cuda:1, NUMA node 0``."""
+    peers = device.get("nvlink_peers") or []
+    link = f"nvlink to {', '.join(map(str, peers))}" if peers else str(device.get("link") or UNKNOWN)
+    node = device.get("numa_node")
+    return link if node is None else f"{link}, NUMA node {node}"
+
+
+def _lease(device: Any) -> str:
     foreign = ", ".join(map(str, device.get("processes") or []))
-    lease = str(device.get("job_id") or ("free" if not foreign else f"no job, but used by process {foreign}"))
-    return (str(device["id"]), name, size(device.get("memory_bytes")), lease)
+    xids = ", ".join(str(error.get("xid")) for error in device.get("xid_errors") or [])
+    # A job that had the GPU before the error keeps it.
+    fault = f"XID {xids}: not leased until `trainyard devices --clear {device['id']}`" if xids else ""
+    holder = device.get("job_id") or (f"no job, but used by process {foreign}" if foreign else "")
+    return "; ".join(part for part in (str(holder), fault) if part) or "free"
 
 
 def version(args: SimpleNamespace, console: Console) -> int:

@@ -38,7 +38,7 @@ class Curve:
     def __init__(self) -> None:
         self.points: deque[tuple[int, float]] = deque(maxlen=MAX_POINTS)
         self.last: Mapping[str, Any] | None = None
-        self.last_eval: tuple[int, float] | None = None
+        self.last_eval: Mapping[str, Any] | None = None
         self._ema = Ema()
 
     @property
@@ -61,7 +61,7 @@ class Curve:
         for metric in metrics:
             self.last = metric
             if metric.get("eval_loss") is not None:
-                self.last_eval = (metric["step"], metric["eval_loss"])
+                self.last_eval = metric
             if metric.get("loss") is not None:
                 self.points.append((metric["step"], metric["loss"]))
                 self._ema.add(metric["step"], metric["loss"])

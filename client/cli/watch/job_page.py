@@ -7,12 +7,23 @@ from typing import Any
 from trainyard.client.cli.formatting import ago, compact_number, count, duration, fixed, scientific, size, status_word
 from trainyard.client.cli.hints import error_card, next_actions
 
+MAX_SETS = 20
+"""Held-out sets whose results are listed."""
+
 MAX_LISTED = 5
 """Files or sources of a corpus that are listed."""
 
 
-def job_page(job: Mapping[str, Any], now: datetime, scores: Sequence[Any] = ()) -> list[str]:
-    """Return the lines of the page. ``scores``: the newest one on each task."""
+def job_page(
+    job: Mapping[str, Any],
+    now: datetime,
+    held_out: Mapping[str, Mapping[str, Any]] | None = None,
+    scores: Sequence[Any] = (),
+) -> list[str]:
+    """Return the lines of the page.
+
+    ``held_out``: the newest results of each held-out set; ``scores``: the newest one on each task.
+    """
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
     summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
@@ -20,7 +31,8 @@ def job_page(job: Mapping[str, Any], now: datetime, scores: Sequence[Any] = ()) 
     lines += [text for text in (summary, "" if is_repeated else message) if text]
     commands = [f"  {line}" for line in next_actions(job)]
     suggestions = ["next:", *commands] if commands else []
-    for block in (_facts(job, now), _scores(scores), _alerts(job), error_card(job), suggestions, _actions(job)):
+    sets, tasks = _held_out_sets(held_out or {}), _scores(scores)
+    for block in (_facts(job, now), sets, tasks, _alerts(job), error_card(job), suggestions, _actions(job)):
         lines += ["", *block] if block else []
     return lines
 
@@ -29,6 +41,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
     facts = [
         ("progress", _progress(job.get("progress") or {})),
         ("numbers", _numbers(job.get("progress") or {})),
+        ("held-out", _evaluation(job.get("progress") or {})),
         ("checkpoint", _checkpoint(job.get("checkpoint"), now)),
         ("weights", _text(job.get("weights_path"))),
         ("queue", _queue(job.get("queue"))),
@@ -83,10 +96,34 @@ def _numbers(progress: Mapping[str, Any]) -> str:
     if progress.get("loss") is None:
         return ""
     return (
-        f"loss {fixed(progress['loss'])}, lr {scientific(progress.get('learning_rate'))}, "
+        f"loss {fixed(progress['loss'])}{_bits(progress.get('bpb'))}, lr {scientific(progress.get('learning_rate'))}, "
         f"grad norm {fixed(progress.get('grad_norm'), 2)}, {count(progress.get('tokens_per_second'))} tok/s, "
         f"{compact_number(progress.get('tokens'))} tokens"
     )
+
+
+def _bits(bpb: float | None) -> str:
+    return "" if bpb is None else f" ({fixed(bpb)} bits per byte)"
+
+
+def _evaluation(progress: Mapping[str, Any]) -> str:
+    if progress.get("eval_loss") is None:
+        return ""
+    return (
+        f"loss {fixed(progress['eval_loss'])}{_bits(progress.get('eval_bpb'))} at step {count(progress['eval_step'])}"
+    )
+
+
+def _held_out_sets(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if len(results) < 2:
+        return []  # the evaluation of all sets together says the same
+    names = list(results)[:MAX_SETS]
+    width = max(map(len, names))
+    lines = [
+        f"  {name:<{width}}  loss {fixed(results[name].get('loss'))}{_bits(results[name].get('bpb'))}" for name in names
+    ]
+    more = len(results) - len(names)
+    return ["held-out sets:", *lines, *([f"  and {more:,} more: trainyard metrics JOB --csv"] if more else [])]
 
 
 def _checkpoint(checkpoint: Mapping[str, Any] | None, now: datetime) -> str:

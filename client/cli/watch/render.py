@@ -103,8 +103,9 @@ def _loss(state: WatchState) -> Line:
     spans: list[Span] = [(f"  loss      {fixed(curve.ema)} ema   {fixed(state.newest('loss'))} last   ", "")]
     spans.append((sparkline(curve.losses, SPARK), "magenta"))
     if curve.last_eval:
-        step, loss = curve.last_eval
-        spans.append((f"   eval {fixed(loss)} at {count(step)}", ""))
+        loss, bpb, step = (curve.last_eval.get(name) for name in ("eval_loss", "eval_bpb", "step"))
+        bits = "" if bpb is None else f", {fixed(bpb)} bits/byte"
+        spans.append((f"   eval {fixed(loss)}{bits} at {count(step)}", ""))
     return spans
 
 

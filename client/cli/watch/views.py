@@ -90,6 +90,7 @@ def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]
     ``texts``: those of `long_texts` that are to be in the line.
     """
     job, progress, saved = state.job, state.progress, state.job.get("checkpoint") or {}
+    evaluation = state.curve.last_eval or {}
     pairs = {
         "at": utc(now),
         "job": job.get("id"),
@@ -101,6 +102,9 @@ def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]
         "percent": _short(progress.get("percent"), 1),
         "loss": _short(state.newest("loss"), 4),
         "ema": _short(state.curve.ema, 4),
+        "bpb": _short(state.newest("bpb"), 4),
+        "eval_loss": _short(evaluation.get("eval_loss"), 4),
+        "eval_bpb": _short(evaluation.get("eval_bpb"), 4),
         "lr": None if state.newest("learning_rate") is None else f"{state.newest('learning_rate'):.6g}",
         "grad_norm": _short(state.newest("grad_norm"), 4),
         "tokens_per_second": _short(state.newest("tokens_per_second"), 0),

@@ -10,6 +10,7 @@ from sqlalchemy import select
 
 from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
+from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import PrincipalDep
@@ -72,7 +73,7 @@ def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:
     return RunDir(state.settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
 
 
-@router.delete("", status_code=204, dependencies=[SUBMIT])
+@router.delete("", status_code=204, dependencies=[SUBMIT, OWN_JOB])
 def delete_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
     """Delete a full checkpoint and its files. The last valid one, and one that a live run may need, is not deleted."""
     with state.database.write() as session:

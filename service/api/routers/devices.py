@@ -1,19 +1,30 @@
-"""The route that lists the devices."""
+"""The routes of devices: the list, and the errors of a GPU that was repaired."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from sqlalchemy import select
 
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
-from trainyard.service.auth.permissions import READ
+from trainyard.service.auth.permissions import ADMIN, READ
+from trainyard.service.clock import utc_now
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
+from trainyard.service.devices import xids
+from trainyard.service.devices.inventory import Device
+from trainyard.service.devices.xids import XidError
+from trainyard.service.errors import DeviceNotFound
 from trainyard.service.jobs.listing import page_of_all
-from trainyard.service.schemas import DeviceResponse, Page
+from trainyard.service.schemas import DeviceResponse, Page, XidErrorResponse
 
 router = APIRouter(tags=["devices"], route_class=ServiceRoute)
+
+log = logging.getLogger("trainyard")
+
+DeviceId = Annotated[str, Path(description="Id of a device, such as `cuda:3`; or the UUID of a GPU.")]
 
 
 @router.get("/devices", dependencies=[READ])
@@ -25,24 +36,47 @@ def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalTe
     host_devices = state.inventory.devices()
     with state.database.read() as session:
         leases = {lease.device: lease for lease in session.scalars(select(DeviceLeaseRow))}
+        errors = xids.uncleared(session, utc_now())
         live = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
         on_clusters = session.scalars(select(AttemptRow).where(*live).order_by(AttemptRow.created_at)).all()
-    responses = [
-        DeviceResponse(
-            id=device.id,
-            kind=device.kind,
-            model=device.model,
-            memory_bytes=device.memory_bytes,
-            memory_used_bytes=device.memory_used_bytes,
-            temperature_celsius=device.temperature_celsius,
-            job_id=leases[device.id].job_id if device.id in leases else None,
-            attempt_id=leases[device.id].attempt_id if device.id in leases else None,
-            processes=list(device.strangers),
-        )
-        for device in host_devices
-    ]
+    responses = [_response(device, leases.get(device.id), errors) for device in host_devices]
     data, has_more = page_of_all([*responses, *_cluster_devices(on_clusters)], limit, after)
     return Page(data=list(data), has_more=has_more)
+
+
+@router.post("/devices/{device_id}/clear", dependencies=[ADMIN])
+def clear_device(state: StateDep, device_id: DeviceId) -> DeviceResponse:
+    """Clear the XID errors of a GPU that was checked or repaired. It may be leased again at once."""
+    device = next((device for device in state.inventory.devices() if device_id in (device.id, device.uuid)), None)
+    if device is None:
+        raise DeviceNotFound()
+    with state.database.write() as session:
+        count = xids.clear(session, device.uuid, utc_now()) if device.uuid is not None else 0
+        lease = session.scalar(select(DeviceLeaseRow).where(DeviceLeaseRow.device == device.id))
+        response = _response(device, lease, {})
+    log.info("the errors of a device were cleared", extra={"device": device.id, "errors": count})
+    state.scheduler.wake()
+    return response
+
+
+def _response(device: Device, lease: DeviceLeaseRow | None, errors: Mapping[str, Sequence[XidError]]) -> DeviceResponse:
+    return DeviceResponse(
+        id=device.id,
+        kind=device.kind,
+        model=device.model,
+        memory_bytes=device.memory_bytes,
+        memory_used_bytes=device.memory_used_bytes,
+        temperature_celsius=device.temperature_celsius,
+        uuid=device.uuid,
+        pci_bus_id=device.pci_bus_id,
+        numa_node=device.numa_node,
+        link=device.link,
+        nvlink_peers=list(device.nvlink_peers),
+        xid_errors=[XidErrorResponse(xid=error.xid, at=error.at) for error in errors.get(device.uuid or "", ())],
+        job_id=lease.job_id if lease is not None else None,
+        attempt_id=lease.attempt_id if lease is not None else None,
+        processes=list(device.strangers),
+    )
 
 
 def _cluster_devices(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:

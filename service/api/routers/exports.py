@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Header, Response
 
 from trainyard.service.api.dependencies import AppState, StateDep
+from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.checkpoints import BYTES, Name, Step, artifact_dir, find_directory
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText, find_job
@@ -32,7 +33,7 @@ class ExportBody(OptionalBody):
     format: Format = "hf"
 
 
-@router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
+@router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT, OWN_JOB], response_model=Export)
 def export_checkpoint(
     state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:

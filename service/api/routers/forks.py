@@ -6,6 +6,7 @@ from fastapi import APIRouter, Header, Response
 
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers.corpora import ensure_corpus
 from trainyard.service.api.routers.jobs import CreatedJob, created_response, find_replay, replay_cutoff
 from trainyard.service.api.routers.planning import make_preview
 from trainyard.service.auth.permissions import SUBMIT
@@ -87,6 +88,7 @@ def _create(
     candidate = ResumeCandidate(parent.step, parent.checkpoint, restarts_data=request.data == "restart")
     resume_compat.check_compatible([candidate], parent.origin.spec, settings)
     spec = forked_spec(request, parent.origin, host)
+    corpus_id = ensure_corpus(state, spec, caller)
     fork_id = new_id("job")
     # The files come first and the record last. If the service dies in between, the next start deletes the files.
     with deletion.mark_for_deletion(settings, fork_id, spec.checkpoint.save_dir) as pending_deletion:
@@ -94,6 +96,7 @@ def _create(
             service.prepare_run_dir(settings, fork_id, spec, request, parent)
             with state.database.write() as session:
                 job = service.insert(session, fork_id, spec, request, parent, host, caller, utc_now())
+                job.corpus_id = corpus_id
                 if key is not None:
                     repository.delete_old_keys(session, replay_cutoff(state))
                 if key is not None and not repository.save_key(session, key, caller, digest, job, utc_now()):

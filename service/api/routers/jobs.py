@@ -13,7 +13,9 @@ from trainyard.contract.parsing import Problem
 from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
+from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
+from trainyard.service.api.routers.corpora import ensure_corpus
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import NO_FIELDS, JsonBody
@@ -126,9 +128,11 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
     if ignored is not None:
         alerts.append(repository.new_alert("epochs_ignored", ignored, now))
     facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec, state.settings.readable_roots)}
+    corpus_id = ensure_corpus(state, spec, caller)
     try:
         with state.database.write() as session:
             job = repository.create(session, spec, facts, alerts, caller, now)
+            job.corpus_id = corpus_id
             if ignored is not None:
                 draft = EventDraft("warning", ignored, caller.name, data={"code": "epochs_ignored"})
                 repository.record_event(session, job, draft, now)
@@ -177,6 +181,7 @@ def list_jobs(
     fields: Literal["all", "summary"] = "all",
     group: OptionalText = None,
     discarded: bool = False,
+    owner: OptionalText = None,
 ) -> Page[Job] | Page[JobSummary]:
     """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
@@ -197,6 +202,7 @@ def list_jobs(
         group=group,
         discarded=discarded,
         by_score=order in ("score", "-score"),
+        owner=owner,
     )
     with state.database.connection() as connection:
         jobs, has_more = listing.jobs(connection, filter_)
@@ -212,7 +218,7 @@ def get_job(state: StateDep, job_id: str) -> Job:
     return load_response(state, job_id)
 
 
-@router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
+@router.patch("/jobs/{job_id}", dependencies=[SUBMIT, OWN_JOB])
 def update_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
@@ -233,19 +239,19 @@ def update_job(
     return _to_response(state, rows)
 
 
-@router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+@router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, OWN_JOB, NO_FIELDS])
 def pause_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job can be resumed."""
     return _stop(state, caller, job_id, "pause")
 
 
-@router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+@router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, OWN_JOB, NO_FIELDS])
 def cancel_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job becomes cancelled."""
     return _stop(state, caller, job_id, "cancel")
 
 
-@router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+@router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, OWN_JOB, NO_FIELDS])
 def kill_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Stop now, without saving."""
     return _stop(state, caller, job_id, "kill")
@@ -259,7 +265,7 @@ def _stop(state: AppState, caller: Principal, job_id: str, action: Action) -> Jo
     return _to_response(state, rows)
 
 
-@router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+@router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, OWN_JOB, NO_FIELDS])
 def save_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save a checkpoint at the next step, and continue."""
     with state.database.write() as session:
@@ -269,7 +275,7 @@ def save_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     return _to_response(state, rows)
 
 
-@router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
+@router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT, OWN_JOB])
 def resume_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
 ) -> ResumedJob:
@@ -293,11 +299,12 @@ def resume_job(
         with state.database.read() as session:
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
-        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits(caller))
+        spec = actions.resumed_spec(job, changes, state.host_limits(caller))
         at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
         spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
+        corpus_id = ensure_corpus(state, spec, caller)
         with state.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates)
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates, corpus_id)
         state.scheduler.wake()
     resumed = load_response(state, job_id)
     names = ("learning_rate_before", "learning_rate_after")
@@ -317,7 +324,7 @@ def find_job(state: AppState, job_id: str) -> JobRow:
         return repository.find(session, job_id)
 
 
-@router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT])
+@router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT, OWN_JOB])
 def delete_job(state: StateDep, job_id: str) -> None:
     """Delete the record and the files of a job that has ended."""
     job = find_job(state, job_id)

@@ -3,16 +3,17 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from operator import itemgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from trainyard.contract.events import HeldOutResult
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
@@ -29,7 +30,7 @@ from trainyard.service.schemas import MetricPage
 MAX_STEP = 2**53 - 1
 DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10_000
-NONFINITE = "nonfinite"
+NONFINITE, EVAL = "nonfinite", "eval"
 _TEXT = {"schema": {"type": "string"}}
 ROWS: dict[str, Any] = {"content": {"text/csv": _TEXT, "application/x-ndjson": _TEXT}}
 
@@ -67,7 +68,8 @@ def list_metrics(
         job = jobs.find(session, job_id)
         extra: dict[str, Any] = {"lineage": show_lineage(session, job)} if lineage else {}
         result = _points(session, job, query) if max_points is None else _buckets(session, job, query, max_points)
-    return _response(request, replace(result, envelope={**result.envelope, **extra}))
+        sets = [str(each["name"]) for each in job.facts.get("eval_sets") or ()]
+    return _response(request, replace(result, envelope={**result.envelope, **extra}), sets)
 
 
 @dataclass(frozen=True)
@@ -131,14 +133,14 @@ def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollu
 
 
 def _add_fields(session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]]) -> None:
-    if query.lineage:
-        for job_id, own in groupby(rows, itemgetter("job_id")):
-            store.add_last(session, job_id, list(own), query.columns)
-        return
-    store.add_last(session, job.id, rows, query.columns)
-    if "eval_loss" in query.fields:
-        eval_interval = int(job.spec["reporting"]["eval_interval"] or job.spec["checkpoint"]["save_interval"])
-        store.add_evaluations(session, job.id, query.attempt, rows, eval_interval)
+    evaluated = [name for name in store.EVALUATION_FIELDS if name in query.fields]
+    for job_id, group in groupby(rows, lambda row: row.get("job_id", job.id)):
+        own = list(group)
+        store.add_last(session, job_id, own, query.columns)
+        spec = job.spec if job_id == job.id else session.scalar(select(JobRow.spec).where(JobRow.id == job_id))
+        if evaluated and spec is not None:
+            interval = int(spec["reporting"]["eval_interval"] or spec["checkpoint"]["save_interval"])
+            store.add_evaluations(session, job_id, query.attempt, own, evaluated, interval)
 
 
 def _parse_fields(text: str | None) -> Sequence[str]:
@@ -151,11 +153,12 @@ def _parse_fields(text: str | None) -> Sequence[str]:
     return list(dict.fromkeys([*store.ALWAYS, *names]))
 
 
-def _response(request: Request, result: MetricsResult) -> Response:
+def _response(request: Request, result: MetricsResult, sets: Sequence[str]) -> Response:
+    """Return the response. ``sets``: the names of the job's held-out sets."""
     rows = [store.with_time_as_text(_project(row, result.names)) for row in result.rows]
     accept = request.headers.get("accept", "")
     if "text/csv" in accept:
-        return Response(_csv(rows, result.names), media_type="text/csv", headers=_next_link(request, result))
+        return Response(_csv(rows, result.names, sets), media_type="text/csv", headers=_next_link(request, result))
     if "application/x-ndjson" in accept:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         return Response(lines, media_type="application/x-ndjson", headers=_next_link(request, result))
@@ -177,10 +180,23 @@ def _next_link(request: Request, result: MetricsResult) -> dict[str, str]:
     return {"Link": f'<{following.path}?{following.query}>; rel="next"'}
 
 
-def _csv(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
+def _csv(rows: list[dict[str, Any]], names: Sequence[str], sets: Sequence[str]) -> str:
     text = io.StringIO()
     extra = [NONFINITE] if NONFINITE not in names and any(NONFINITE in row for row in rows) else []
-    writer = csv.DictWriter(text, fieldnames=[*names, *extra])
+    if EVAL in names:
+        # Two columns for each held-out set. An ancestor may have other sets than the job.
+        known = dict.fromkeys([*sets, *(name for row in rows for name in row[EVAL] or ())])
+        names = [column for name in names for column in ([name] if name != EVAL else _eval_columns(known))]
+        rows = [row | _eval_cells(row[EVAL] or {}) for row in rows]
+    writer = csv.DictWriter(text, fieldnames=[*names, *extra], extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def _eval_columns(sets: Iterable[str]) -> list[str]:
+    return [f"eval.{name}.{unit}" for name in sets for unit in HeldOutResult.model_fields]
+
+
+def _eval_cells(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {f"eval.{name}.{unit}": value for name, result in results.items() for unit, value in result.items()}

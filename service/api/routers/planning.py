@@ -14,7 +14,9 @@ from trainyard.service.api.routers.jobs import SPEC_BODY
 from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.bodies import JsonBody
+from trainyard.service.clock import utc_now
 from trainyard.service.db.models import DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
@@ -48,14 +50,18 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
         position = _queue_position(session, spec, kind, devices)
     speed: Throughput | MatrixEstimate | None = throughput
     # Only on a free device: a measurement must not slow a run down.
-    if speed is None and sample.size is not None and state.matrix_speed is not None and position.free:
-        speed = state.matrix_speed.estimate(spec, kind, sample.size.attention_length)
-    return preview(spec, kind, sample, devices, speed, position, state.settings)
+    measures = state.matrix_speed if position.free else None
+    if speed is None and sample.size is not None and measures is not None:
+        speed = measures.estimate(spec, kind, sample.size.attention_length)
+    products = measures.bfloat16_on_cpu(spec, kind) if measures is not None else None
+    return preview(spec, kind, sample, devices, speed, position, state.settings, products)
 
 
 def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:
     is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
-    free = [d for d in devices if kind in (d.kind, d.id) and d.id not in leased and not d.processes]
+    marked = xids.marked(devices, xids.uncleared(session, utc_now()))
+    usable = [d for d in marked if not d.processes and not d.xid_errors]
+    free = [d for d in usable if kind in (d.kind, d.id) and d.id not in leased]
     return QueuePosition(ahead, len(free))

@@ -21,6 +21,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices import xids
 from trainyard.service.maintenance.disk_monitor import DiskState
 
 TEXT = "text/plain; version=0.0.4"
@@ -68,10 +69,13 @@ def _database_metrics(state: AppState) -> list[Metric]:
     with state.database.read() as session:
         metrics = [*_jobs(session, now), *_attempts(session, now), _running(session)]
         leased = session.scalar(select(func.count()).select_from(DeviceLeaseRow)) or 0
+        devices = xids.marked(state.inventory.devices(), xids.uncleared(session, now))
+    errors = {device.id: float(len(device.xid_errors)) for device in devices if device.kind == "cuda"}
     return [
         *metrics,
-        Gauge("trainyard_devices", "Devices of this host.", len(state.inventory.devices())),
+        Gauge("trainyard_devices", "Devices of this host.", len(devices)),
         Gauge("trainyard_devices_leased", "Devices leased to attempts.", leased),
+        _labelled("device", "trainyard_device_xid_errors", "XID errors that keep a GPU from being leased.", errors),
         Gauge("trainyard_streams", "Open streams of this service.", state.broadcaster.readers),
     ]
 

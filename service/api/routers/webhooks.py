@@ -8,7 +8,7 @@ from fastapi import APIRouter, Body, Path, Query, Response
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.jobs import Limit, OptionalText
-from trainyard.service.auth.permissions import SUBMIT
+from trainyard.service.auth.permissions import OPERATE
 from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import DeliveryRow
@@ -22,7 +22,7 @@ LOCATION: dict[str, Any] = {"headers": {"Location": {"description": "Address of 
 Number = Annotated[int, Path(ge=0, le=MAX_NUMBER)]
 After = Annotated[int | None, Query(ge=0, le=MAX_NUMBER)]
 
-router = APIRouter(prefix="/webhooks", tags=["webhooks"], dependencies=[SUBMIT], route_class=ServiceRoute)
+router = APIRouter(prefix="/webhooks", tags=["webhooks"], dependencies=[OPERATE], route_class=ServiceRoute)
 
 
 @router.post("", status_code=201, response_model=WebhookWithSecret, responses={201: LOCATION})

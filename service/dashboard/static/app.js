@@ -2,6 +2,7 @@
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
 import { comparePage } from "./pages/compare.js";
+import { corpusPage, dataPage } from "./pages/data.js";
 import { docsPage } from "./pages/docs.js";
 import { jobPage } from "./pages/job.js";
 import { jobsPage } from "./pages/jobs.js";
@@ -11,7 +12,7 @@ import { showConnectionState } from "./polling.js";
 import { addRoute, openPage, startRouter } from "./router.js";
 import { setUpTheme } from "./theme.js";
 
-const NAV = [["/", "Jobs"], ["/compare", "Compare"], ["/system", "System"], ["/submit", "Submit"]];
+const NAV = [["/", "Jobs"], ["/compare", "Compare"], ["/data", "Data"], ["/system", "System"], ["/submit", "Submit"]];
 
 function showLogin() {
   const main = document.getElementById("main");
@@ -39,6 +40,8 @@ addRoute("/", jobsPage);
 addRoute("/jobs", jobsPage);
 addRoute("/jobs/:id", jobPage);
 addRoute("/compare", comparePage);
+addRoute("/data", dataPage);
+addRoute("/data/:id", corpusPage);
 addRoute("/system", systemPage);
 addRoute("/submit", submitPage);
 addRoute("/docs", docsPage);

@@ -89,6 +89,9 @@ export function lineWithGaps(xs, ys, breaks) {
   return points;
 }
 
+/** The names of the held-out sets in the rows. */
+export const heldOutSets = (rows) => [...new Set(rows.flatMap((row) => Object.keys(row.eval ?? {})))];
+
 const isPresent = (value) => value !== null && value !== undefined;
 
 /** Counts values that a log axis cannot show: zeros, negatives, and missing ones if the series has any value. */

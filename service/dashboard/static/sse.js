@@ -31,22 +31,39 @@ async function readWithRetries(life, path, take) {
 async function readEvents(life, path, take) {
   const more = life.last ? { "Last-Event-ID": life.last } : {};
   const response = await request(path, { signal: life.abort.signal, headers: { Accept: "text/event-stream", ...more } });
+  for await (const event of eventsOf(response, () => life.abort.abort())) {
+    if (life.closed) return false;
+    life.tries = 0;
+    if (event.id) life.last = event.id;
+    if (event.kind === "comment") continue;
+    take(event.kind, event.data);
+    if (event.kind === "end") return true;
+  }
+  return false;
+}
+
+/** Sends `body` and calls `take(kind, data)` with each event of the response. Throws if the connection breaks before the "end". */
+export async function streamOnce(path, body, take, signal) {
+  const headers = { Accept: "text/event-stream", "Content-Type": "application/json" };
+  const response = await request(path, { method: "POST", body: JSON.stringify(body), headers, signal });
+  for await (const event of eventsOf(response, () => response.body.cancel())) {
+    if (event.kind !== "comment") take(event.kind, event.data);
+    if (event.kind === "end") return;
+  }
+  throw new ServiceUnreachable("The connection ended too early");
+}
+
+/** Yields the events of a response, also comments. Calls `onSilence` if nothing comes for too long. */
+async function* eventsOf(response, onSilence) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const timeout = setTimeout(() => life.abort.abort(), SILENCE_TIMEOUT_MS);
+    const timeout = setTimeout(onSilence, SILENCE_TIMEOUT_MS);
     const { done, value } = await reader.read().finally(() => clearTimeout(timeout));
-    if (done || life.closed) return false;
-    life.tries = 0;
+    if (done) return;
     const blocks = (rest + value).split("\n\n");
     rest = blocks.pop();
-    for (const block of blocks) {
-      const event = parseEvent(block);
-      if (event === null) continue;
-      if (event.id) life.last = event.id;
-      take(event.kind, event.data);
-      if (event.kind === "end") return true;
-    }
+    for (const block of blocks) yield parseEvent(block) ?? { id: null, kind: "comment" };
   }
 }
 

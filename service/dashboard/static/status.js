@@ -2,9 +2,10 @@
 import { h, setAttr, setText } from "./dom.js";
 
 const GLYPHS = {
-  queued: "…", starting: "▷", running: "▶", pausing: "◫", paused: "❚❚", cancelling: "◫", cancelled: "■",
+  queued: "…", preparing: "▤", starting: "▷", running: "▶", pausing: "◫", paused: "❚❚", cancelling: "◫", cancelled: "■",
   interrupted: "↯", succeeded: "✓", failed: "✗",
 };
+const CORPUS_GLYPHS = { ready: "✓", stopped: "■" };
 export const STATUSES = Object.keys(GLYPHS);
 export const FINAL_STATUSES = new Set(["succeeded", "failed", "cancelled"]);
 
@@ -14,6 +15,6 @@ export function statusBadge() {
 
 export function showStatus(node, status) {
   setAttr(node, "class", `status ${status}`);
-  setText(node.firstChild, GLYPHS[status] ?? "?");
+  setText(node.firstChild, GLYPHS[status] ?? CORPUS_GLYPHS[status] ?? "?");
   setText(node.lastChild, status);
 }

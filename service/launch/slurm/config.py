@@ -29,6 +29,7 @@ RESERVED = frozenset(
 # Variables with the defaults for fields that a spec omits.
 SPEC_VARIABLES = {
     "partition": "TRAINYARD_SLURM_PARTITION",
+    "prepare_partition": "TRAINYARD_SLURM_PREPARE_PARTITION",
     "account": "TRAINYARD_SLURM_ACCOUNT",
     "qos": "TRAINYARD_SLURM_QOS",
     "gpu_type": "TRAINYARD_SLURM_GPU_TYPE",

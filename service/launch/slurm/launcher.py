@@ -35,7 +35,7 @@ from trainyard.service.launch.slurm import cli
 from trainyard.service.launch.slurm.cli import QueueCache
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.launch.slurm.queue import CONFIGURING, SlurmJob
-from trainyard.service.launch.slurm.script import SbatchScript, job_name, merge_options, render
+from trainyard.service.launch.slurm.script import SbatchScript, job_name, merge_options, preparation_options, render
 
 SLURM = "slurm"
 PREFIX = job_name("")
@@ -203,11 +203,12 @@ class SlurmLauncher:
 
     def _batch(self, launch: Launch, attempt: AttemptDir) -> SbatchScript:
         resources = launch.spec.resources
+        options = merge_options(resources.slurm, self._setup.defaults)
         return SbatchScript(
             name=launch.name,
             attempt=attempt,
             resources=resources,
-            options=merge_options(resources.slurm, self._setup.defaults),
+            options=options if launch.task is None else preparation_options(options),
             gpus=device_on_nodes(launch.spec, self._setup) == "cuda",
             warning=self._setup.warning,
             agent=self._agent,

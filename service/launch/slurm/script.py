@@ -73,6 +73,28 @@ def merge_options(spec: SlurmSpec, service: SlurmSpec) -> SlurmSpec:
     return service.model_copy(update={**given, "extra": [*service.extra, *spec.extra]})
 
 
+GPU_OPTIONS = ("cpus-per-gpu", "exclusive", "gpu", "mem-per-gpu", "ntasks-per-gpu", "tres-per")
+"""Beginnings of options that a job without GPUs must not have."""
+
+
+def preparation_options(options: SlurmSpec) -> SlurmSpec:
+    """Return the options of the job that prepares the corpus of a run with ``options``: without GPUs.
+
+    In another partition than the run's, its constraint and named nodes mean nothing.
+    """
+    elsewhere = options.prepare_partition is not None
+    left_out = (*GPU_OPTIONS, *(("nodelist", "exclude", "reservation", "switches") if elsewhere else ()))
+    extra = [line for line in options.extra if not line.removeprefix("--").startswith(left_out)]
+    return options.model_copy(
+        update={
+            "partition": options.prepare_partition or options.partition,
+            "constraint": None if elsewhere else options.constraint,
+            "gpu_type": None,
+            "extra": extra,
+        }
+    )
+
+
 def _options(batch: SbatchScript) -> Iterator[str]:
     resources, slurm = batch.resources, batch.options
     yield f"--job-name={job_name(batch.name.job_id)}"

@@ -3,13 +3,16 @@ import { h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
 import { NONE, bytes, compactNumber, count, duration, fewDigits, loss } from "../format.js";
 
 export class PlanView {
-  constructor(none) {
+  /** `apply(changes)` is called to use settings with which the run fits. */
+  constructor(none, apply) {
+    this.apply = apply;
+    this.fit = h("p", { hidden: true });
     this.none = h("p", { class: "muted" }, none);
     this.warnings = h("ul", { class: "alerts", "aria-label": "Warnings" });
     this.facts = h("dl", { class: "facts", hidden: true });
     this.curve = new RateCurve();
     this.heading = h("h2", {}, "Plan");
-    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": "Plan" }, this.heading, this.none, this.warnings, this.facts, this.curve.node);
+    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": "Plan" }, this.heading, this.none, this.warnings, this.fit, this.facts, this.curve.node);
   }
 
   /** Shows a plan, or none if null. */
@@ -19,11 +22,20 @@ export class PlanView {
     this.stale(false);
     this.curve.show(plan?.learning_rate ?? []);
     updateList(this.warnings, plan?.warnings ?? [], (warning) => warning, () => h("li"), (part, warning) => setText(part, warning));
+    this.showFit(plan?.settings_that_fit);
     if (!plan) return;
     updateList(this.facts, planFacts(plan), ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd")), (part, [, value, more]) => {
       setText(part.lastChild, value);
       setAttr(part.lastChild, "title", more);
     });
+  }
+
+  /** `changes`: settings with which a run fits that does not, by group and field, or null. */
+  showFit(changes) {
+    setVisible(this.fit, changes);
+    if (!changes) return;
+    const settings = Object.values(changes).flatMap((fields) => Object.entries(fields)).map(([name, value]) => `${name} ${value}`);
+    this.fit.replaceChildren(h("button", { type: "button", onclick: () => this.apply(changes) }, `Use ${settings.join(" and ")}`));
   }
 
   /** Marks the plan as older than the last change of the spec. */
@@ -55,6 +67,13 @@ class RateCurve {
 /** For a fork: the remaining steps and their range. */
 const stepsText = ({ steps, start_step: start }) => (start ? `${count(Math.max(0, steps - start))}, ${count(start + 1)} to ${count(steps)}` : count(steps));
 
+/** Held-out sets that are listed. */
+const MAX_SETS = 5;
+
+/** Memory per rank with other settings. */
+const memoryOptions = ({ memory_options: options }) => (options ?? []).map(({ parallelism, gradient_checkpointing: recomputes, memory_bytes: parts, fits }) =>
+  `${parallelism}${recomputes ? " with gradient_checkpointing" : ""}: ${bytes(Object.values(parts).reduce((sum, value) => sum + (value ?? 0), 0))}${fits === false ? ", does not fit" : ""}`).join("\n");
+
 function planFacts(plan) {
   const memory = Object.values(plan.memory_bytes ?? {}).reduce((sum, value) => sum + (value ?? 0), 0);
   const active = plan.active_parameters === plan.parameters ? "" : `, ${compactNumber(plan.active_parameters)} active`;
@@ -63,9 +82,10 @@ function planFacts(plan) {
   return [
     ["Parameters", `${compactNumber(plan.parameters)}${active}`], ["Tokens in the corpus", plan.tokens === null ? NONE : `${about}${compactNumber(plan.tokens)}`],
     ["Steps", plan.steps === null ? NONE : `${about}${stepsText(plan)}`], ["Tokens per step", compactNumber(plan.tokens_per_step)],
-    ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory per rank", memory ? `${bytes(memory)}${fits}` : NONE],
+    ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory per rank", memory ? `${bytes(memory)}${fits}` : NONE, memoryOptions(plan)],
     ["Checkpoint size", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
     ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`, plan.eta_basis], ["Expected first loss", loss(plan.expected_first_loss)],
+    ...plan.eval_sets.slice(0, MAX_SETS).map((set) => [`Held-out: ${set.name}`, set.tokens === null ? NONE : `${about}${compactNumber(set.tokens)} tokens`, `${count(set.files)} ${set.files === 1 ? "file" : "files"}`]),
     ["Queue", plan.queue ? `position ${plan.queue.position}` : NONE], ["Waiting for", plan.queue?.waiting_for ?? NONE],
   ];
 }

@@ -8,8 +8,9 @@ import { fieldGroups, getAt, isObject, setAt, withoutFields } from "./schema.js"
 
 const KEY_PREFIX = "trainyard-draft";
 
-/** Key of the draft of a new job, of a job `like` another one, or of a `fork`. */
-export const draftKey = ({ like = null, fork = null } = {}) => (fork ? `${KEY_PREFIX}-fork-${fork}` : like ? `${KEY_PREFIX}-like-${like}` : KEY_PREFIX);
+/** Key of the draft of a new job, of a job `like` another one, of a `fork`, or of a job with a `corpus`. */
+export const draftKey = ({ like = null, fork = null, corpus = null } = {}) =>
+  fork ? `${KEY_PREFIX}-fork-${fork}` : like ? `${KEY_PREFIX}-like-${like}` : corpus ? `${KEY_PREFIX}-corpus-${corpus}` : KEY_PREFIX;
 
 /** Stores a draft for the submit page. */
 export function saveDraft(source, value) {

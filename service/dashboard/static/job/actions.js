@@ -107,7 +107,7 @@ async function resumeFields(address, job) {
   const step = { anyOf: [{ enum: steps }, { type: "null" }], description: "the checkpoint to resume from; newer ones are set aside", "x-none": "newest" };
   const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);
   return [
-    ...["max_steps", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
+    ...["max_steps", "max_tokens", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
     ...resources.map((name) => made(all.ResourcesSpec.properties[name], ["resources", name]))];
 }
 

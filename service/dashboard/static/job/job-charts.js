@@ -1,6 +1,6 @@
 // The charts of a job: the loss chart above the tabs, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
-import { DARK_COLORS, LIGHT_COLORS, chartLabel, lineWithGaps, pointSizeText, rowsAfterPause, stepRange, supersededRanges, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, stepRange, supersededRanges, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
 import { h } from "../dom.js";
 import { bytes, compactNumber, fewDigits, loss, percent } from "../format.js";
@@ -11,6 +11,8 @@ import { isDark } from "../theme.js";
 
 const fieldLine = (name, label) => ({ name, label, of: (row) => row[name] ?? null, fields: [name] });
 const SI = "~s";
+/** More lines cannot be told apart. */
+const MAX_SETS = 12;
 const PERCENT = ".3~p";
 const shareText = (value) => percent(value === null || value === undefined ? null : value * 100);
 
@@ -25,13 +27,15 @@ export const SMALL_CHARTS = [
 /** The charts of the metrics tab. */
 export const ALL_CHARTS = [
   { name: "Train loss", lines: [{ name: "loss_ema", label: "smoothed", of: (row) => row.loss_ema, fields: [] }, { name: "loss", label: "last", of: (row) => row.loss, fields: [], faint: true }], format: loss },
-  { name: "Evaluation loss", lines: [fieldLine("eval_loss", "evaluation")], format: loss, sparse: true },
+  { name: "Evaluation loss", lines: [{ ...fieldLine("eval_loss", "evaluation"), sparse: true }], format: loss, ofSet: "loss" },
+  { name: "Bits per byte", lines: [fieldLine("bpb", "training"), { ...fieldLine("eval_bpb", "evaluation"), sparse: true }], format: loss, ofSet: "bpb" },
   ...SMALL_CHARTS,
   { name: "Model FLOPs utilization", lines: [fieldLine("mfu", "MFU")], format: shareText, ticks: PERCENT },
   { name: "Peak memory", lines: [fieldLine("memory_bytes", "bytes")], format: bytes, ticks: SI },
   { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (row.loss_ema === null ? null : Math.exp(row.loss_ema)), fields: [] }], format: fewDigits, log: true },
   { name: "Loss range within a point", lines: [{ name: "spread", label: "spread", of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
   { name: "Data wait as share of step time", lines: [{ name: "waiting", label: "share", of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
+  { name: "Slowest rank over median", lines: [fieldLine("step_seconds_spread", "ratio")], format: fewDigits },
   { name: "Tokens", lines: [fieldLine("tokens", "tokens")], format: compactNumber, ticks: SI },
   { name: "Epoch", lines: [fieldLine("epoch", "epoch")], format: fewDigits },
   { name: "Auxiliary loss", lines: [fieldLine("aux_loss", "auxiliary")], format: fewDigits },
@@ -42,20 +46,33 @@ function expertLine(label, pick) {
   return { name: label, label, of: (row) => (row.expert_load?.length ? pick(...row.expert_load) : null), fields: ["expert_load"] };
 }
 
+/** The fields that a chart needs. */
+export const chartFields = ({ lines, ofSet }) => [...lines.flatMap((part) => part.fields), ...(ofSet ? ["eval"] : [])];
+
+/** The lines of a chart: its own, and one for each held-out set if there are several. */
+function chartLines({ lines, ofSet }, sets) {
+  if (!ofSet || sets.length < 2) return lines;
+  return [...lines, ...sets.slice(0, MAX_SETS).map((name) => ({ name: `set-${name}`, label: name, of: (row) => row.eval?.[name]?.[ofSet] ?? null, sparse: true }))];
+}
+
 /** Returns what `Chart.show` takes. */
 export function chartContent(chart, { rows, xs, breaks, colors, shapes }) {
-  const traces = chart.lines.map((part, i) => lineTrace(part, i, chart, { rows, xs, breaks, colors }));
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), ...chart.lines.map((part) => chart.format(part.of(row)))]);
-  const [first] = chart.lines;
-  return { traces, values, shapes, columns: ["step", ...chart.lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
+  const sets = chart.ofSet ? heldOutSets(rows) : [];
+  const lines = chartLines(chart, sets);
+  const traces = lines.map((part, i) => lineTrace(part, i, lines.length, { rows, xs, breaks, colors }));
+  const values = rows.map((row) => [row.step.toLocaleString("en-US"), ...lines.map((part) => chart.format(part.of(row)))]);
+  const [first] = lines;
+  const note = sets.length > MAX_SETS ? `${(sets.length - MAX_SETS).toLocaleString("en-US")} more held-out sets are in the CSV` : "";
+  return { traces, values, shapes, note, columns: ["step", ...lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
     now: chart.format(rows.findLast((row) => first.of(row) !== null)?.[first.name] ?? first.of(rows.at(-1) ?? {}) ?? null) };
 }
 
-function lineTrace(part, i, { sparse, lines }, { rows, xs, breaks, colors }) {
+function lineTrace(part, i, count, { rows, xs, breaks, colors }) {
   const ys = rows.map(part.of);
-  const style = { line: { width: part.faint ? 1 : 1.5, color: part.faint ? `${colors[0]}73` : colors[i], dash: i && !part.faint ? "dot" : "solid" } };
-  const more = { uid: part.name, main: i === 0, end: lines.length > 1 ? part.label : null };
-  if (!sparse) return { ...lineWithGaps(xs, ys, breaks), ...style, ...more, counted: ys };
+  const dash = i < 2 ? ["solid", "dot"][i] : DASHES[(i + Math.floor(i / colors.length)) % DASHES.length];
+  const style = { line: { width: part.faint ? 1 : 1.5, color: part.faint ? `${colors[0]}73` : colors[i % colors.length], dash: part.faint ? "solid" : dash } };
+  const more = { uid: part.name, main: i === 0, end: count > 1 ? part.label : null };
+  if (!part.sparse) return { ...lineWithGaps(xs, ys, breaks), ...style, ...more, counted: ys };
   // Most rows have no value: connect those that have one.
   const there = rows.flatMap((_, k) => (ys[k] === null ? [] : [k]));
   return { x: there.map((k) => xs[k]), y: there.map((k) => ys[k]), mode: "lines+markers", marker: { size: 5 }, ...style, ...more, counted: there.map((k) => ys[k]) };

@@ -1,10 +1,10 @@
-// The metrics tab: eight charts at first, the rest with "Show all" or a search. Charts are drawn when they become visible.
+// The metrics tab: nine charts at first, the rest with "Show all" or a search. Charts are drawn when they become visible.
 import { Chart } from "../charts.js";
 import { h, setText, setVisible, updateList } from "../dom.js";
 import { getParam, setParam } from "../router.js";
-import { ALL_CHARTS, chartContent } from "./job-charts.js";
+import { ALL_CHARTS, chartContent, chartFields } from "./job-charts.js";
 
-const INITIAL_CHARTS = 8;
+const INITIAL_CHARTS = 9;
 const HEIGHT = 200;
 
 export class MetricsTab {
@@ -20,7 +20,7 @@ export class MetricsTab {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
     });
-    this.fields = [...new Set(ALL_CHARTS.flatMap((chart) => chart.lines.flatMap((part) => part.fields)))];
+    this.fields = [...new Set(ALL_CHARTS.flatMap(chartFields))];
     this.jobCharts.setTab({ fields: this.fields, draw: (view) => this.draw(view) });
     this.updateCharts();
   }

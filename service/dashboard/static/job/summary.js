@@ -73,11 +73,11 @@ function currentValue(job, name) {
 
 // Table of key facts beside the loss chart.
 
-const NAMES = ["Step", "Loss", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Started"];
+const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Slowest rank", "Started"];
 
 export class KeyFacts {
   constructor() {
-    this.values = new Map(NAMES.map((name) => [name, h("dd")]));
+    this.values = new Map(NAMES.map((name) => [name, h("dd", {}, "–")]));
     this.node = h("dl", { class: "facts" }, NAMES.map((name) => h("div", {}, h("dt", {}, name), this.values.get(name))));
   }
 
@@ -89,6 +89,7 @@ export class KeyFacts {
 
   update(job) {
     const { progress, plan, checkpoint } = job;
+    this.ranks = plan.ranks ?? [];
     this.updatePoint({ ...progress });
     const running = job.status === "running";
     this.steps = progress.steps;
@@ -110,14 +111,29 @@ export class KeyFacts {
   updatePoint(row) {
     if (row.step) this.put("Step", this.stepText(row.step));
     this.put("Loss", row.nonfinite ? "not finite" : loss(row.loss));
+    this.put("Bits per byte", loss(row.bpb));
+    // A point without an evaluation leaves the last one there.
+    const isEvaluated = typeof row.eval_loss === "number";
+    if (isEvaluated) this.put("Held-out", heldOutText(row), `step ${count(row.eval_step ?? row.step)}, all held-out sets together`);
     this.put("Learning rate", fewDigits(row.learning_rate));
     this.put("Gradient norm", fewDigits(row.grad_norm));
+    this.put("Slowest rank", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
+  }
+
+  /** Returns the text and the title for the rank that computed longest; a run with one rank has none. */
+  slowestText(rank, spread) {
+    if (rank === null || rank === undefined) return ["–"];
+    const place = this.ranks.find((known) => known.rank === rank);
+    const where = place ? `, ${place.host} ${place.device}` : "";
+    return [`${rank}${where}: ${fewDigits(spread)} × median`, place ? `${place.name}; time to compute a step, without waiting for other ranks` : null];
   }
 
   stepText(step) {
     return this.steps ? `${count(step)} of ${count(this.steps)}` : count(step);
   }
 }
+
+const heldOutText = (row) => `${loss(row.eval_loss)}${typeof row.eval_bpb === "number" ? `, ${loss(row.eval_bpb)} bits/byte` : ""}`;
 
 // Parent and forks of a job, with a link that compares them.
 

@@ -7,6 +7,7 @@ import { ConfigTab } from "./config-tab.js";
 import { EvaluationsTab } from "./evaluations-tab.js";
 import { LogsTab } from "./logs-tab.js";
 import { MetricsTab } from "./metrics-tab.js";
+import { TryTab } from "./try-tab.js";
 
 // Base class of tabs that show one of a job's lists as a table.
 
@@ -274,4 +275,4 @@ class EventsTab extends ListTab {
   }
 }
 
-export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, evaluations: EvaluationsTab, config: ConfigTab, events: EventsTab };
+export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, evaluations: EvaluationsTab, try: TryTab, config: ConfigTab, events: EventsTab };

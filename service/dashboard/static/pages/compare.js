@@ -1,6 +1,6 @@
 // Curves of several jobs in the same charts, and the settings in which they differ. A fork's curve starts on its parent's.
 import { ApiError, get, withQuery } from "../api.js";
-import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
@@ -14,12 +14,17 @@ const MAX_JOBS = 10;
 // Batch sizes differ, so steps are not comparable.
 const DEFAULT_AXIS = "tokens";
 const MAX_POINTS = 1000;
-const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
+const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at,eval_loss,eval_bpb,eval";
+const field = (name) => (row) => row[name] ?? null;
+// Most rows have no evaluation. `set`: the chosen held-out set, or "" for all together.
+const evaluated = (whole, unit) => (row, set) => (set ? row.eval?.[set]?.[unit] : row[whole]) ?? null;
 const CHARTS = [
-  ["Train loss", "loss_ema", { height: 340, format: loss }],
-  ["Gradient norm", "grad_norm", { height: 170, format: fewDigits, log: true }],
-  ["Tokens/s", "tokens_per_second", { height: 170, format: compactNumber, ticks: "~s" }],
-  ["Learning rate", "learning_rate", { height: 170, format: fewDigits }],
+  { name: "Train loss", of: field("loss_ema"), height: 340, format: loss },
+  { name: "Gradient norm", of: field("grad_norm"), height: 170, format: fewDigits, log: true },
+  { name: "Tokens/s", of: field("tokens_per_second"), height: 170, format: compactNumber, ticks: "~s" },
+  { name: "Learning rate", of: field("learning_rate"), height: 170, format: fewDigits },
+  { name: "Held-out loss", of: evaluated("eval_loss", "loss"), height: 220, format: loss, sparse: true },
+  { name: "Held-out bits per byte", of: evaluated("eval_bpb", "bpb"), height: 220, format: loss, sparse: true },
 ];
 
 export const comparePage = { title: "Compare", open };
@@ -34,10 +39,11 @@ class ComparePage {
     this.loaded = new Map();
     this.group = new ChartGroup();
     ({ axis: this.group.axis, half: this.halfLife } = chartSettings(DEFAULT_AXIS));
-    this.charts = CHARTS.map(([name, , options]) => new Chart(name, options));
+    this.charts = CHARTS.map((chart) => new Chart(chart.name, chart));
     this.group.onTheme = () => this.draw();
     this.group.onZoom = () => this.poller.now();
-    const [first, ...small] = this.charts.map((chart) => this.group.add(chart));
+    const nodes = this.charts.map((chart) => this.group.add(chart));
+    const [first, small, heldOut] = [nodes[0], nodes.filter((_, i) => i && !CHARTS[i].sparse), nodes.filter((_, i) => CHARTS[i].sparse)];
     this.legend = h("ul", { class: "legend" });
     this.choices = h("div", { class: "choices" });
     this.hint = h("p", { class: "muted" }, "Choose jobs to compare.");
@@ -47,7 +53,11 @@ class ComparePage {
     this.settings = h("section", { hidden: true }, h("h2", {}, "Settings that differ"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Differing settings" }, this.table));
     this.scoreTable = h("table", {}, h("caption", { class: "visually-hidden" }, "Scores on tasks"));
     this.scores = h("section", { hidden: true }, h("h2", {}, "Scores on tasks"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores on tasks" }, this.scoreTable));
-    this.drawn = h("div", { hidden: true }, this.legend, first, h("div", { class: "small three" }, small));
+    this.set = getParam("set") ?? "";
+    this.setChoice = h("select", { id: "held-out-set", onchange: () => this.chooseSet(this.setChoice.value) });
+    this.setBar = h("div", { class: "bar", hidden: true }, h("label", { for: "held-out-set" }, "Held-out set"), this.setChoice);
+    this.heldOut = h("section", { hidden: true }, this.setBar, h("div", { class: "small two" }, heldOut));
+    this.drawn = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small));
     const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"),
       h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MAX_JOBS}`)), this.choices);
     place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.missingNote, this.drawn, this.scores, this.settings);
@@ -77,6 +87,12 @@ class ComparePage {
     const others = this.chosen().filter((other) => other !== id);
     setParam("jobs", (wanted ? [...others, id] : others).join(","));
     this.poller.now();
+  }
+
+  chooseSet(name) {
+    this.set = name;
+    setParam("set", name);
+    this.draw();
   }
 
   async load() {
@@ -145,6 +161,7 @@ class ComparePage {
     this.drawScores(runs);
     this.drawSettings(runs);
     if (!runs.length) return;
+    this.drawSetChoice(runs);
     this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], runs)));
     await this.group.redraw();
   }
@@ -156,19 +173,35 @@ class ComparePage {
     return { color: colors[i % colors.length], dash: DASHES[(i + round) % DASHES.length] };
   }
 
-  content([name, field, { format }], runs) {
-    const traces = runs.flatMap((run, i) => this.lines(run, i, field, runs));
-    const label = `${chartLabel(name, visibleRows(runs[0]), (row) => row[field] ?? null, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
-    return { traces, values: tableRows(runs, field, format), columns: ["step", ...runs.map((run) => run.job.name)], label, note: "" };
+  /** Lists the held-out sets of all runs, if there are several. */
+  drawSetChoice(runs) {
+    const rows = runs.flatMap((run) => run.whole);
+    const names = heldOutSets(rows);
+    setVisible(this.heldOut, rows.some((row) => field("eval_loss")(row) !== null));
+    setVisible(this.setBar, names.length > 1);
+    if (this.set && !names.includes(this.set)) this.set = "";
+    const options = ["", ...names];
+    updateList(this.setChoice, options, (name) => name, (name) => h("option", { value: name }), (option, name) => setText(option, name || "all together"));
+    this.setChoice.value = this.set;
+  }
+
+  content(chart, runs) {
+    const { name, format } = chart;
+    const value = (row) => chart.of(row, this.set);
+    const shown = name.startsWith("Held-out") && this.set ? `${name} of ${this.set}` : name;
+    const traces = runs.flatMap((run, i) => this.lines(run, i, chart, value, runs));
+    const label = `${chartLabel(shown, visibleRows(runs[0]), value, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
+    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note: "" };
   }
 
   /** The traces of a job. A fork starts on its parent's line; what it inherited from jobs that are not shown is a thin dotted line. */
-  lines(run, i, field, runs) {
+  lines(run, i, { sparse }, value, runs) {
     const { job, attempts } = run;
     const { axis } = this.group;
     const style = this.style(i);
-    const drawn = (uid, part, more) => ({ uid, ...lineWithGaps(xValues(part, axis, attempts), part.map((row) => row[field] ?? null), rowsAfterPause(part, axis, attempts)), ...more });
-    const [inherited, whole] = splitInherited(visibleRows(run), job.id);
+    const drawn = (uid, part, more) => ({ uid, ...lineWithGaps(xValues(part, axis, attempts), part.map(value), rowsAfterPause(part, axis, attempts)), ...(sparse ? { mode: "lines+markers", marker: { size: 5 } } : {}), ...more });
+    const rows = visibleRows(run).filter((row) => !sparse || value(row) !== null);
+    const [inherited, whole] = splitInherited(rows, job.id);
     // Attempts of the fork do not cover the time of its ancestors.
     const joins = axis === "step" || axis === "tokens";
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
@@ -237,8 +270,8 @@ function scoreText({ acc, acc_norm, bpb, step }) {
 const visibleRows = ({ zoomed, whole }) => zoomed ?? whole;
 
 /** One row per step that any job has, one column per job. */
-function tableRows(runs, field, format) {
-  const known = runs.map((run) => new Map(visibleRows(run).map((row) => [row.step, row[field] ?? null])));
+function tableRows(runs, { sparse, format }, value) {
+  const known = runs.map((run) => new Map(visibleRows(run).map((row) => [row.step, value(row)]).filter(([, found]) => !sparse || found !== null)));
   const steps = [...new Set(known.flatMap((values) => [...values.keys()]))].sort((a, b) => a - b);
   return steps.map((step) => [count(step), ...known.map((values) => format(values.get(step)))]);
 }

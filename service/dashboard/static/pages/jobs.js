@@ -8,6 +8,7 @@ import { FINAL_STATUSES, STATUSES, showStatus, statusBadge } from "../status.js"
 
 // Search and filters of the jobs page: text, status, labels, group and discarded jobs, all kept in the URL.
 
+const SCORES = { bpb: "best held-out bits per byte,", eval_loss: "best held-out loss,", loss: "smoothed loss" };
 const DEBOUNCE_MS = 250; // Wait until the user stops typing.
 
 /** Returns the query parameters for `/jobs`. */
@@ -136,7 +137,7 @@ function updateJobRow(part, job, devices, curve) {
   setAttr(cells.meter, "aria-label", `Progress of ${job.name}`);
   setCell(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
   setCell(cells.score, job.score ? loss(job.score.value) : NONE);
-  setAttr(cells.score, "title", job.score && (job.score.metric === "eval_loss" ? `best held-out loss, at step ${count(job.score.step)}` : `smoothed loss at step ${count(job.score.step)}`));
+  setAttr(cells.score, "title", job.score && `${SCORES[job.score.metric]} at step ${count(job.score.step)}`);
   setCell(cells.group, job.group ?? NONE);
   setAttr(cells.group, "href", job.group === null ? null : `/?group=${encodeURIComponent(job.group)}`);
   setAttr(cells.name, "title", job.description || null);
@@ -156,6 +157,7 @@ function setCell(node, text) {
 /** Why the job is not simply running: what it waits for, its phase, or why it ended. */
 function statusDetail(job) {
   if (job.status === "queued") return `position ${count(job.queue.position)}, waits for ${job.queue.waiting_for}`;
+  if (job.preparation) return `corpus ${percent(job.preparation.percent)}, ${duration(job.preparation.eta_seconds)} left`;
   const spaced = (name) => name?.replaceAll("_", " ");
   return [job.phase && job.phase !== "training" ? spaced(job.phase) : null, spaced(job.reason)].filter(Boolean).join(", ");
 }

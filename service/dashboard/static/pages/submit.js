@@ -11,6 +11,10 @@ import { getParam, navigate, setParam } from "../router.js";
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
 const DATA_CHOICES = { keep: "continue data and schedule as the parent: the same samples in the same steps", restart: "restart data and schedule, keep the weights" };
 
+const NOT_IN_TOKENS = ["max_seq_len", "packing", "eval_fraction", "num_workers"];
+/** The settings of a corpus that decide its tokens; the others are those of the job that it was first prepared for. */
+const tokenFields = (data) => Object.fromEntries(Object.entries(data).filter(([name]) => !NOT_IN_TOKENS.includes(name)));
+
 export const submitPage = { title: "Submit", open };
 
 function open(place) {
@@ -20,17 +24,19 @@ function open(place) {
   return () => (state.isClosed = true);
 }
 
-/** Fetches the schemas, and the job to fork or to copy. */
+/** Fetches the schemas, and the job to fork or to copy, or the corpus to train on. */
 async function load() {
   const id = getParam("fork") ?? getParam("like");
-  const source = { schemas: await fetchSchemas(), job: null, steps: [], fork: getParam("fork") !== null };
-  if (id === null) return source;
+  const corpus = getParam("corpus");
+  const source = { schemas: await fetchSchemas(), job: null, corpus: null, steps: [], fork: getParam("fork") !== null };
+  if (id === null && corpus === null) return source;
   try {
-    source.job = await get(`/jobs/${encodeURIComponent(id)}`);
+    if (id === null) source.corpus = await get(`/corpora/${encodeURIComponent(corpus)}`);
+    else source.job = await get(`/jobs/${encodeURIComponent(id)}`);
     if (source.fork) source.steps = await fullCheckpointSteps(id);
   } catch (error) {
     if (!(error instanceof ApiError) || error.status !== 404) throw error;
-    source.missing = id;
+    source.missing = id === null ? `corpus ${corpus}` : `job ${id}`;
   }
   return source;
 }
@@ -42,7 +48,7 @@ async function fullCheckpointSteps(id) {
 
 function buildPage(place, source) {
   place.replaceChildren();
-  if (source.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${source.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
+  if (source.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no ${source.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
   else if (source.job && source.fork) new ForkForm(place, source);
   else new SubmitForm(place, source);
 }
@@ -53,7 +59,7 @@ class SubmitForm {
     Object.assign(this, source);
     this.form = new SpecForm(source.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
     this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
-    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.");
+    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.", (changes) => this.applyChanges(changes));
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.planButton = h("button", { type: "submit" }, "Plan");
     this.launchButton = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
@@ -83,6 +89,7 @@ class SubmitForm {
   }
 
   title() {
+    if (this.corpus) return ["Submit a job with the corpus ", h("a", { href: `/data/${this.corpus.id}` }, this.corpus.id)];
     return this.job ? ["Submit a job like ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)] : ["Submit"];
   }
 
@@ -91,12 +98,12 @@ class SubmitForm {
   }
 
   draftKey() {
-    return draftKey({ like: this.job?.id });
+    return draftKey({ like: this.job?.id, corpus: this.corpus?.id });
   }
 
   initialDraft() {
-    if (!this.job) return JSON.stringify(EXAMPLE, null, 2);
-    this.form.setSpec(this.job.spec);
+    if (!this.job && !this.corpus) return JSON.stringify(EXAMPLE, null, 2);
+    this.form.setSpec(this.job?.spec ?? { name: EXAMPLE.name, data: tokenFields(this.corpus.spec) });
     return JSON.stringify(this.form.value, null, 2);
   }
 
@@ -110,6 +117,15 @@ class SubmitForm {
     this.editor.showErrors([]);
     this.plan.show(null);
     this.changed();
+  }
+
+  /** Changes settings, and plans again. */
+  applyChanges(changes) {
+    const spec = this.editor.read();
+    if (!spec) return;
+    this.editor.draft = JSON.stringify(mergeSpecs(spec, changes), null, 2);
+    this.changed();
+    this.press(false);
   }
 
   /** One idempotency key per draft: pressing again after a lost response does not create a second job. */

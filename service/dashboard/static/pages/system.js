@@ -1,5 +1,5 @@
 // The system page: health, devices, queue, disks and versions.
-import { get } from "../api.js";
+import { get, sendJson } from "../api.js";
 import { createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, bytes, count } from "../format.js";
 import { poll } from "../polling.js";
@@ -8,7 +8,7 @@ import { FINAL_STATUSES, STATUSES } from "../status.js";
 const DEVICES = [["Device"], ["Model"], ["Memory in use", "num"], ["Temperature", "num"], ["Held by"], ["Unknown processes"]];
 const QUEUE = [["Position", "narrow"], ["Job"], ["Priority", "num narrow"], ["Waits for"]];
 const DISKS = [["Contents"], ["In use", "num"], ["Free", "num"], ["State"]];
-const HOLDING_STATUSES = STATUSES.filter((status) => !FINAL_STATUSES.has(status) && !["queued", "paused", "interrupted"].includes(status));
+const HOLDING_STATUSES = STATUSES.filter((status) => !FINAL_STATUSES.has(status) && !["queued", "preparing", "paused", "interrupted"].includes(status));
 
 export const systemPage = { title: "System", open };
 
@@ -52,7 +52,7 @@ function draw(view, { devices, waiting, more, names, version, status }) {
     setText(part.firstChild, `${component.ok ? "✓" : "✗"} ${component.name}`);
     setText(part.lastChild, ` ${component.detail}`);
   });
-  const free = devices.filter((device) => device.job_id === null && !device.processes.length).length;
+  const free = devices.filter((device) => device.job_id === null && !device.processes.length && !device.xid_errors.length).length;
   setText(view.free, `${count(free)} of ${count(devices.length)} free`);
   const known = (name) => devices.some((device) => device[name] !== null && device[name] !== undefined);
   view.devices.node.classList.toggle("no-memory", !known("memory_bytes"));
@@ -68,16 +68,39 @@ function draw(view, { devices, waiting, more, names, version, status }) {
 }
 
 function deviceRow() {
-  const cells = { id: h("td", { class: "mono" }), model: h("td"), memory: h("span"), meter: h("progress", { class: "meter", max: "100" }), heat: h("td", { class: "num heat", "data-name": "at" }), job: h("a"), unknown: h("td", { "data-name": "unknown" }) };
+  const cells = { id: h("td", { class: "mono" }), model: h("span"), place: h("div", { class: "muted" }), memory: h("span"), meter: h("progress", { class: "meter", max: "100" }), heat: h("td", { class: "num heat", "data-name": "at" }), job: h("a"), unknown: h("td", { "data-name": "unknown" }) };
   cells.free = h("span", { class: "muted" });
-  const row = h("tr", {}, cells.id, cells.model, h("td", { class: "num memory", "data-name": "memory" }, cells.memory, cells.meter), cells.heat, h("td", {}, cells.job, cells.free), cells.unknown);
+  cells.fault = h("span", { class: "error" });
+  cells.clear = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => clearErrors(cells) }, "Clear");
+  const row = h("tr", {}, cells.id, h("td", {}, cells.model, cells.place), h("td", { class: "num memory", "data-name": "memory" }, cells.memory, cells.meter), cells.heat, h("td", {}, cells.job, cells.free, cells.fault, cells.clear), cells.unknown);
   return Object.assign(row, { inside: cells });
+}
+
+/** Clears the errors of a GPU; the next poll shows it as free. */
+async function clearErrors(cells) {
+  cells.clear.disabled = true;
+  try {
+    await sendJson("POST", `/devices/${encodeURIComponent(cells.device.id)}/clear`);
+    setText(cells.fault, " cleared");
+    setVisible(cells.clear, false);
+  } catch (error) {
+    setText(cells.fault, ` ${error.message}`);
+  } finally {
+    cells.clear.disabled = false;
+  }
+}
+
+/** Returns where a GPU is: its link, NUMA node and PCI address, as far as they are known. */
+function placeText(device) {
+  const link = device.nvlink_peers.length ? `NVLink to ${device.nvlink_peers.join(", ")}` : device.link === "pcie" ? "PCIe only" : null;
+  return [link, device.numa_node === null ? null : `NUMA node ${device.numa_node}`, device.pci_bus_id].filter(Boolean).join(" · ");
 }
 
 function updateDevice(row, device, names) {
   const { inside: cells } = row;
   setText(cells.id, device.id);
   setText(cells.model, device.model ?? device.kind);
+  setText(cells.place, placeText(device));
   const known = device.memory_bytes !== null && device.memory_used_bytes !== null;
   setText(cells.memory, known ? `${bytes(device.memory_used_bytes)} of ${bytes(device.memory_bytes)}` : bytes(device.memory_bytes));
   setVisible(cells.meter, known);
@@ -88,7 +111,11 @@ function updateDevice(row, device, names) {
   setAttr(cells.job, "href", `/jobs/${device.job_id}`);
   setText(cells.job, names.get(device.job_id) ?? device.job_id);
   const unknown = device.processes.length;
-  setText(cells.free, device.job_id ? "" : unknown ? "not leased: in use" : "free");
+  const faults = device.xid_errors.map((error) => error.xid);
+  cells.device = device;
+  setText(cells.free, device.job_id || faults.length ? "" : unknown ? "not leased: in use" : "free");
+  setText(cells.fault, faults.length ? ` XID ${faults.join(", ")}: not leased until it is cleared` : "");
+  setVisible(cells.clear, faults.length);
   setText(cells.unknown, unknown ? device.processes.map((pid) => `pid ${pid}`).join(", ") : NONE);
   setAttr(cells.unknown, "class", unknown ? "error" : null);
 }

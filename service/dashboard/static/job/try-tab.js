@@ -1,0 +1,94 @@
+// The try tab: continues a text with a checkpoint of the job, and shows it while it is generated.
+import { ApiError, get } from "../api.js";
+import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { count } from "../format.js";
+import { streamOnce } from "../sse.js";
+
+const OPTIONS = [
+  { name: "max_new_tokens", label: "New tokens", value: "128", min: "0", step: "1" },
+  { name: "temperature", label: "Temperature", value: "0.85", min: "0", max: "10", step: "any" },
+  { name: "top_p", label: "Top p", value: "0.95", min: "0", max: "1", step: "any" },
+  { name: "seed", label: "Seed", value: "", min: "0", step: "1", placeholder: "random" },
+];
+
+export class TryTab {
+  constructor(place, address) {
+    this.address = address;
+    this.none = h("p", { class: "muted", hidden: true }, "No checkpoint yet.");
+    this.prompt = h("textarea", { rows: "3", id: "try-prompt", name: "prompt", placeholder: "Text to continue" });
+    this.step = h("select", { id: "try-step", name: "step" });
+    this.inputs = OPTIONS.map(({ label, name, ...rest }) => h("input", { type: "number", id: `try-${name}`, name, ...rest }));
+    this.button = h("button", { type: "submit", class: "primary" }, "Generate");
+    this.stopButton = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, "Stop");
+    this.form = h("form", { class: "try", onsubmit: (event) => this.submit(event) },
+      h("label", { for: "try-prompt" }, "Prompt"), this.prompt,
+      h("div", { class: "bar" }, h("label", { for: "try-step" }, "Step"), this.step, this.inputs.flatMap((input, i) => [h("label", { for: input.id }, OPTIONS[i].label), input]), this.button, this.stopButton));
+    this.error = h("p", { class: "error", role: "alert" });
+    this.note = h("p", { class: "muted", role: "status" });
+    this.given = h("span", { class: "muted" });
+    this.text = h("span");
+    this.output = h("pre", { class: "generated", hidden: true, tabindex: "0", "aria-label": "Generated text" }, this.given, this.text);
+    place.append(this.none, this.form, this.error, this.output, this.note);
+  }
+
+  async update(job) {
+    const mark = `${job.checkpoint?.step} ${job.alerts.length} ${job.status}`;
+    if (mark === this.mark) return;
+    this.mark = mark;
+    try {
+      const { data } = await get(`${this.address}/checkpoints?limit=100`);
+      const steps = [...new Set(data.map((checkpoint) => checkpoint.step))];
+      const options = steps.length ? ["latest", ...steps] : [];
+      updateList(this.step, options, String, (step) => h("option", { value: step }, step === "latest" ? "newest" : count(step)));
+      setVisible(this.none, !steps.length);
+      setVisible(this.form, steps.length);
+    } catch {
+      this.mark = null;
+    }
+  }
+
+  async submit(event) {
+    event.preventDefault();
+    if (this.abort) return;
+    this.abort = new AbortController();
+    this.showBusy(true);
+    const body = { prompt: this.prompt.value, stream: true };
+    for (const input of this.inputs) if (input.value !== "") body[input.name] = Number(input.value);
+    setText(this.error, "");
+    setText(this.given, body.prompt);
+    this.text.replaceChildren();
+    setVisible(this.output, true);
+    setText(this.note, "Waiting for the checkpoint to be loaded …");
+    try {
+      await streamOnce(`${this.address}/checkpoints/${this.step.value}/generate`, body, (kind, data) => this.take(kind, data), this.abort.signal);
+    } catch (error) {
+      if (error.name === "AbortError") setText(this.note, "Stopped.");
+      else this.showError(error);
+    } finally {
+      this.abort = null;
+      this.showBusy(false);
+    }
+  }
+
+  take(kind, data) {
+    if (kind === "start") setText(this.note, `Step ${count(data.step)} on ${data.device} …`);
+    if (kind === "text") this.text.append(data.text);
+    if (kind === "end") setText(this.note, `${count(data.tokens)} tokens by step ${count(data.step)} on ${data.device}${data.finish_reason === "stop" ? ", ended by itself" : ""}`);
+    if (kind === "error") throw new ApiError(data, data.status);
+  }
+
+  showError(error) {
+    setText(this.note, "");
+    setVisible(this.output, this.text.hasChildNodes());
+    setText(this.error, [error.message, ...(error.errors ?? []).map((problem) => `${problem.pointer}: ${problem.message}`)].join(" "));
+  }
+
+  showBusy(busy) {
+    setAttr(this.button, "aria-disabled", busy ? "true" : null);
+    setVisible(this.stopButton, busy);
+  }
+
+  close() {
+    this.abort?.abort();
+  }
+}

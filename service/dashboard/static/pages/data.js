@@ -1,0 +1,232 @@
+// The data pages: the corpora with their state, and what one of them holds.
+import { ApiError, get } from "../api.js";
+import { createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { NONE, ago, bytes, compactNumber, count, dateTime, duration, fewDigits, percent } from "../format.js";
+import { markUpdated, poll } from "../polling.js";
+import { showStatus, statusBadge } from "../status.js";
+
+const COLUMNS = [["Corpus"], ["State"], ["Documents", "num"], ["Tokens", "num"], ["Bytes per token", "num"], ["Jobs", "num"]];
+const FILES = [["File"], ["Size", "num"], ["Documents", "num"], ["Tokens", "num"], ["Bad", "num"]];
+const LENGTHS = [["Tokens of a document", "num"], ["Documents", "num"], ["Share"]];
+const BAD = [["File"], ["Line", "num"], ["Reason"]];
+const PAGE_SIZE = 100;
+const COMMAND = "trainyard corpus build PATH";
+
+export const dataPage = { title: "Data", open: openList };
+export const corpusPage = { title: "Corpus", open: openCorpus };
+
+const listed = (paths) => [paths ?? []].flat();
+
+/** The files of a corpus as [name of the source or "", path] pairs. */
+function pathsOf(spec) {
+  if (spec.sources) return spec.sources.flatMap((source) => listed(source.path).map((path) => [source.name, path]));
+  return listed(spec.data_path).map((path) => ["", path]);
+}
+
+/** A name for a corpus: its path, or its sources. */
+function nameOf({ spec }) {
+  if (spec.sources) return spec.sources.map((source) => source.name).join(", ");
+  const [first, ...rest] = listed(spec.data_path);
+  return rest.length ? `${first} and ${count(rest.length)} more` : first;
+}
+
+function progressText({ progress, message }) {
+  if (!progress?.total_bytes) return message ?? "";
+  const rate = progress.bytes_per_second ? `, ${bytes(progress.bytes_per_second)}/s` : "";
+  const left = progress.eta_seconds === null ? "" : `, ${duration(progress.eta_seconds)} left`;
+  return `${bytes(progress.done_bytes)} of ${bytes(progress.total_bytes)}${rate}${left}`;
+}
+
+class Progress {
+  constructor() {
+    this.meter = h("progress", { class: "meter", max: "100" });
+    this.text = h("span", { class: "status-detail" });
+    this.node = h("div", { class: "corpus-progress" }, this.meter, this.text);
+  }
+
+  update(corpus) {
+    const going = ["queued", "preparing"].includes(corpus.status);
+    setVisible(this.node, going || ["failed", "stopped"].includes(corpus.status));
+    setVisible(this.meter, going && corpus.progress?.percent !== null && corpus.progress !== null);
+    setAttr(this.meter, "value", corpus.progress?.percent ?? 0);
+    setAttr(this.meter, "aria-label", `Progress of ${nameOf(corpus)}`);
+    setText(this.text, going ? progressText(corpus) : corpus.message);
+  }
+}
+
+function openList(place) {
+  const table = createTable(COLUMNS, "Corpora");
+  table.node.classList.add("stack");
+  const total = h("span", { class: "muted" });
+  const empty = h("div", { class: "empty", hidden: true }, h("h2", {}, "No corpus yet"),
+    h("p", {}, "The files of a job are tokenized when it is submitted, before it gets devices. To tokenize a corpus without a job:"),
+    h("div", { class: "command" }, h("pre", { tabindex: "0" }, COMMAND)));
+  place.append(h("div", { class: "title-row" }, h("h1", {}, "Data"), total),
+    h("p", { class: "muted" }, "Each corpus is tokenized once, on CPUs, for all jobs with the same files and tokenizer."), empty, h("section", {}, table.node));
+  return poll(async () => {
+    const { data, has_more: more } = await get(`/corpora?limit=${PAGE_SIZE}`);
+    setText(total, `${count(data.length)}${more ? "+" : ""} ${data.length === 1 ? "corpus" : "corpora"}`);
+    setVisible(empty, !data.length);
+    setVisible(table.node, data.length);
+    updateList(table.body, data, (corpus) => corpus.id, corpusRow, updateRow);
+  });
+}
+
+function corpusRow() {
+  const cells = { name: h("a", { class: "name" }), id: h("code"), made: h("span"), status: statusBadge(), progress: new Progress(),
+    documents: h("td", { class: "num", "data-name": "documents" }), tokens: h("td", { class: "num", "data-name": "tokens" }), fit: h("td", { class: "num", "data-name": "bytes per token" }), jobs: h("td", { class: "num", "data-name": "jobs" }) };
+  return Object.assign(h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made)), h("td", { class: "whole" }, cells.status, cells.progress.node),
+    cells.documents, cells.tokens, cells.fit, cells.jobs), { inside: cells });
+}
+
+function updateRow(row, corpus) {
+  const { inside: cells } = row;
+  const { report } = corpus;
+  setAttr(cells.name, "href", `/data/${corpus.id}`);
+  setText(cells.name, nameOf(corpus));
+  setText(cells.id, corpus.id);
+  setText(cells.made, ago(corpus.created_at));
+  setAttr(cells.made, "title", dateTime(corpus.created_at));
+  showStatus(cells.status, corpus.status);
+  cells.progress.update(corpus);
+  const numbers = [[cells.documents, count(report?.documents)], [cells.tokens, compactNumber(report?.tokens)], [cells.fit, fewDigits(report?.bytes_per_token)], [cells.jobs, count(corpus.jobs.length)]];
+  for (const [cell, text] of numbers) {
+    setText(cell, text);
+    cell.classList.toggle("empty-cell", text === NONE);
+  }
+}
+
+function openCorpus(place, { id }) {
+  const page = new CorpusPage(place, id);
+  return page.poller;
+}
+
+class CorpusPage {
+  constructor(place, id) {
+    this.address = `/corpora/${encodeURIComponent(id)}`;
+    this.id = id;
+    this.name = h("h1", {}, id);
+    this.status = statusBadge();
+    this.progress = new Progress();
+    this.paths = h("ul", { class: "plain" });
+    this.hint = h("p", { class: "error", hidden: true });
+    this.note = h("p", { class: "sentence", hidden: true });
+    this.facts = h("dl", { class: "facts short" });
+    this.jobs = h("ul", { class: "plain" });
+    this.noJobs = h("p", { class: "muted" }, "No job.");
+    this.sources = h("div");
+    this.start = h("a", { class: "button", href: `/submit?corpus=${encodeURIComponent(id)}` }, "Start a run from it");
+    this.body = h("div", {}, h("section", {}, h("h2", {}, "Files"), this.paths), h("section", { hidden: true }, h("h2", {}, "Together"), this.facts),
+      this.sources, h("section", {}, h("h2", {}, "Used by"), this.jobs, this.noJobs));
+    place.append(h("p", { class: "muted" }, h("a", { href: "/data" }, "Data")), h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)),
+      this.start), this.note, this.progress.node, this.hint, this.body);
+    this.poller = poll(() => this.load());
+  }
+
+  async load() {
+    try {
+      const [corpus, jobs] = await Promise.all([get(this.address), get("/jobs?limit=100&fields=summary")]);
+      this.draw(corpus, new Map(jobs.data.map((job) => [job.id, job])));
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status !== 404) throw error;
+      setText(this.note, "There is no such corpus.");
+      setVisible(this.note, true);
+      for (const part of [this.body, this.start, this.status]) setVisible(part, false);
+      this.poller();
+      markUpdated();
+    }
+  }
+
+  draw(corpus, jobs) {
+    document.title = `${nameOf(corpus)} · Trainyard`;
+    setText(this.name, nameOf(corpus));
+    showStatus(this.status, corpus.status);
+    this.progress.update(corpus);
+    setText(this.hint, corpus.error?.hint);
+    setVisible(this.hint, corpus.error?.hint);
+    const gone = corpus.status === "ready" && !corpus.cached ? "Its tokens are not in the cache any more: the next job prepares it again." : "";
+    const unknown = corpus.status === "ready" && corpus.cached && !corpus.report ? "An older release tokenized it, so it has no report." : "";
+    setText(this.note, gone || unknown);
+    setVisible(this.note, gone || unknown);
+    updateList(this.paths, pathsOf(corpus.spec), ([source, path]) => `${source} ${path}`, ([source, path]) => h("li", {}, source ? `${source}: ` : "", h("code", { class: "wrap" }, path)));
+    updateList(this.jobs, corpus.jobs, (job) => job, (job) => h("li", {}, h("a", { href: `/jobs/${job}` }), " ", statusBadge()), (part, job) => {
+      setText(part.firstChild, jobs.get(job)?.name ?? job);
+      setVisible(part.lastChild, jobs.has(job));
+      if (jobs.has(job)) showStatus(part.lastChild, jobs.get(job).status);
+    });
+    setVisible(this.noJobs, !corpus.jobs.length);
+    this.drawReport(corpus);
+  }
+
+  drawReport({ report, spec }) {
+    // The report does not change, so a selection in it is kept.
+    const text = JSON.stringify(report);
+    if (text === this.drawn) return;
+    this.drawn = text;
+    const sources = report?.sources ?? [];
+    setVisible(this.facts.parentNode, sources.length > 1);
+    fillFacts(this.facts, report ? corpusFacts(report) : []);
+    this.sources.replaceChildren(...sources.map((source) => sourceSection(source, sources.length > 1, spec.tokenizer_path)));
+  }
+}
+
+const share = (value) => (value > 0 && value < 0.001 ? "below 0.1 %" : value === 0 ? "0 %" : percent(100 * (value ?? NaN)));
+
+function corpusFacts(report) {
+  return [["Files", count(report.files)], ["Size", bytes(report.bytes)], ["Documents", count(report.documents)], ["Tokens", count(report.tokens)],
+    ["Bad documents", count(report.bad_documents)], ["Bytes per token", fewDigits(report.bytes_per_token)], ["Bytes of characters without a token", share(report.single_byte_share)]];
+}
+
+function fillFacts(list, facts) {
+  list.replaceChildren(...facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+}
+
+function sourceFacts(source, tokenizer) {
+  const special = source.special_tokens ? [["Special tokens in the texts", `${count(source.special_tokens)} in ${count(source.special_texts)} texts`]] : [];
+  return [["Files", count(source.files)], ["Size", bytes(source.bytes)], ["Documents", count(source.documents)], ["Copies of an earlier document", count(source.duplicates)],
+    ["Tokens", count(source.tokens)], ["Tokenizer", tokenizer], ["Bytes per token", fewDigits(source.bytes_per_token)],
+    ["Bytes of characters without a token", share(source.single_byte_share)], ["Tokens that occur", `${count(source.vocab_used)} of ${count(source.vocab_size)}`], ...special];
+}
+
+function sourceSection(source, several, tokenizer) {
+  const facts = h("dl", { class: "facts" });
+  fillFacts(facts, sourceFacts(source, tokenizer));
+  const parts = [h("div", { class: "source-numbers" }, h("div", {}, h("h3", {}, "Contents"), facts), lengthsPart(source)), badPart(source), samplesPart(source), filesPart(source)];
+  return h("section", { class: "source" }, h("h2", {}, several ? `Source ${source.name}` : "Contents and fit"), ...parts.filter(Boolean));
+}
+
+function rowsOf(table, rows) {
+  table.body.append(...rows.map((cells) => h("tr", {}, ...cells)));
+  return table.node;
+}
+
+const number = (text) => h("td", { class: "num" }, text);
+
+function lengthsPart(source) {
+  const most = Math.max(...source.lengths.map((bucket) => bucket.documents));
+  const label = ({ min, max }) => (min === max ? count(min) : `${count(min)} to ${count(max)}`);
+  const table = createTable(LENGTHS, `Lengths of the documents of ${source.name}`);
+  const bar = (bucket) => h("progress", { class: "meter bar-of-table", max: most, value: bucket.documents, "aria-label": `Documents of ${label(bucket)} tokens` });
+  return h("div", {}, h("h3", {}, "Lengths"), rowsOf(table, source.lengths.map((bucket) => [number(label(bucket)), number(count(bucket.documents)), h("td", { class: "bar-cell" }, bar(bucket))])));
+}
+
+function badPart(source) {
+  if (!source.bad_documents) return null;
+  const rest = source.bad_documents - source.bad.length;
+  const rows = source.bad.map((bad) => [h("td", {}, h("code", { class: "wrap" }, bad.file)), number(count(bad.line)), h("td", {}, bad.reason)]);
+  return h("div", {}, h("h3", {}, `Bad documents: ${count(source.bad_documents)} left out`), rowsOf(createTable(BAD, `Bad documents of ${source.name}`), rows),
+    rest > 0 && h("p", { class: "muted" }, `And ${count(rest)} more.`));
+}
+
+function samplesPart(source) {
+  const sample = (one) => h("figure", { class: "document" }, h("figcaption", { class: "muted" }, h("code", { class: "wrap" }, one.file), `, document ${count(one.document)}, ${count(one.tokens)} ${one.tokens === 1 ? "token" : "tokens"}`),
+    h("pre", { tabindex: "0" }, one.text, one.truncated && "…"));
+  return h("div", {}, h("h3", {}, "Samples"), h("div", { class: "documents" }, source.samples.map(sample)));
+}
+
+function filesPart(source) {
+  if (source.files < 2) return null;
+  const rest = source.files - source.listed.length;
+  const rows = source.listed.map((file) => [h("td", {}, h("code", { class: "wrap" }, file.file)), number(bytes(file.bytes)), number(count(file.documents)), number(count(file.tokens)), number(count(file.bad_documents))]);
+  return h("details", {}, h("summary", {}, `${count(source.files)} files`), rowsOf(createTable(FILES, `Files of ${source.name}`), rows), rest > 0 && h("p", { class: "muted" }, `And ${count(rest)} more.`));
+}

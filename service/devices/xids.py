@@ -1,0 +1,199 @@
+"""XID errors of GPUs: reported by the driver, stored, and counted for 24 hours or until they are cleared.
+
+Two sources, both without root: events of NVML, from the moment that the service starts, and the kernel log, which also
+has what happened before. The kernel log is readable only if ``kernel.dmesg_restrict`` is 0 or the service has
+CAP_SYSLOG; without it the events alone count.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pynvml
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from trainyard.service.db.models import XidErrorRow
+from trainyard.service.devices.inventory import Device, same_pci_address
+
+MAX_AGE = timedelta(hours=24)
+SAME_ERROR = timedelta(seconds=10)
+"""Both sources report an error, the kernel log again at each start of the service."""
+
+APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 109})
+"""Errors of the program that ran, and not of the GPU, as NVIDIA's device plugin for Kubernetes sees it: a kernel that
+was killed or that wrote out of bounds."""
+
+KMSG = Path("/dev/kmsg")
+KMSG_RECORD = re.compile(r"\d+,\d+,(?P<microseconds>\d+),[^;]*;NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<xid>\d+)")
+WAIT_MILLISECONDS = 1000
+
+log = logging.getLogger("trainyard")
+
+
+@dataclass(frozen=True)
+class XidError:
+    """An error of a GPU, named by its UUID."""
+
+    gpu_uuid: str
+    xid: int
+    at: datetime
+
+
+class XidWatcher:
+    """Collects the errors of this host's GPUs in a thread. `drain` returns them once."""
+
+    def __init__(self, kmsg: Path = KMSG) -> None:
+        self._kmsg = kmsg
+        self._lock = threading.Lock()
+        self._errors: list[XidError] = []
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, unless this host has no NVML."""
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return
+        self._thread = threading.Thread(target=self._run, name="xids", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread within about a second."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(5)
+
+    def drain(self) -> list[XidError]:
+        """Return the errors since the last call."""
+        with self._lock:
+            errors, self._errors = self._errors, []
+        return errors
+
+    def _run(self) -> None:
+        try:
+            gpus = _gpus()
+            self._add(kernel_log_errors(self._kmsg, {pci: uuid for pci, uuid, _ in gpus}))
+            self._watch(gpus)
+        except pynvml.NVMLError as error:
+            log.warning("XID errors of GPUs are no longer watched: %s", error)
+
+    def _watch(self, gpus: "list[tuple[str, str, Any]]") -> None:
+        events = pynvml.nvmlEventSetCreate()
+        try:
+            # A card that cannot report them, such as a virtual one, is left out.
+            registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
+            while registered and not self._stopping.is_set():
+                event = _next_event(events)
+                if event is not None:
+                    uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
+                    self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
+        finally:
+            pynvml.nvmlEventSetFree(events)
+
+    def _add(self, errors: Iterable[XidError]) -> None:
+        found = [error for error in errors if error.xid not in APPLICATION_XIDS]
+        for error in found:
+            log.warning("a GPU has an error", extra={"gpu": error.gpu_uuid, "xid": error.xid})
+        with self._lock:
+            self._errors += found
+
+
+def _gpus() -> "list[tuple[str, str, Any]]":
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    pairs = [(pynvml.nvmlDeviceGetPciInfo(handle).busId, handle) for handle in handles]
+    return [
+        (bus.decode() if isinstance(bus, bytes) else str(bus), str(pynvml.nvmlDeviceGetUUID(handle)), handle)
+        for bus, handle in pairs
+    ]
+
+
+def _register(handle: Any, events: Any) -> bool:
+    try:
+        pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
+    except pynvml.NVMLError:
+        return False
+    return True
+
+
+def _next_event(events: Any) -> Any | None:
+    try:
+        return pynvml.nvmlEventSetWait_v2(events, WAIT_MILLISECONDS)
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_TIMEOUT:
+            return None
+        raise
+
+
+def kernel_log_errors(kmsg: Path, uuids: Mapping[str, str]) -> list[XidError]:
+    """Return the errors in the kernel log, oldest first; [] if it may not be read. ``uuids``: PCI address -> UUID."""
+    started_at = datetime.now(UTC) - timedelta(seconds=time.clock_gettime(time.CLOCK_MONOTONIC))
+    found = []
+    for record in _kernel_log(kmsg):
+        match = KMSG_RECORD.match(record)
+        if match is None:
+            continue
+        uuid = next((uuid for pci, uuid in uuids.items() if same_pci_address(match["pci"], pci)), None)
+        if uuid is not None:
+            at = started_at + timedelta(microseconds=int(match["microseconds"]))
+            found.append(XidError(uuid, int(match["xid"]), at))
+    return found
+
+
+def _kernel_log(kmsg: Path) -> Iterator[str]:
+    # Each read of /dev/kmsg returns one record, and fails with EAGAIN after the last one. A file in a test ends.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            while True:
+                try:
+                    text = os.read(descriptor, 8192)
+                except BrokenPipeError:
+                    continue  # this record was overwritten meanwhile
+                if not text:
+                    return
+                yield from text.decode(errors="replace").splitlines()
+        finally:
+            os.close(descriptor)
+
+
+def store(session: Session, errors: Iterable[XidError]) -> None:
+    """Store errors, each once."""
+    for error in errors:
+        near = (XidErrorRow.at > error.at - SAME_ERROR, XidErrorRow.at < error.at + SAME_ERROR)
+        same = (XidErrorRow.gpu_uuid == error.gpu_uuid, XidErrorRow.xid == error.xid)
+        if session.scalar(select(XidErrorRow.id).where(*same, *near).limit(1)) is None:
+            session.add(XidErrorRow(gpu_uuid=error.gpu_uuid, xid=error.xid, at=error.at, cleared_at=None))
+            session.flush()
+
+
+def uncleared(session: Session, now: datetime) -> dict[str, list[XidError]]:
+    """Return the errors that keep a GPU from being leased, by its UUID, oldest first."""
+    open_ = (XidErrorRow.cleared_at.is_(None), XidErrorRow.at > now - MAX_AGE)
+    found: dict[str, list[XidError]] = {}
+    for row in session.scalars(select(XidErrorRow).where(*open_).order_by(XidErrorRow.at, XidErrorRow.id)):
+        found.setdefault(row.gpu_uuid, []).append(XidError(row.gpu_uuid, row.xid, row.at))
+    return found
+
+
+def clear(session: Session, gpu_uuid: str, now: datetime) -> int:
+    """Clear the errors of a GPU, and return how many there were."""
+    rows = update(XidErrorRow).where(XidErrorRow.gpu_uuid == gpu_uuid, XidErrorRow.cleared_at.is_(None))
+    return int(session.execute(rows.values(cleared_at=now)).rowcount)  # type: ignore[attr-defined]
+
+
+def marked(devices: Sequence[Device], errors: Mapping[str, Sequence[XidError]]) -> tuple[Device, ...]:
+    """Return the devices, each with its errors."""
+    return tuple(
+        replace(device, xid_errors=tuple(error.xid for error in errors.get(device.uuid or "", ())))
+        for device in devices
+    )

@@ -1,0 +1,97 @@
+"""Verification of a step: its forward and backward pass run twice, and every bit is compared before the update."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainyard.contract.events import RankInfo
+from trainyard.contract.failpoints import hit
+from trainyard.contract.status import Reason
+from trainyard.worker.checkpoint.replicas import corruption_hint
+from trainyard.worker.digest import tensor_digest
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import TrainingError
+
+MAX_NAMED = 8
+"""How many ranks a message names."""
+
+
+def on_accumulated(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Call ``hook`` each time a gradient of ``parameter`` is complete on this rank. DDP exchanges it after that."""
+    register: Any = parameter.register_post_accumulate_grad_hook  # unannotated
+    register(hook)
+
+
+@dataclass
+class StepVerifier:
+    """Compares two passes of a step on each rank: losses, gradients before the exchange, and weights.
+
+    The exchanged gradient would not do: a wrong number of one rank is in the sum of all. Only with FSDP, which
+    exchanges gradients in the backward pass, the shards are compared, and several ranks may differ. ``places``: host
+    and device of each rank.
+    """
+
+    model: nn.Module
+    ranks: DistributedContext
+    places: Sequence[RankInfo]
+    _records: bool = False
+    _gradients: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for parameter in self.model.parameters():
+            on_accumulated(parameter, self._record)
+
+    def record_next(self) -> None:
+        """Record the gradients of the next backward pass, which must be the last one of the step."""
+        self._records, self._gradients = True, {}
+
+    def take_digests(self, losses: Sequence[Tensor]) -> Tensor:
+        """Return the digests of a pass, int64 on the device: losses, gradients, weights, in the order of `names`."""
+        self._records = False
+        hit("verify.pass_done", self)
+        gradients, self._gradients = self._gradients, {}
+        nothing = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+        return torch.stack(
+            [
+                *(loss.view(torch.int64).reshape(()) for loss in losses),
+                *(gradients.get(id(parameter), nothing) for parameter in self.model.parameters()),
+                *(tensor_digest(_local(parameter)) for parameter in self.model.parameters()),
+            ]
+        )
+
+    def require_equal(self, step: int, first: Tensor, second: Tensor) -> None:
+        """Compare the digests of both passes. All ranks call it together.
+
+        Raises TrainingError on every rank if they differ on any one.
+        """
+        differing = (first != second).nonzero().reshape(-1).tolist()
+        parameters = [name for name, _ in self.model.named_parameters()]
+        losses = len(first) - 2 * len(parameters)
+        first_index = differing[0] if differing else -1
+        rows = self.ranks.gather([float(len(differing)), float(first_index)])
+        wrong = [rank for rank, row in enumerate(rows) if row[0]]
+        if not wrong:
+            return
+        names = ["a loss"] * losses + [
+            f"{what} of {name}" for what in ("the gradient", "the weight") for name in parameters
+        ]
+        where = " and ".join(str(self.places[rank]) for rank in wrong[:MAX_NAMED])
+        count, index = (int(number) for number in rows[wrong[0]])
+        more = f" and {count - 1} more numbers or tensors" if count > 1 else ""
+        message = (
+            f"silent corruption: {where} computed other bits when the passes of step {step} were repeated with the "
+            f"same data: {names[index]}{more}; the update was not applied"
+        )
+        raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0])
+
+    def _record(self, parameter: Tensor) -> None:
+        if self._records and parameter.grad is not None:
+            self._gradients[id(parameter)] = tensor_digest(_local(parameter.grad))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
