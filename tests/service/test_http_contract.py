@@ -20,7 +20,7 @@ from trainyard.service.schemas import (
 )
 
 ROOT = Path(__file__).parents[2]
-BODILESS = ("pause", "cancel", "kill", "save", "rotate", "test", "redeliver")
+BODILESS = ("pause", "cancel", "kill", "save", "rotate", "test", "redeliver", "clear")
 GROUP_SCHEMAS = {
     "": "JobSpec",
     "model": "ModelConfig",
