@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from benchmarks import (
     command,
+    corpus_files,
     corpus_speed,
     dashboard,
     launch,
@@ -22,6 +23,7 @@ from benchmarks.slurm import main as slurm
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "command": command.main,
+    "corpus_files": corpus_files.main,
     "corpus_speed": corpus_speed.main,
     "dashboard": dashboard.main,
     "launch": launch.main,

@@ -39,6 +39,7 @@ from trainyard.client.types import (
     Metric,
     NewToken,
     Plan,
+    Proposal,
     ResumedJob,
     TaskScore,
     Token,
@@ -100,6 +101,17 @@ class Client:
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
+
+    def propose(self, depth: int, spec: Mapping[str, Any] | None = None) -> Proposal:
+        """Return a spec for a model of ``depth`` layers by published rules, to be edited, and the reason of each value.
+
+        ``spec``: the part that is decided, which stays as it is; it may lack the corpus. Nothing is stored.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the spec.
+        """
+        body = {"depth": depth, "spec": spec or {}}
+        return cast(Proposal, self._connection.call("POST", "/jobs/proposal", body=body))
 
     def plan(self, spec: Mapping[str, Any]) -> Plan:
         """Return the size, memory, disk, time and warnings of a run of ``spec``. Nothing is stored.
@@ -183,10 +195,10 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``resources``,
-        ``gradient_checkpointing`` and ``save_dir``
-        (the checkpoints and weights are moved there). ``schedule`` of a longer run: "extend" (as if it had this length
-        from the start) or "continue" (decays from the current learning rate).
+        ``changes`` may raise ``epochs``, ``max_steps`` or ``max_tokens``, and change ``max_minutes``, ``target_loss``,
+        ``resources``, ``gradient_checkpointing`` and ``save_dir`` (the checkpoints and weights are moved there).
+        ``schedule`` of a longer run: "extend" (as if it had this length from the start) or "continue" (decays from the
+        current learning rate).
         """
         return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
@@ -522,7 +534,7 @@ class Client:
 
     def clear_device(self, device_id: str) -> dict[str, Any]:
         """Clear the XID errors of a GPU that was checked or repaired, so that it may be leased again; return it."""
-        return cast(dict[str, Any], self._connection.call("POST", _path("devices", device_id, "clear")))
+        return cast(dict[str, Any], self._connection.call("POST", f"/devices/{quote(device_id, safe='')}/clear"))
 
     def health(self) -> dict[str, Any]:
         """Return whether the service's process responds."""

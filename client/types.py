@@ -198,6 +198,7 @@ class Plan(TypedDict, total=False):
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
     memory_options: list[MemoryOption]
+    suggested_batch_size: int | None
     settings_that_fit: dict[str, dict[str, Any]] | None
     checkpoint_bytes: int | None
     snapshot_bytes: int | None
@@ -215,6 +216,25 @@ class Plan(TypedDict, total=False):
     queue: Queue
 
 
+class ProposedSetting(TypedDict):
+    """One proposed value, its place in the spec, and why. ``source``: a publication, or None."""
+
+    pointer: str
+    value: int | float | str
+    reason: str
+    source: str | None
+
+
+class Proposal(TypedDict):
+    """A spec to edit, see `Client.propose`. ``parameters``: those of the proposed model."""
+
+    object: str
+    depth: int
+    parameters: int
+    spec: dict[str, Any]
+    settings: list[ProposedSetting]
+
+
 class Score(TypedDict):
     """What a job is ranked by; less is better.
 
@@ -224,6 +244,13 @@ class Score(TypedDict):
     metric: str
     value: float
     step: int
+
+
+class LimitsLeft(TypedDict):
+    """What is left of ``limits.max_minutes`` and ``training.max_tokens``; null if not limited."""
+
+    seconds: float | None
+    tokens: int | None
 
 
 class Job(TypedDict, total=False):
@@ -237,6 +264,7 @@ class Job(TypedDict, total=False):
     group: str | None
     discarded: bool
     score: Score | None
+    limits_left: LimitsLeft | None
     status: str
     desired: str
     phase: str | None

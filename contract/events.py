@@ -61,7 +61,7 @@ class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
-    ``base_tokens``: tokens trained in them.
+    ``base_tokens``: tokens trained in them. ``train_seconds``: active training time of all earlier attempts.
     ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
     ``bos_token``, ``eos_token``: the tokens before and after each document. ``inputs``: the files that were read, see
     `contract.file_identity.fingerprint_inputs`.
@@ -95,6 +95,7 @@ class Started(EventBase):
     flops_per_token: float
     base_step: Step = 0
     base_tokens: int = Field(default=0, ge=0)
+    train_seconds: float = Field(default=0.0, ge=0)
     duplicates: int | None = None
     eval_sets: list[HeldOutFacts] = Field(default_factory=list)
     resumed_from: str | None = None
@@ -129,7 +130,8 @@ class MetricEvent(EventBase):
     whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
     since the previous point, over all layers; null for a dense model. ``step_seconds_max_rank``: the rank that computed
     longest in a step, and ``step_seconds_spread`` its time over the median of all ranks, both without the time that a
-    rank waits for others; null for one rank. Times are in seconds.
+    rank waits for others; null for one rank. ``train_seconds``: active training time of all attempts together, see
+    `contract.rundir.RunDir.train_seconds`. Times are in seconds.
     """
 
     kind: Literal["metric"] = "metric"
@@ -150,6 +152,7 @@ class MetricEvent(EventBase):
     eval_loss: float | None = None
     expert_load: list[float] | None = None
     nonfinite: bool = False
+    train_seconds: float | None = None
     bpb: float | None = None
     eval_bpb: float | None = None
     eval: dict[str, HeldOutResult] | None = None
@@ -233,24 +236,30 @@ class ResumeVerified(EventBase):
 
 
 class SettingsChanged(EventBase):
-    """Settings were changed during the run. They apply after ``step``."""
+    """Settings were changed during the run. They apply after ``step``. See `contract.messages.RunSettings`."""
 
     kind: Literal["settings"] = "settings"
     step: Step
     log_interval: int | None
     save_interval: int
     keep_last: int
+    max_minutes: float | None = None
+    target_loss: float | None = None
     message: str
 
 
 class Finished(EventBase):
-    """The last event of an attempt that was not killed, with the same result as outcome.json."""
+    """The last event of an attempt that was not killed, with the same result as outcome.json.
+
+    ``train_seconds``: see `MetricEvent`.
+    """
 
     kind: Literal["finished"] = "finished"
     outcome: Literal["completed", "stopped", "failed"]
     step: Step
     reason: Reason | None = None
     message: str | None = None
+    train_seconds: float | None = None
 
 
 Event: TypeAlias = (

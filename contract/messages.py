@@ -64,7 +64,10 @@ class FailureCard(ErrorCard):
 
 
 class Outcome(Message):
-    """outcome.json, by rank 0. ``completed``: all steps are done. ``stopped``: it has saved and ended on request."""
+    """outcome.json, by rank 0. ``stopped``: it has saved and ended on request.
+
+    ``completed``: all steps are done, or with reason limit: a limit is reached.
+    """
 
     outcome: Literal["completed", "stopped", "failed"]
     step: int
@@ -90,12 +93,13 @@ class ExitReport(Message):
 
     outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
     step: int
-    reason: Reason | None = Field(description="null only if completed")
+    reason: Reason | None = Field(description="null only if all steps are done; limit if a limit has ended the run")
     message: str
     error: ErrorCard | None = None
     ranks: list[RankExit] = Field(default_factory=list)
     last_seq: int = Field(ge=0, description="events in the outbox; the service has all of them if acked is equal")
     ended_at: datetime
+    train_seconds: float | None = Field(default=None, description="active training time of all attempts until the end")
 
 
 class Fork(Message):
@@ -134,21 +138,29 @@ RUN_SETTINGS = {
     "log_interval": ("reporting", "log_interval"),
     "save_interval": ("checkpoint", "save_interval"),
     "keep_last": ("checkpoint", "keep_last"),
+    "max_minutes": ("limits", "max_minutes"),
+    "target_loss": ("limits", "target_loss"),
 }
 """Setting -> its section and field in a job spec."""
 
 
 class RunSettings(Message):
-    """The settings that may be changed during a run. After a change they are in settings.json of the attempt."""
+    """The settings that may be changed during a run. After a change they are in settings.json of the attempt.
+
+    The limits are not set in messages of a service or an agent that does not know them: then they stay as they are.
+    """
 
     log_interval: Annotated[int, Field(ge=1, le=2**53 - 1)] | None
     save_interval: int = Field(ge=1, le=2**53 - 1)
     keep_last: int = Field(ge=1, le=100_000)
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    target_loss: Annotated[float, Field(gt=0)] | None = None
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Self:
         """Return the settings in a job spec (its JSON object)."""
-        return cls(**{name: spec[section][field] for name, (section, field) in RUN_SETTINGS.items()})
+        groups = {"limits": {}, **spec}  # stored specs of 0.1 have no limits
+        return cls(**{name: groups[section].get(field) for name, (section, field) in RUN_SETTINGS.items()})
 
 
 class Ack(Message):

@@ -340,6 +340,19 @@ class CheckpointSpec(Group):
     )
 
 
+class LimitsSpec(Group):
+    """Limits at which the run saves and ends as succeeded, with reason limit."""
+
+    max_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = Field(
+        None,
+        description="minutes of active training, of all attempts together; loading, compiling, evaluating and waiting "
+        "for a save do not count",
+    )
+    target_loss: Annotated[float, Field(gt=0, le=1e3)] | None = Field(
+        None, description="eval_loss, or without held-out data the smoothed loss, at which the run ends"
+    )
+
+
 class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
@@ -491,6 +504,7 @@ class JobSpec(Group):
     training: TrainingSpec = Field(default_factory=TrainingSpec)
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     reporting: ReportingSpec = Field(default_factory=ReportingSpec)
+    limits: LimitsSpec = Field(default_factory=LimitsSpec)
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
 

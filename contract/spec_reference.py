@@ -31,6 +31,10 @@ TITLES = {
     "training": ("`training`", "Training. A step is an optimizer step. Steps are counted from 1 over the whole job."),
     "checkpoint": ("`checkpoint`", "Checkpoints and saved weights."),
     "reporting": ("`reporting`", "Logging, evaluation and samples."),
+    "limits": (
+        "`limits`",
+        "Limits at which the run saves and ends as `succeeded`, with reason `limit`: [guide](../guides/limits.md).",
+    ),
     "evaluation": ("`evaluation`", "Tasks that the model is scored on, see [the guide](../guides/evaluating.md)."),
     "resources": ("`resources`", "Devices, nodes and restarts."),
     "sources": (

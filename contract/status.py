@@ -71,6 +71,7 @@ class Reason(StrEnum):
     PREEMPTED = "preempted"
     TIME_LIMIT = "time_limit"
     NODE_LOST = "node_lost"
+    LIMIT = "limit"
     UNKNOWN = "unknown"
 
 

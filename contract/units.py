@@ -37,6 +37,7 @@ UNITS = {
     "keep_last": "checkpoints",
     "keep_every": "steps",
     "log_interval": "steps",
+    "max_minutes": "min",
     "eval_interval": "steps",
     "nproc_per_node": "ranks",
     "nnodes": "nodes",

@@ -467,7 +467,7 @@ def openai_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
     kind = "server_error" if error.status >= 500 else OPENAI_TYPES.get(error.status, "invalid_request_error")
     return {
         "error": {
-            "message": f"{error.detail}: {listed}" if listed else error.detail,
+            "message": f"{listed}." if listed else error.detail,
             "type": kind,
             "param": problems[0]["pointer"].strip("/").partition("/")[0] if problems else None,
             "code": error.code,

@@ -142,6 +142,7 @@ class Progress(ResponseModel):
     eval_step: int | None = None
     updated_at: datetime | None = None
     nonfinite: bool = False
+    train_seconds: float | None = None
 
 
 class Queue(ResponseModel):
@@ -174,9 +175,29 @@ class PlanPreview(Plan):
     start_step: int = 0
     learning_rate: list[tuple[int, float]] | None = None
     memory_options: list[MemoryOption] = []
+    suggested_batch_size: int | None = None
     settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
+
+
+class ProposedSetting(ResponseModel):
+    """One proposed value, where it is in the spec, and why. ``source``: a publication, or null."""
+
+    pointer: str
+    value: int | float | str
+    reason: str
+    source: str | None
+
+
+class Proposal(ResponseModel):
+    """A spec for a run of some depth, by published rules, to be edited. What the client gave is unchanged."""
+
+    object: Literal["proposal"] = "proposal"
+    depth: int
+    parameters: int
+    spec: dict[str, Any]
+    settings: list[ProposedSetting]
 
 
 class Parent(ResponseModel):
@@ -244,6 +265,13 @@ class Score(ResponseModel):
     step: int
 
 
+class LimitsLeft(ResponseModel):
+    """What is left of ``limits.max_minutes`` and ``training.max_tokens``, at the last report; null if not limited."""
+
+    seconds: float | None
+    tokens: int | None
+
+
 class CorpusProgress(ResponseModel):
     """Progress of the preparation of a corpus. ``percent`` is 0 to 100."""
 
@@ -296,6 +324,7 @@ class JobSummary(ResponseModel):
     group: str | None
     discarded: bool
     score: Score | None
+    limits_left: LimitsLeft | None
     status: JobStatus
     desired: Desired
     phase: str | None
@@ -603,6 +632,7 @@ class Metric(ResponseModel):
     bpb: float | None = None
     eval_bpb: float | None = None
     eval: dict[str, HeldOutResult] | None = None
+    train_seconds: float | None = None
     at: datetime | None = None
     job_id: str | None = None
 
@@ -653,6 +683,22 @@ class ProblemDetails(ResponseModel):
     detail: str
     request_id: str | None
     errors: list[FieldError] = []
+
+
+class OpenAIError(ResponseModel):
+    """An error in OpenAI's shape. ``param``: the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class OpenAIErrorBody(ResponseModel):
+    """The body of an error response in OpenAI's shape."""
+
+    error: OpenAIError
 
 
 MAX_INT32 = 2**31 - 1

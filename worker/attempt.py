@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from trainyard.worker.distributed import DistributedContext
 
 LOCK_SECONDS = 10.0
-STEP_DIGITS = 20
+STEP_DIGITS, SECONDS_DIGITS = 20, 24
 """Fixed, so that a shorter number leaves no digits of a longer one."""
 
 
@@ -156,10 +157,15 @@ def _flatten(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class StepHeartbeat:
-    """The last step of this rank. Rank 0 also writes it to the attempt's progress file, for the hang detector."""
+    """The last step of this rank. Rank 0 also writes it to the attempt's progress file, for the hang detector.
+
+    ``train_seconds`` returns the active training time of all attempts, which is written too: see
+    `contract.rundir.RunDir.train_seconds`. It is None until the run is loaded.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self.step = 0
+        self.train_seconds: Callable[[], float] | None = None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644) if path is not None else None
 
     def beat(self, step: int) -> None:
@@ -168,7 +174,9 @@ class StepHeartbeat:
         if self._descriptor is not None:
             # A full disk must not end a run.
             with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, f"{step:<{STEP_DIGITS}}\n".encode(), 0)
+                seconds = f"{self.train_seconds():<{SECONDS_DIGITS}.6f}\n" if self.train_seconds is not None else ""
+                # In one call, so that a kill leaves both numbers or neither.
+                os.pwrite(self._descriptor, f"{step:<{STEP_DIGITS}}\n{seconds}".encode(), 0)
 
 
 def write_outcome_once(path: Path, outcome: Outcome) -> Outcome:

@@ -89,7 +89,16 @@ def _run(spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext, *, b
     outcome = _run_training(spec, attempt, ranks, heartbeat, emit)
     if ranks.is_main_process or outcome.outcome == "failed":
         outcome = write_outcome_once(directory.outcome, outcome)
-    emit(Finished(outcome=outcome.outcome, step=outcome.step, reason=outcome.reason, message=outcome.message))
+    seconds = heartbeat.train_seconds() if heartbeat.train_seconds is not None else None
+    emit(
+        Finished(
+            outcome=outcome.outcome,
+            step=outcome.step,
+            reason=outcome.reason,
+            message=outcome.message,
+            train_seconds=seconds,
+        )
+    )
     outbox.close()
     return outcome
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,10 +13,12 @@ from trainyard.contract.events import Event, MetricEvent, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import Outcome, RunSettings
+from trainyard.contract.smoothing import Ema
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, scored_tasks, was_evaluated
-from trainyard.worker.checkpoint.files import TensorShapes
+from trainyard.worker.checkpoint.files import RunState, TensorShapes
+from trainyard.worker.checkpoint.fork import read_fork
 from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
@@ -43,6 +44,7 @@ from trainyard.worker.training.control import (
 from trainyard.worker.training.device_setup import set_up_device
 from trainyard.worker.training.evaluate import generate_samples
 from trainyard.worker.training.heldout import HeldOutEvaluator
+from trainyard.worker.training.limits import RunLimits
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, StragglerMonitor, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
@@ -132,7 +134,8 @@ def train(
     byte_counter = ByteCounter.of(lengths, ranks.device) if isinstance(lengths, ByteLengths) else None
     aux_coefficient = spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0
     state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
-    progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
+    progress, window, rows_per_step, saved = _restore(resume_from, state, spec, ranks)
+    unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved and saved.unevaluated is not None else None
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
     scored = ranks.broadcast_from_rank0(lambda: scored_tasks(attempt.run, progress.step)) if tasks else frozenset()
@@ -142,9 +145,16 @@ def train(
     # With ``max_tokens``, counting the tokens of the rows may take seconds, so only rank 0 does it.
     steps = ranks.broadcast_from_rank0(lambda: last_step(spec.training, progress, sampler, data.train_set.targets_of))
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
+    # All attempts together share the limit of time, so this one continues the count of those before it.
+    fork = read_fork(attempt.run)
+    earlier_seconds = ranks.broadcast_from_rank0(attempt.run.train_seconds)
+    limits = RunLimits(
+        spec.limits, earlier_seconds, lambda: phases.training_seconds, first_step=fork.step if fork is not None else 0
+    )
+    heartbeat.train_seconds = limits.seconds
     places = ranks.gather_objects(rank_info(ranks))
     replicas, replica_warnings = replica_check(ranks, places, spec.resources.parallelism)
-    started = started_event(data, ranks, sampler, progress, steps, resume_from, places)
+    started = started_event(data, ranks, sampler, progress, steps, resume_from, places, earlier_seconds)
     # FSDP waits for the other ranks in every layer, so no rank has a time of its own.
     measures_ranks = ranks.world > 1 and spec.resources.parallelism != "fsdp"
     trainer = Trainer(
@@ -182,6 +192,7 @@ def train(
         trackers=trackers,
         heartbeat=heartbeat,
         stop=stop,
+        limits=limits,
         phases=phases,
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
@@ -191,13 +202,14 @@ def train(
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
     )
     trainer.metrics.unevaluated = unevaluated if data.eval_sets else None
+    trainer.metrics.smoothed = Ema.from_sums(saved.smoothed if saved else ())
     emit(started)
     for warning in (*replica_warnings, *schedule_warnings(spec.training, steps - progress.base_step)):
         emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
     if resume_from is not None and (ranks.is_main_process or state.gathers_weights):
-        for event in compare_scores(progress.step, saved_score, resume_check.score(state)):
+        for event in compare_scores(progress.step, saved.probe if saved else {}, resume_check.score(state)):
             emit(event)
 
     # The steps. The last checkpoint and the final weights are of the last step that was run.
@@ -214,27 +226,24 @@ def train(
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
         )
+    if trainer.limit is not None:
+        return Outcome(outcome="completed", step=progress.step, reason=Reason.LIMIT, message=trainer.limit)
     return Outcome(outcome="completed", step=progress.step, message=f"all {trainer.intervals.steps} steps done")
 
 
 def _restore(
     resume_from: ResumePoint | None, state: TrainState, spec: JobSpec, ranks: DistributedContext
-) -> tuple[TrainProgress, MetricsWindow, int, dict[str, Any], MetricEvent | None]:
-    """Load the checkpoint, if any.
-
-    Return progress, this rank's metrics window, rows per step, the saved score, and the metric line whose evaluation
-    was not done when the checkpoint was saved.
-    """
+) -> tuple[TrainProgress, MetricsWindow, int, RunState | None]:
+    """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step, and the saved state."""
     if resume_from is None:
         # The first attempt fixes the size of a step, by the number of ranks that torchrun has started. With a range of
         # nodes the spec's largest number of ranks counts: the size must not depend on how many nodes were free.
         world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
         rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * world
-        return TrainProgress(), MetricsWindow(), rows_per_step, {}, None
+        return TrainProgress(), MetricsWindow(), rows_per_step, None
     saved = state.load(resume_from.checkpoint)
-    unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved.unevaluated is not None else None
     window = restore_window(saved.interval, ranks, saved.interval_bytes)
-    return TrainProgress.from_state(saved), window, saved.rows_per_step, saved.probe, unevaluated
+    return TrainProgress.from_state(saved), window, saved.rows_per_step, saved
 
 
 @dataclass(frozen=True)
@@ -272,6 +281,7 @@ class Trainer:
     trackers: Trackers
     heartbeat: StepHeartbeat
     stop: StopSignal
+    limits: RunLimits
     phases: PhaseReporter
     emit: EventSink
     monitor: LearningMonitor
@@ -289,6 +299,9 @@ class Trainer:
     _slow_steps: int = FIRST_STEPS
     """Steps of this attempt that still report their micro-batches."""
     save_is_owed: bool = False
+    limit: str | None = None
+    """The limit that has ended the run, as a message."""
+    _ends_next_step: bool = False
     tasks: list[Task] = field(default_factory=list)
     scored_at_start: tuple[int, frozenset[str]] = (0, frozenset())
     """The step that this attempt starts from, and the tasks that an earlier attempt has scored there."""
@@ -310,6 +323,7 @@ class Trainer:
         """
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
+        self._end_at_start(progress)
         self._save_at_start(progress)
         stopped = not self._evaluate(progress)
         while not stopped and progress.step < self.intervals.steps:
@@ -324,6 +338,8 @@ class Trainer:
             if flags.settings is not None:
                 self._apply_settings(flags.settings, progress.step)
             self._logs_next_step = flags.log
+            self._ends_next_step = flags.limit
+            self.limits.end_step()
             is_last = progress.step == self.intervals.steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
@@ -343,6 +359,26 @@ class Trainer:
         control.finish()
         return progress, stopped
 
+    def _end_at_start(self, progress: TrainProgress) -> None:
+        """End the run if earlier attempts have reached a limit. Raises TrainingError if they have saved nothing."""
+        minutes, smoothed = self.limits.spec.max_minutes, self.metrics.smoothed
+        if minutes is not None and self.limits.earlier_seconds >= 60 * minutes:
+            if progress.step == self.limits.first_step:
+                message = (
+                    f"limits.max_minutes: {minutes:g} minutes of training are used up, and no checkpoint was saved"
+                )
+                hint = "Resume with more max_minutes. With checkpoint.save_minutes a crash loses less."
+                raise TrainingError(Reason.LIMIT, message, hint)
+            self._end_at(progress.step, self.limits.time_message(progress.step))
+        elif not self.data.eval_sets and smoothed.weight and self.limits.is_reached(smoothed.value):
+            self._end_at(progress.step, self.limits.loss_message("smoothed loss", smoothed.value, progress.step))
+
+    def _end_at(self, step: int, message: str) -> None:
+        """Make ``step`` the last one of the run, because of a limit. All ranks call it at the same step."""
+        if step < self.intervals.steps:
+            self.limit = message
+            self._set_last_step(step)
+
     def _save_at_start(self, progress: TrainProgress) -> None:
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
             # A bad step before the first regular save also needs a checkpoint to roll back to.
@@ -359,6 +395,8 @@ class Trainer:
             spike=self.spike_detector.pending is not None,
             log=self.ranks.is_main_process and self._is_log_overdue(),
             save_failed=self.checkpointer.has_failed,
+            # The others read it a step later, and the step after that is the last one.
+            limit=self.ranks.is_main_process and self.ranks.world > 1 and self.limits.is_time_up(steps_ahead=2),
             settings=self.settings.poll() if self.ranks.is_main_process else None,
         )
 
@@ -394,6 +432,7 @@ class Trainer:
         """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
+        self.limits.spec = self.spec.limits
         self._set_last_step(self.intervals.steps)
 
     def _set_last_step(self, steps: int) -> None:
@@ -423,6 +462,8 @@ class Trainer:
         self.pending.append(PendingStep(step, data_step, scale, pending_metrics))
         tokens, data_seconds = self.loader.tokens(data_step), self.loader.data_seconds
         progress = progress.next_step(tokens)
+        if self._ends_next_step or (self.ranks.world == 1 and self.limits.is_time_up()):
+            self._end_at(step, self.limits.time_message(step))
         log_due = self.intervals.is_log_step(step) or self._logs_next_step
         if (
             log_due
@@ -516,6 +557,7 @@ class Trainer:
             saved = self.state.load(path)
         self.state.train_step.guard.reset(progress.nonfinite)
         self.metrics.rewind(restore_window(saved.interval, self.ranks, saved.interval_bytes))
+        self.metrics.smoothed = Ema.from_sums(saved.smoothed)
         bad_step = progress.step + 1
         message = (
             f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
@@ -525,6 +567,7 @@ class Trainer:
         # Keep the current counters: with the checkpoint's, a run could roll back for ever.
         offset = progress.data_offset + bad_step - saved.step
         progress = replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
+        self.limit = None
         self._set_schedule(progress)
         data = {"to_step": saved.step, "steps": self.intervals.steps}
         self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data=data))
@@ -548,8 +591,11 @@ class Trainer:
             tokens=progress.tokens,
             grad_norm=self.last_metrics.grad_norm,
             eval_loss=None,
-        )
+        ).model_copy(update={"train_seconds": self.limits.seconds()})
         self._logged_at = time.monotonic()
+        smoothed = self.metrics.smoothed
+        if not self.data.eval_sets and smoothed.weight and self.limits.is_reached(smoothed.value):
+            self._end_at(step, self.limits.loss_message("smoothed loss", smoothed.value, step))
         if self.intervals.is_eval_step(step):
             self.metrics.unevaluated = metric
         else:
@@ -584,6 +630,9 @@ class Trainer:
         self.metrics.unevaluated = None
         results = {"eval_loss": found.loss, "eval_bpb": found.bpb, "eval": found.sets, "at": datetime.now(UTC)}
         self._emit_metric(metric.model_copy(update=results))
+        if progress.step < self.intervals.steps and self.limits.is_reached(found.loss):
+            self._end_at(progress.step, self.limits.loss_message("eval_loss", found.loss, progress.step))
+            self._save_once(progress)
         return True
 
     def _score_tasks(self, progress: TrainProgress) -> bool:
@@ -606,6 +655,9 @@ class Trainer:
                 except StopRequested:
                     self._save_once(progress)
                     return False
+                finally:
+                    if self.state.split is not None:
+                        self.state.split.release()
                 self.emit(scored)
                 self.trackers.log(scored)
         return True

@@ -80,7 +80,8 @@ class Submission:
 def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
     base = _read(args.spec, console) if args.spec else {}
     line: PastedLine = args.pasted
-    if not base and not given and not args.set and line.script is None:
+    has_depth = getattr(args, "depth", None) is not None
+    if not base and not given and not args.set and line.script is None and not has_depth:
         raise UsageError(
             f"give a SPEC.json, or at least --data_path FILE; `trainyard {command} --help` lists all flags"
         )

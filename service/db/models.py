@@ -325,6 +325,7 @@ class MetricRow(Base):
     eval: Mapped[dict[str, Any] | None]
     step_seconds_max_rank: Mapped[int | None]
     step_seconds_spread: Mapped[float | None]
+    train_seconds: Mapped[float | None]
 
 
 class MetricRollupRow(Base):

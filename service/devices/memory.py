@@ -25,6 +25,21 @@ def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
     )
 
 
+def free_memory(kind: str, devices: Sequence[Device], ranks: int = 1, meminfo: Path = MEMINFO) -> int | None:
+    """Return the bytes that are free now: of the host on a CPU, else of one GPU. None if unknown.
+
+    Of several GPUs it is the one with the least among those that ``ranks`` would use.
+    """
+    if kind == "cpu":
+        sizes = [size for size in (_meminfo(meminfo, "MemAvailable"), host_memory(meminfo)) if size is not None]
+        return min(sizes, default=None)
+    free = sorted(
+        (d.memory_bytes - (d.memory_used_bytes or 0) for d in devices if kind in (d.kind, d.id) and d.memory_bytes),
+        reverse=True,
+    )
+    return free[min(ranks, len(free)) - 1] if free else None
+
+
 def disk_free(path: Path) -> int | None:
     """Return the free bytes of the file system of ``path``, which need not exist; None if unknown."""
     for existing in (path, *path.parents):
@@ -38,8 +53,12 @@ def disk_free(path: Path) -> int | None:
 
 
 def _memory_total(meminfo: Path) -> int | None:
+    return _meminfo(meminfo, "MemTotal")
+
+
+def _meminfo(meminfo: Path, name: str) -> int | None:
     try:
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError, IndexError):
         return None

@@ -326,7 +326,8 @@ class _EventBatch:
 
     def _finished(self, event: Finished) -> None:
         if self.current:
-            self.job.progress = {**self.job.progress, "step": event.step}
+            seconds = {"train_seconds": event.train_seconds} if event.train_seconds is not None else {}
+            self.job.progress = {**self.job.progress, "step": event.step, **seconds}
         self._record_event("finished", event.message or f"{event.outcome} at step {event.step:,}", event)
 
     def _record_event(self, kind: str, message: str, event: Event) -> None:

@@ -135,7 +135,7 @@ def _transition_job(
         "finished_at": report.ended_at if decision.status in TERMINAL else None,
         "desired": Desired.RUN if restart_at is not None else job.desired,
     }
-    job.progress = after_end(job.progress, report.step)
+    job.progress = after_end(job.progress, report.step, report.train_seconds)
     repository.transition(
         session, job, decision.status, EventDraft("status", decision.message, "agent", attempt.number), now, **changes
     )

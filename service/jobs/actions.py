@@ -17,6 +17,7 @@ from trainyard.contract.parsing import Problem, pointer_to
 from trainyard.contract.spec import (
     CheckpointSpec,
     JobSpec,
+    LimitsSpec,
     ReportingSpec,
     ResourcesSpec,
     TrainingSpec,
@@ -32,7 +33,7 @@ from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.lifecycle import Action, InProgress, Rejected, Transition, allowed_actions, decide
-from trainyard.service.jobs.queries import job_state, newest_step
+from trainyard.service.jobs.queries import job_state, newest_step, train_seconds
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef
@@ -188,7 +189,10 @@ def resume(
     Raises Conflict, InvalidState, SpecInvalid, StepUnavailable or QuotaExceeded.
     """
     job = _lock_unchanged(session, job_id, before)
-    if job.status == JobStatus.SUCCEEDED:
+    _require_time(job, spec)
+    if job.status == JobStatus.SUCCEEDED and job.reason == Reason.LIMIT:
+        _require_another_target(job, spec)
+    elif job.status == JobStatus.SUCCEEDED:
         _require_more_steps(job, spec)
     elif isinstance(_require_allowed(job, "resume"), InProgress):
         # Another request resumed the job since `resume_in_progress` was called: accept only the same request.
@@ -333,6 +337,25 @@ def _require_movable(job: JobRow, spec: JobSpec) -> None:
         raise with_problems(SpecInvalid, [Problem("/save_dir", message)])
 
 
+def _require_time(job: JobRow, spec: JobSpec) -> None:
+    """Raise SpecInvalid if the attempts have used up ``max_minutes``, so that the next one would end at once."""
+    minutes, used = spec.limits.max_minutes, train_seconds(job)
+    is_asked = job.reason == Reason.LIMIT or minutes != job.spec.get("limits", {}).get("max_minutes")
+    if is_asked and minutes is not None and used >= 60 * minutes:
+        message = f"must be more, or null: {used / 60:.4g} minutes of training are used up"
+        raise with_problems(SpecInvalid, [Problem("/max_minutes", message)])
+
+
+def _require_another_target(job: JobRow, spec: JobSpec) -> None:
+    """Raise SpecInvalid if the loss that has ended the run would end it again."""
+    minutes, reached = job.spec["limits"]["max_minutes"], job.spec["limits"]["target_loss"]
+    ended_by_loss = minutes is None or train_seconds(job) < 60 * minutes
+    if ended_by_loss and spec.limits.target_loss is not None and spec.limits.target_loss >= reached:
+        raise with_problems(
+            SpecInvalid, [Problem("/target_loss", f"must be less than {reached:g}, which is reached, or null")]
+        )
+
+
 def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
     leaf = next((name for name in ("max_steps", "max_tokens") if getattr(spec.training, name) is not None), "epochs")
     old, new = job.spec["training"].get(leaf) or _length_of_run(job).get(leaf), getattr(spec.training, leaf)
@@ -349,6 +372,8 @@ RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
     "max_steps": ("training", "max_steps"),
     "max_tokens": ("training", "max_tokens"),
+    "max_minutes": ("limits", "max_minutes"),
+    "target_loss": ("limits", "target_loss"),
     "save_dir": ("checkpoint", "save_dir"),
     "gradient_checkpointing": ("training", "gradient_checkpointing"),
     "resources": ("resources",),
@@ -397,6 +422,8 @@ class PatchJobBody(OptionalBody):
     log_interval: Any = _spec_field(ReportingSpec, "log_interval")
     save_interval: Any = _spec_field(CheckpointSpec, "save_interval")
     keep_last: Any = _spec_field(CheckpointSpec, "keep_last")
+    max_minutes: Any = _spec_field(LimitsSpec, "max_minutes")
+    target_loss: Any = _spec_field(LimitsSpec, "target_loss")
 
 
 class ResumeBody(OptionalBody):
@@ -411,6 +438,8 @@ class ResumeBody(OptionalBody):
     epochs: Any = _spec_field(TrainingSpec, "epochs")
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
     max_tokens: Any = _spec_field(TrainingSpec, "max_tokens")
+    max_minutes: Any = _spec_field(LimitsSpec, "max_minutes")
+    target_loss: Any = _spec_field(LimitsSpec, "target_loss")
     save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
     gradient_checkpointing: Any = _spec_field(TrainingSpec, "gradient_checkpointing")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
@@ -462,7 +491,7 @@ def changed_spec(
             is_partial = path[0] == "resources" and isinstance(value, dict)
             merged[path[0]] = {**merged[path[0]], **value} if is_partial else value
         elif path:
-            merged[path[0]][path[1]] = value
+            merged.setdefault(path[0], {})[path[1]] = value  # a stored spec of 0.1 has no limits
     try:
         return validate_spec(merged, host)
     except SpecInvalid as error:

@@ -78,6 +78,7 @@ MAX_FRUITLESS_ATTEMPTS = 2
 """After this many failed attempts in a row without a step, another one would not make any either."""
 
 FINISHED_BLOCKER = "finished: give more epochs, max_steps or max_tokens to continue"
+LIMIT_BLOCKER = "ended at its limit: give more max_minutes or a lower target_loss, or null, to continue"
 NOT_SAVED = "no checkpoint was written at this stop"
 
 
@@ -85,7 +86,8 @@ NOT_SAVED = "no checkpoint was written at this stop"
 class JobState:
     """All that `decide` depends on. ``restart_due``: an interrupted job that will restart automatically.
 
-    ``preempted``: it is pausing for a job of higher priority, and will be queued again automatically.
+    ``preempted``: it is pausing for a job of higher priority, and will be queued again automatically. ``at_limit``: a
+    limit of the spec has ended it.
     """
 
     status: JobStatus
@@ -94,6 +96,7 @@ class JobState:
     attempts: int = 0
     preempted: bool = False
     has_checkpoint: bool = False
+    at_limit: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _resume(job: JobState) -> Decision:
         case JobStatus.PAUSED | JobStatus.INTERRUPTED | JobStatus.FAILED | JobStatus.CANCELLED:
             return Transition(JobStatus.QUEUED, Desired.RUN)
         case JobStatus.SUCCEEDED:
-            return Rejected(FINISHED_BLOCKER)
+            return Rejected(LIMIT_BLOCKER if job.at_limit else FINISHED_BLOCKER)
         case JobStatus.QUEUED | JobStatus.PREPARING | JobStatus.STARTING if job.attempts > (
             job.status is JobStatus.STARTING
         ):
@@ -247,7 +250,8 @@ def after_exit(
     """
     assert status in LIVE, status
     if report.outcome == "completed":
-        return ExitDecision(JobStatus.SUCCEEDED, None, report.message, restarts=history.restarts)
+        reason = Reason.LIMIT if report.reason is Reason.LIMIT else None
+        return ExitDecision(JobStatus.SUCCEEDED, reason, report.message, restarts=history.restarts)
     if status is JobStatus.CANCELLING:
         saved = "" if report.outcome == "stopped" else f"; {NOT_SAVED}"
         return ExitDecision(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=history.restarts)

@@ -36,9 +36,11 @@ def needed(spec: JobSpec, kind: str) -> int:
 
 
 def state_bytes(spec: JobSpec, kind: str) -> int:
-    """Return the part of `needed` that no batch size changes: weights, gradients and optimizer state."""
-    own = per_rank(spec)
-    state = own.weights + own.gradients + own.optimizer
+    """Return the least that a run holds: float32 weights, gradients and optimizer state, but nothing for the moment."""
+    own = per_rank(with_settings(spec, {"training": {"dtype": "float32"}}))
+    is_gathered = spec.resources.parallelism == "fsdp" and spec.resources.ranks > 1
+    momentary = costs.gathered_bytes(spec.model, "float32") if is_gathered else 0
+    state = own.weights - momentary + own.gradients + own.optimizer
     return state * spec.resources.nproc_per_node if kind == "cpu" else state
 
 
@@ -55,6 +57,26 @@ def options(spec: JobSpec, kind: str, limit: int | None) -> Iterator[dict[str, A
                 "memory_bytes": asdict(per_rank(changed)),
                 "fits": needed(changed, kind) <= limit if limit is not None else None,
             }
+
+
+MAX_BATCH_SIZE = 65536
+MEMORY_SHARE = 0.9
+"""Part of the free memory that a suggested batch size may use: temporary buffers are not part of the estimate."""
+
+
+def suggested_batch_size(spec: JobSpec, kind: str, free: int | None) -> int | None:
+    """Return the largest batch_size that fits into ``free`` bytes; None if unknown, or if no size fits."""
+
+    def fits(size: int) -> bool:
+        return needed(with_settings(spec, {"training": {"batch_size": size}}), kind) <= MEMORY_SHARE * (free or 0)
+
+    if free is None or not fits(1):
+        return None
+    low, high = 1, MAX_BATCH_SIZE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def settings_that_fit(spec: JobSpec, kind: str, limit: int | None) -> dict[str, dict[str, Any]] | None:

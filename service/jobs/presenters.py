@@ -28,6 +28,7 @@ from trainyard.service.schemas import (
     Event,
     Job,
     JobSummary,
+    LimitsLeft,
     Parent,
     Placement,
     Plan,
@@ -88,7 +89,9 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
     if job.status == JobStatus.STARTING and placement is not None and placement["waiting_for"] is not None:
         queue = Queue(position=None, waiting_for=placement["waiting_for"])
     checkpoint = to_checkpoint_response(newest) if newest is not None else None
-    progress = Progress.model_validate(job.progress)
+    progress, limits_left = Progress.model_validate(job.progress), _limits_left(job)
+    if limits_left is not None and limits_left.seconds is not None and progress.eta_seconds is not None:
+        progress = progress.model_copy(update={"eta_seconds": min(progress.eta_seconds, limits_left.seconds)})
     return JobSummary(
         id=job.id,
         name=job.name,
@@ -106,6 +109,7 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         message=job.message,
         error=failure_card(job, newest.step if newest is not None else None),
         progress=progress,
+        limits_left=limits_left,
         attempt=job.attempt or None,
         resumable=blocker is None,
         resume_blocker=blocker,
@@ -151,6 +155,19 @@ def _score(job: JobRow) -> Score | None:
     if job.score is None:
         return None
     return Score.model_validate({"metric": job.score_metric, "value": job.score, "step": job.score_step})
+
+
+def _limits_left(job: JobRow) -> LimitsLeft | None:
+    minutes = job.spec.get("limits", {}).get("max_minutes")  # specs of 0.1 have no limits
+    tokens = job.spec["training"].get("max_tokens")
+    if minutes is None and tokens is None:
+        return None
+    base = job.facts.get("base_tokens") or 0
+    trained = max(0, (job.progress.get("tokens") or 0) - base)
+    return LimitsLeft(
+        seconds=max(0.0, 60 * minutes - queries.train_seconds(job)) if minutes is not None else None,
+        tokens=max(0, tokens - trained) if tokens is not None else None,
+    )
 
 
 def _parent(job: JobRow) -> Parent | None:

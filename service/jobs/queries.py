@@ -11,7 +11,7 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, or_, select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.status import Desired, JobStatus
+from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.auth.principal import LOCAL
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import JobNotFound
@@ -143,7 +143,13 @@ def job_state(job: JobRow) -> JobState:
         job.restart_at is not None,
         job.attempt,
         job.preempted_by is not None,
+        at_limit=job.reason == Reason.LIMIT,
     )
+
+
+def train_seconds(job: JobRow) -> float:
+    """Return the active training time of all attempts at the last report, see `RunDir.train_seconds`."""
+    return float(job.progress.get("train_seconds") or 0.0)
 
 
 def newest_step(session: Session, job_id: str) -> int | None:

@@ -109,6 +109,32 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
     return validator.resolved()
 
 
+def validate_without_corpus(raw: object, host: HostLimits) -> JobSpec:
+    """Return a spec that may lack its corpus and its length, with the vocabulary's size.
+
+    Raises SpecInvalid with every mistake.
+    """
+    given = raw if isinstance(raw, dict) else {}
+    data = given.get("data")
+    has_corpus = isinstance(data, dict) and not data.keys().isdisjoint(("data_path", "sources"))
+    if not has_corpus and (data is None or isinstance(data, dict)):
+        raw = {**given, "data": {**(data or {}), "data_path": PLACEHOLDER}}
+    parsed = parse_spec(raw)
+    validator = _SpecValidator(parsed, host, is_new=False)
+    # What is missing may be added later: the corpus, and the length that a mixture needs. And a model that is too large
+    # for this host ("/model") may be meant for another one.
+    training = given.get("training")
+    has_length = isinstance(training, dict) and "max_steps" in training
+    ignored = {"/data/data_path": not has_corpus, "/training/max_steps": not has_length}
+    host_problems = [each for each in validator.problems() if each.pointer != "/model"]
+    problems = [each for each in (*parsed.problems, *host_problems) if not ignored.get(each.pointer)]
+    if problems:
+        raise with_problems(SpecInvalid, problems)
+    assert validator.vocabulary is not None
+    spec = parsed.spec
+    return spec.model_copy(update={"model": spec.model.with_vocab_size(validator.vocabulary)})
+
+
 def _roots_for_user(settings: Settings) -> dict[str, Any]:
     """Return the folders that jobs may use, and the command that starts this service, for the user who started it."""
     return {
@@ -335,25 +361,13 @@ class _SpecValidator:
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
         if self.runs_on_slurm or limit is None or not size:
             return
-        least = memory.with_settings(
-            self.spec,
-            {
-                "model": {"vocab_size": size},
-                "data": {"max_seq_len": 1},
-                "training": {"batch_size": 1, "dtype": "float32"},
-            },
-        )
-        needed = memory.state_bytes(least, kind)
+        # It may be less than the tokenizer has, which is another mistake.
+        whole = memory.with_settings(self.spec, {"model": {"vocab_size": size}})
+        needed = memory.state_bytes(whole, kind)
         if needed > limit:
-            parallelism = next(
-                (
-                    value
-                    for value in ("zero1", "fsdp")
-                    if memory.state_bytes(memory.with_settings(least, {"resources": {"parallelism": value}}), kind)
-                    <= limit
-                ),
-                None,
-            )
+            split = [memory.with_settings(whole, {"resources": {"parallelism": name}}) for name in ("zero1", "fsdp")]
+            fitting = (each.resources.parallelism for each in split if memory.state_bytes(each, kind) <= limit)
+            parallelism = next(fitting, None)
             whose = "this host" if kind == "cpu" else "the device"
             message = (
                 f"needs {needed / 1e9:,.1f} GB for weights, gradients and the optimizer alone, and {whose} has "

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
+from trainyard.contract.smoothing import Ema, decay
+
 HALF_LIVES = (10, 50, 200, 1000)
 """Half-lives that are stored: those the dashboard offers. Any other is computed from the points."""
 
@@ -52,25 +54,6 @@ def bucket_width(last_step: int, max_points: int, first_step: int = 0) -> int:
     return width
 
 
-@dataclass
-class Ema:
-    """An exponential moving average: its weighted sum and the sum of the weights, at ``step``."""
-
-    half_life: float
-    total: float = 0.0
-    weight: float = 0.0
-    step: int = 0
-
-    def add(self, step: int, total: float, weight: float = 1.0) -> None:
-        """Add a value, or the sums of several values, of ``step``, which comes after the last one."""
-        factor = decay(step - self.step, self.half_life)
-        self.total, self.weight, self.step = factor * self.total + total, factor * self.weight + weight, step
-
-    @property
-    def value(self) -> float:
-        return self.total / self.weight
-
-
 def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) -> Iterator[dict[str, Any]]:
     """Yield a bucket for each ``width`` steps that have points. ``aggregates`` are in step order.
 
@@ -101,11 +84,6 @@ def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) ->
             "nonfinite_count": nonfinite,
             "nonfinite": last.loss is None,
         }
-
-
-def decay(distance: int, half_life: float) -> float:
-    """Return the factor by which a weight decays over ``distance`` steps."""
-    return float(0.5 ** (distance / half_life)) if half_life > 0 else 0.0
 
 
 @dataclass

@@ -18,6 +18,7 @@ def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
         **percent_done(event.start_step, event.steps),
         "eta_seconds": None,
         "updated_at": _time(event.at),
+        "train_seconds": event.train_seconds,
     }
 
 
@@ -35,6 +36,7 @@ def after_metric(progress: dict[str, Any], event: MetricEvent, facts: dict[str, 
         "eta_seconds": eta,
         "updated_at": _time(event.at),
         "step_seconds": seconds,
+        "train_seconds": event.train_seconds if event.train_seconds is not None else progress.get("train_seconds"),
     }
 
 
@@ -54,8 +56,10 @@ def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -
     return {**progress, **percent_done(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
 
 
-def after_end(progress: dict[str, Any], step: int) -> dict[str, Any]:
+def after_end(progress: dict[str, Any], step: int, train_seconds: float | None = None) -> dict[str, Any]:
     """Return the progress after an attempt ended at ``step``, which may have no metric."""
+    if train_seconds is not None:
+        progress = {**progress, "train_seconds": train_seconds}
     reached = max(step, progress.get("step") or 0)
     return {**progress, **percent_done(reached, progress.get("steps")), "eta_seconds": None}
 

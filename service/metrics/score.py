@@ -11,13 +11,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.events import MetricEvent
+from trainyard.contract.smoothing import HALF_LIFE, Ema
 from trainyard.service.db.models import JobRow, MetricRow
 from trainyard.service.metrics import rollups
-from trainyard.service.metrics.downsampling import Ema
 from trainyard.service.metrics.rollups import LEVELS, RollupView
-
-HALF_LIFE = 50.0
-"""Of the smoothed loss, in steps: that of the curve's default."""
 
 EVALUATED = {"bpb": "eval_bpb", "eval_loss": "eval_loss"}
 """Metric of an evaluated score -> the field of a point that it is taken from. An earlier one is preferred."""
@@ -34,7 +31,7 @@ def add_point(job: JobRow, event: MetricEvent) -> None:
             _offer_evaluation(job, metric, value, event.step)
     if event.loss is None or not math.isfinite(event.loss):
         return
-    ema = Ema(HALF_LIFE, *job.progress.get(SMOOTHED, ()))
+    ema = Ema.from_sums(job.progress.get(SMOOTHED, ()))
     ema.add(event.step, event.loss)
     _store_smoothed(job, ema)
 
@@ -67,6 +64,6 @@ def _offer_evaluation(job: JobRow, metric: str, value: float, step: int) -> None
 
 
 def _store_smoothed(job: JobRow, ema: Ema) -> None:
-    job.progress = {**job.progress, SMOOTHED: [ema.total, ema.weight, ema.step]}
+    job.progress = {**job.progress, SMOOTHED: ema.sums}
     if job.score_metric not in EVALUATED:
         job.score, job.score_metric, job.score_step = ema.value, "loss", ema.step

@@ -11,7 +11,7 @@ from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
-from trainyard.service.devices.memory import disk_free, memory_limit
+from trainyard.service.devices.memory import disk_free, free_memory, memory_limit
 from trainyard.service.jobs import memory
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
@@ -29,7 +29,7 @@ from trainyard.service.planning.estimate import (
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
-from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
+from trainyard.service.planning.warnings import HostCapacity, limit_warnings, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
 from trainyard.service.settings import Settings
 
@@ -175,14 +175,27 @@ def preview(
             "memory_limit_bytes": host.memory_limit,
             "memory_options": list(memory.options(spec, kind, host.memory_limit)),
             "settings_that_fit": host.settings_that_fit,
+            "suggested_batch_size": largest_batch_size(spec, kind, devices),
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
             "sources": list(sample.sources),
             "eval_sets": list(sample.eval_sets),
-            "warnings": [*warnings(spec, size, host), *source_warnings(sample.sources)],
+            "warnings": [
+                *warnings(spec, size, host),
+                *source_warnings(sample.sources),
+                *limit_warnings(spec, size, throughput.tokens_per_second if throughput else None),
+            ],
         }
     )
+
+
+def largest_batch_size(spec: JobSpec, kind: str, devices: Sequence[Device]) -> int | None:
+    """Return the largest batch_size that fits into the free memory of this host, or None if that is unknown."""
+    if spec.resources.launcher == SLURM:
+        return None
+    free = free_memory(kind, devices, spec.resources.nproc_per_node)
+    return memory.suggested_batch_size(spec, kind, free)
 
 
 def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | None) -> PlanPreview:
@@ -211,6 +224,12 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
     if size is None:
         return {"estimated": True}
     flops_per_token = costs.flops_per_token(spec.model, size.attention_length)
+    seconds, minutes = (
+        size.trained_tokens / throughput.tokens_per_second if throughput else None,
+        spec.limits.max_minutes,
+    )
+    if seconds is not None and minutes is not None:
+        seconds = min(seconds, 60 * minutes)
     return {
         "estimated": True,
         "tokens": size.tokens,
@@ -224,7 +243,7 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixE
         "tokens_per_step": size.tokens_per_step,
         "flops_per_token": flops_per_token,
         "flops": flops_per_token * size.trained_tokens,
-        "eta_seconds": size.trained_tokens / throughput.tokens_per_second if throughput else None,
+        "eta_seconds": seconds,
         "eta_basis": str(throughput) if throughput else None,
     }
 

@@ -53,6 +53,19 @@ def source_warnings(sources: Sequence[PlannedSource]) -> list[str]:
     ]
 
 
+def limit_warnings(spec: JobSpec, size: RunSize | None, tokens_per_second: float | None) -> Iterator[str]:
+    """Yield the warnings about a limit of time that ends the run before its schedule does."""
+    minutes = spec.limits.max_minutes
+    if minutes is None or size is None or tokens_per_second is None:
+        return
+    steps = int(60 * minutes * tokens_per_second / size.tokens_per_step)
+    if steps < 0.9 * size.steps and spec.training.lr_scheduler != "constant":
+        yield (
+            f"max_minutes {minutes:g} is enough for about {max(1, steps):,} of {size.steps:,} steps, so the learning "
+            'rate does not decay to its end: lower max_steps or max_tokens, or set lr_scheduler to "constant"'
+        )
+
+
 def _no_document(text_field: str, names: tuple[str, ...]) -> str:
     known = f"lines have texts under {', '.join(map(repr, names))}: set text_field"
     needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'

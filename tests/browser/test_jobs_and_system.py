@@ -12,7 +12,9 @@ from playwright.sync_api import Locator, Page, expect
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
+from trainyard.service.devices import xids
 from trainyard.service.devices.inventory import Device
+from trainyard.service.devices.xids import XidError
 
 
 def rows(page: Page) -> Locator:
@@ -85,29 +87,36 @@ def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: 
         Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, temperature_celsius=64),
         Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, (4242,), (4242,), 38),
         Device("cpu:0", "cpu"),
+        Device("cuda:2", "cuda", "NVIDIA Test", uuid="GPU-c", numa_node=1, link="nvlink", nvlink_peers=("cuda:3",)),
     )
     rig = ServiceHarness(tmp_path / "cards", sqlite_home, devices=cards)
+    with rig.database.write() as session:
+        xids.store(session, [XidError("GPU-c", 79, rig.clock())])
     rig.running(steps=10, name="<b>holds</b>")
     rig.submit(name="waits", resources={"priority": 5})
     rig.reconcile()
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/system")
         devices = page.get_by_role("region", name="Devices")
-        first, second, cpu = (devices.get_by_role("row", name=card.id) for card in cards)
+        first, second, cpu, faulty = (devices.get_by_role("row", name=card.id) for card in cards)
         expect(first.get_by_role("link", name="<b>holds</b>")).to_be_visible()
         expect(first).to_contain_text("65.5 GB of 85.9 GB")
         expect(first).to_contain_text("64 °C")
         expect(second).to_contain_text("not leased: in use")
         expect(second).to_contain_text("pid 4242")
         expect(cpu).to_contain_text("free")
-        expect(page.get_by_text("1 of 3 free")).to_be_visible()
+        expect(page.get_by_text("1 of 4 free")).to_be_visible()
+        expect(faulty).to_contain_text("NVLink to cuda:3 · NUMA node 1")
+        expect(faulty).to_contain_text("XID 79: not leased until it is cleared")
         queue = page.get_by_role("region", name="Queue")
-        expect(queue.get_by_role("row").last).to_contain_text("1waits51 GPU; 0 of 2 free")
+        expect(queue.get_by_role("row").last).to_contain_text("1waits51 GPU; 0 of 3 free, and cuda:2 with XID errors")
         disks = page.get_by_role("region", name="Disks")
         expect(disks.get_by_role("row").last).to_contain_text(str(tmp_path / "cards"))
         expect(disks.get_by_role("row").last).to_contain_text("✓ ok")
         expect(page.locator(".health-parts")).to_contain_text("✗ scheduler does not run")
         check_both_themes(page, "system")
+        faulty.get_by_role("button", name="Clear").click()
+        expect(faulty).not_to_contain_text("XID 79")
     rig.close()
     rig.database.close()
 

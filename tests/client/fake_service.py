@@ -108,6 +108,18 @@ def metric(step: int, loss: float | None = 3.0, **changes: Any) -> dict[str, Any
     return made | changes
 
 
+PROPOSAL: dict[str, Any] = {
+    "object": "proposal",
+    "depth": 12,
+    "parameters": 85_000_000,
+    "spec": {"model": {"hidden_size": 768}, "training": {"learning_rate": 6e-4}},
+    "settings": [
+        {"pointer": "/model/hidden_size", "value": 768, "reason": "64 x depth", "source": "nanochat"},
+        {"pointer": "/training/learning_rate", "value": 6e-4, "reason": "as it is", "source": None},
+    ],
+}
+
+
 def plan(**changes: Any) -> dict[str, Any]:
     made: dict[str, Any] = {
         "object": "plan",
@@ -170,6 +182,8 @@ class FakeService:
             if response is not None:
                 return response
         parts = request.url.path.strip("/").split("/")
+        if parts == ["jobs", "proposal"]:
+            return httpx2.Response(200, json=PROPOSAL)
         if parts == ["jobs", "plan"]:
             return httpx2.Response(200, json=self.plan)
         if parts == ["jobs"]:

@@ -346,6 +346,14 @@ def test_resume_with_more_steps_prints_the_rates(run: Run, service: FakeService)
     assert "--schedule continue" in err
 
 
+def test_resume_with_other_limits(run: Run, service: FakeService) -> None:
+    run("resume", "pre-12", "--max_minutes", "10.5", "--target-loss", "none", "--max_tokens", "1000")
+    assert body_of(service.requests[-1]) == {"max_tokens": 1000, "max_minutes": 10.5, "target_loss": None}
+    code, _, err = run("resume", "pre-12", "--max_minutes", "long")
+    assert code != 0
+    assert "--max_minutes takes a number or none, not 'long'" in err
+
+
 def test_resume_with_changes(run: Run, service: FakeService) -> None:
     run("resume", "pre-12", "--max_steps", "500", "--set", "resources.nproc_per_node=2", "--set", "device=cpu")
     assert body_of(service.requests[-1]) == {"max_steps": 500, "resources": {"nproc_per_node": 2, "device": "cpu"}}

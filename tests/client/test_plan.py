@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import FakeService, body_of, plan, problem
+from tests.client.fake_service import PROPOSAL, FakeService, body_of, plan, problem
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.plan import plan_page
 
@@ -129,3 +129,14 @@ def test_whether_it_fits_in_memory(device: str, ranks: int, limit: int, said: st
     memory = {"weights": 100, "gradients": 100, "optimizer": 200}
     facts = {"device": device, "world_size": ranks, "memory_bytes": memory, "snapshot_bytes": 50}
     assert said in "\n".join(plan_page({**facts, "memory_limit_bytes": limit}))
+
+
+def test_a_depth_gives_a_spec_for_a_file_and_the_reasons_beside_it(run: Run, service: FakeService) -> None:
+    code, out, err = run("plan", "--depth", "12", "--batch_size", "4")
+    assert (code, json.loads(out)) == (0, PROPOSAL["spec"])
+    assert body_of(service.requests[-1]) == {"depth": 12, "spec": {"training": {"batch_size": 4}}}
+    assert "model.hidden_size" in err
+    assert "768: 64 x depth [nanochat]" in err
+    assert len(service.requests) == 1, "nothing is planned or submitted"
+    assert json.loads(run("plan", "--depth", "12", "--json")[1]) == PROPOSAL
+    assert run("plan", "--depth", "0")[0] == 2

@@ -51,7 +51,8 @@ def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
     there = (
-        "those here are epochs, max_steps, max_tokens, save_dir, resources, step, schedule"
+        "those here are epochs, max_steps, max_tokens, max_minutes, target_loss, save_dir, gradient_checkpointing, "
+        "resources, step, schedule"
         if verb == "resume"
         else "there are none here"
     )
@@ -142,6 +143,53 @@ def test_a_finished_run_needs_more_tokens(rig: ServiceHarness) -> None:
         "/max_tokens"
     ]
     assert rig.post_action(job_id, "resume", {"max_tokens": 1001})["plan"]["steps"] == 11
+
+
+def ended_at_limit(rig: ServiceHarness, seconds: float, **limits: float) -> str:
+    job_id, attempt = rig.running(limits=limits)
+    attempt.metric(5, train_seconds=seconds - 1)
+    rig.checkpoint(job_id, attempt, 5)
+    attempt.say("finished", outcome="completed", step=5, reason="limit", message="enough", train_seconds=seconds)
+    rig.exit(attempt, "completed", Reason.LIMIT, step=5)
+    return job_id
+
+
+def test_a_run_at_its_limit_has_succeeded_and_continues_with_more(any_rig: ServiceHarness) -> None:
+    job_id = ended_at_limit(any_rig, 60.5, max_minutes=1)
+    job = any_rig.job(job_id)
+    assert (job["status"], job["reason"], job["resumable"]) == ("succeeded", "limit", False)
+    assert "max_minutes" in job["resume_blocker"]
+    assert job["limits_left"] == {"seconds": 0.0, "tokens": None}
+    assert job["progress"]["train_seconds"] == 60.5
+    assert [point["train_seconds"] for point in any_rig.data(job_id, "metrics")] == [59.5]
+    for body in ({"max_minutes": 1.0}, {"max_steps": 1000}, {"target_loss": 2}):
+        errors = any_rig.post_action(job_id, "resume", body, status=422)["errors"]
+        assert [error["pointer"] for error in errors] == ["/max_minutes"]
+        assert "1.008 minutes of training are used up" in errors[0]["message"]
+    assert any_rig.post_action(job_id, "resume", {}, status=409)["code"] == "invalid_state"
+    job = any_rig.post_action(job_id, "resume", {"max_minutes": 3})
+    assert (job["status"], job["spec"]["limits"]["max_minutes"]) == ("queued", 3.0)
+    assert job["limits_left"]["seconds"] == pytest.approx(119.5)
+    any_rig.post_action(job_id, "pause")
+    assert any_rig.post_action(job_id, "resume", {"max_minutes": None})["limits_left"] is None
+
+
+def test_a_run_at_its_target_continues_with_a_lower_one(rig: ServiceHarness) -> None:
+    job_id = ended_at_limit(rig, 30, max_minutes=1, target_loss=3)
+    errors = rig.post_action(job_id, "resume", {"max_minutes": 5}, status=422)["errors"]
+    assert errors == [{"pointer": "/target_loss", "message": "must be less than 3, which is reached, or null"}]
+    assert rig.post_action(job_id, "resume", {"target_loss": 2.5})["spec"]["limits"]["target_loss"] == 2.5
+
+
+def test_what_is_left_counts_over_attempts_and_after_a_kill(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running(limits={"max_minutes": 2}, training={"max_tokens": 900})
+    assert rig.job(job_id)["limits_left"] == {"seconds": 120.0, "tokens": 900}
+    attempt.metric(4, train_seconds=20)
+    rig.ship(attempt)
+    assert rig.job(job_id)["limits_left"] == {"seconds": 100.0, "tokens": 500}
+    report = attempt.end("crashed", Reason.WORKER_CRASHED, step=6).model_copy(update={"train_seconds": 31.5})
+    assert rig.report(attempt, "exit", report.model_dump(mode="json")).status_code == 200
+    assert rig.job(job_id)["limits_left"]["seconds"] == pytest.approx(88.5)
 
 
 LONGER = [({"max_steps": 40}, 40), ({"epochs": 3}, 30)]
@@ -348,15 +396,19 @@ def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Servi
     job_id, attempt = any_rig.running(reporting={"log_interval": 5})
     spec = any_rig.job(job_id)["spec"]
     before = {"log_interval": 5, **{name: spec["checkpoint"][name] for name in ("save_interval", "keep_last")}}
+    before |= {"max_minutes": None, "target_loss": None}
     assert any_rig.heartbeat(attempt, 1)["settings"] == before
-    answer = any_rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 2, "keep_last": 4})
+    answer = any_rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 2, "keep_last": 4, "max_minutes": 2.5})
     assert (answer.status_code, answer.json()["spec"]["reporting"]["log_interval"]) == (200, 2)
-    after = {**before, "log_interval": 2, "keep_last": 4}
+    after = {**before, "log_interval": 2, "keep_last": 4, "max_minutes": 2.5}
     assert any_rig.heartbeat(attempt, 2)["settings"] == after
     attempt.say("settings", step=7, message="log_interval is 2 and was 5", **after)
     assert any_rig.ship(attempt)["settings"] == after
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
-    assert told["changed"]["message"] == "changed keep_last, log_interval; the run receives it with its next report"
+    assert (
+        told["changed"]["message"]
+        == "changed keep_last, log_interval, max_minutes; the run receives it with its next report"
+    )
     assert told["settings"]["message"] == "from step 8 on: log_interval is 2 and was 5"
     assert told["settings"]["data"] == {"step": 7, **after}
     # The next attempt begins with them.

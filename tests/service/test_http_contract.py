@@ -28,6 +28,7 @@ GROUP_SCHEMAS = {
     "training": "TrainingSpec",
     "checkpoint": "CheckpointSpec",
     "reporting": "ReportingSpec",
+    "limits": "LimitsSpec",
     "resources": "ResourcesSpec",
     "timeouts": "Timeouts",
 }
@@ -51,8 +52,9 @@ def test_every_operation_says_what_it_answers(rig: ServiceHarness) -> None:
             for described in found.get("content", {}).values():
                 assert described.get("schema"), where
         for status in ("401", "403", "503", "default"):
-            assert "application/problem+json" in operation["responses"][status]["content"], where
-        assert ("404" in operation["responses"]) == ("{" in path), where
+            shape = "application/json" if path.startswith("/v1/") else "application/problem+json"
+            assert shape in operation["responses"][status]["content"], where
+        assert ("404" in operation["responses"]) == ("{" in path or path == "/v1/completions"), where
         if method in ("post", "patch") and path.rpartition("/")[2] not in BODILESS:
             assert "requestBody" in operation, where
     assert len(names) == len(set(names))
@@ -103,6 +105,9 @@ def test_changes_are_described_by_the_job_spec(rig: ServiceHarness) -> None:
         "epochs",
         "max_steps",
         "max_tokens",
+        "max_minutes",
+        "target_loss",
+        "gradient_checkpointing",
         "resources",
         "step",
         "save_dir",

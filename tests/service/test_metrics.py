@@ -89,7 +89,7 @@ def test_pages_and_fields(any_rig: ServiceHarness) -> None:
     assert set(whole) == {
         "step", "attempt", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
         "mfu", "step_seconds", "step_seconds_max_rank", "step_seconds_spread", "data_seconds", "memory_bytes",
-        "eval_loss", "expert_load", "nonfinite", "at", "bpb", "eval_bpb", "eval",
+        "eval_loss", "expert_load", "nonfinite", "at", "bpb", "eval_bpb", "eval", "train_seconds",
     }  # fmt: skip
     assert whole["at"].endswith("Z")
 

@@ -153,6 +153,21 @@ def test_more_memory_than_there_is(rig: ServiceHarness, make_rig: MakeHarness, s
     small.close()
 
 
+def test_a_model_that_only_several_gpus_can_hold_names_the_parallelism(make_rig: MakeHarness, sqlite_url: str) -> None:
+    rig = make_rig(sqlite_url, devices=[replace(device, memory_bytes=10**9) for device in gpus(4)])
+    found = []
+    for layers in (7, 16, 100):
+        spec = rig.spec(model={"hidden_size": 1024, "num_hidden_layers": layers}, resources={"nproc_per_node": 4})
+        found.append(mistakes(rig, spec)["/model"].partition("1.0 GB: ")[2])
+        for parallelism in ("zero1", "fsdp"):
+            if parallelism in found[-1]:
+                spec["resources"]["parallelism"] = parallelism
+                assert rig.client.post("/jobs", json=spec).status_code == 201
+    advice = "set resources.parallelism to {}"
+    assert found == [advice.format("zero1"), advice.format("fsdp"), "take a smaller model"]
+    rig.close()
+
+
 def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     fifo, empty, link = rig.home / "fifo", rig.home / "empty", rig.home / "link"
     os.mkfifo(fifo)

@@ -13,15 +13,22 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import load_file
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from tests.worker import rank_runner
-from trainyard.contract.events import MetricEvent, Started
+from trainyard.contract.events import Event, MetricEvent, Started, WarningEvent
 from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
+from trainyard.worker.data.prepare import prepare_data
 from trainyard.worker.data.tokenizers import train_tokenizer
-from trainyard.worker.training.heldout import share_of_rank
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.heldout import HeldOutEvaluator, share_of_rank
+from trainyard.worker.training.state import build_train_state, initial_model
 
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 LENGTH = 32
 CHINESE = [
     "今天天气很好。",
@@ -178,6 +185,27 @@ def test_a_fraction_is_held_out_of_every_source_and_counts_duplicates(data: Path
     assert results is not None
     assert [*results] == ["a", "b"]
     assert all(result.loss and result.bpb for result in results.values())
+
+
+def test_a_tokenizer_without_fixed_bytes_is_said_and_bits_per_byte_are_null(tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "the": 2, "cat": 3}, unk_token="<s>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    spec = rank_runner.spec(text, data={"tokenizer_path": str(tmp_path), "eval_data_path": str(text)})
+    warnings: list[Event] = []
+    data = prepare_data(
+        JobSpec.model_validate_json(json.dumps(spec)), RunDir(tmp_path), ALONE, warnings.append, lambda: False
+    )
+    (warning,) = (event for event in warnings if isinstance(event, WarningEvent))
+    assert warning.code == "bytes_unknown"
+    assert warning.message.endswith(
+        "no fixed number of bytes: its pre-tokenizer Whitespace drops or inserts characters"
+    )
+    state = build_train_state(initial_model(data.spec.model, 1, ALONE.device), data.spec.training, 0.0, ALONE)
+    found = HeldOutEvaluator(data.eval_sets, ALONE, 4, None).evaluate(state)
+    assert found.loss is not None
+    assert (found.bpb, found.sets["eval"].bpb, found.sets["eval"].loss) == (None, None, found.loss)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])

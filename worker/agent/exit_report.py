@@ -70,6 +70,7 @@ class Evidence:
     agent_tail: str
     nodes: tuple[NodeExit, ...] = ()
     lost_nodes: tuple[int, ...] = ()
+    train_seconds: float | None = None
 
 
 def collect_evidence(
@@ -85,6 +86,7 @@ def collect_evidence(
             rank for node in (0, *exits) for rank in _rank_exits(_tail(attempt.node_log(node), 4 * TAIL_BYTES))
         ),
         step=attempt.read_step() or 0,
+        train_seconds=attempt.read_train_seconds(),
         memory=memory,
         tails={rank: _last_lines(log) for rank, log in _rank_logs(attempt)},
         agent_tail=_last_lines(attempt.agent_log),
@@ -222,6 +224,7 @@ def _report(summary: "_ExitSummary", evidence: Evidence, last_seq: int, now: dat
         ranks=list(evidence.ranks),
         last_seq=last_seq,
         ended_at=now,
+        train_seconds=evidence.train_seconds,
     )
 
 
@@ -263,7 +266,7 @@ def _from_outcome(evidence: Evidence) -> _ExitSummary | None:
         return None
     match result.outcome:
         case "completed":
-            return _ExitSummary("completed", None, result.message or f"finished at step {result.step}")
+            return _ExitSummary("completed", result.reason, result.message or f"finished at step {result.step}")
         case "stopped":
             message = result.message or f"saved and stopped at step {result.step}"
             return _ExitSummary("stopped", result.reason or Reason.USER, message)

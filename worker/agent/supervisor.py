@@ -163,7 +163,7 @@ class Supervisor:
         """Write changed settings to the file that rank 0 polls. After an OSError the next step tries again."""
         settings = self.uploader.settings
         if settings is not None and settings != self.settings:
-            write_json(self.attempt.settings, settings.model_dump())
+            write_json(self.attempt.settings, settings.model_dump(exclude_unset=True))
             self.settings = settings
 
     def _request_stop(self) -> None:

@@ -75,7 +75,8 @@ class RunState:
 
     ``data_offset``, ``base_step``, ``base_tokens``: see `worker.training.state.TrainProgress`. ``interval``: the
     metrics window of each rank; ``interval_bytes``: the bytes of text in it, None if unknown, [] in checkpoints of 0.1.
-    ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
+    ``smoothed``: the sums of the smoothed loss, see `contract.smoothing.Ema`, [] if unknown. ``trouble``: the
+    `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
     `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its evaluation
     was still to be done; None also in checkpoints of 0.1.
     """
@@ -94,6 +95,7 @@ class RunState:
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
     interval_bytes: list[float | None] = field(default_factory=list)
+    smoothed: list[float] = field(default_factory=list)
     trouble: dict[str, Count] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)

@@ -274,7 +274,9 @@ class Checkpointer:
             score = self.resume_check.score(train_state) if self.resume_check is not None and scores else {}
             line = metrics.unevaluated
             unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
-            self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
+            smoothed = metrics.smoothed.sums if metrics.smoothed.weight else []
+            state = replace(state, probe=score, unevaluated=unevaluated, smoothed=smoothed)
+            self._start(train_state, state, required)
         elif (digests := self._read_digests(train_state)) is not None:
             self._writer.start(lambda: digests.send(digests.read()))
         if required:
@@ -369,6 +371,7 @@ class Checkpointer:
             self._publish(tensors, state, required)
         finally:
             self._comparison.join()
+        self._comparison.wait()  # a fault is also reported if the disk is full
 
     def _compare(self, weights: Mapping[str, Tensor], step: int) -> None:
         assert self.replicas is not None

@@ -1,11 +1,11 @@
 """The counts of each file of a corpus that was made of several: ``files.json`` in its directory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from trainyard.contract.rundir import read_json
+from trainyard.contract.rundir import read_json, write_json
 from trainyard.worker.data.jsonl import ParseStats
 
 FILES = "files.json"
@@ -39,6 +39,9 @@ class FileCounts:
         examples = [(int(line), str(reason)) for line, reason in stats.pop("examples")]
         return cls(**{**raw, "stats": ParseStats(**stats, examples=examples)})
 
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "stats": vars(self.stats)}  # dataclasses.asdict copies everything, which is slow
+
     @property
     def key(self) -> FileKey:
         return FileKey(self.content, self.plain)
@@ -48,3 +51,8 @@ def read_counts(path: Path) -> list[FileCounts] | None:
     """Return the counts in ``path``, or None if there is no such file."""
     raw = read_json(path)
     return None if raw is None else [FileCounts.from_json(entry) for entry in raw["files"]]
+
+
+def write_counts(path: Path, counts: Sequence[FileCounts]) -> None:
+    """Write what `read_counts` reads. Raises OSError."""
+    write_json(path, {"files": [entry.to_json() for entry in counts]}, indent=None)

@@ -50,7 +50,7 @@ from trainyard.worker.data.corpus import (
     tokenize_file,
 )
 from trainyard.worker.data.file import PrefixDiffers, ReadPosition, open_regular
-from trainyard.worker.data.file_counts import FILES, FileCounts, FileKey, read_counts
+from trainyard.worker.data.file_counts import FILES, FileCounts, FileKey, read_counts, write_counts
 from trainyard.worker.data.jsonl import MAX_BAD_LINE_EXAMPLES, DataInvalid, ParseStats, require_unchanged
 from trainyard.worker.data.readers import detect_plain_text, open_reader
 from trainyard.worker.data.report import name_files, write_report
@@ -66,8 +66,11 @@ from trainyard.worker.data.shards import (
 )
 from trainyard.worker.data.tokenizers import Tokenizer
 
-PART_BYTES = 16 << 20
-"""Files are tokenized together up to this size: large enough to pay for starting a part, small enough to repeat."""
+PART_BYTES, MIN_PART_BYTES = 16 << 20, 1 << 20
+"""Files are tokenized together up to these sizes: large enough to pay for starting a part, small enough to repeat. A
+small corpus is cut into PARTS_PER_PROCESS parts for each process, so that none waits for the last part for long."""
+
+PARTS_PER_PROCESS = 4
 
 PROGRESS_SECONDS = 0.25
 COPY_TOKENS = 1 << 22
@@ -205,7 +208,9 @@ def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileK
     # A file that was changed a moment ago may be changed again within the same clock tick.
     if all(time.time() - identity[4] / 1e9 > RECENT_CHANGE_SECONDS for identity in identities):
         write_json(
-            stored, {"files": [[key.content, key.plain, key.sketch] for key in keys], "path": str(files[0].path)}
+            stored,
+            {"files": [[key.content, key.plain, key.sketch] for key in keys], "path": str(files[0].path)},
+            indent=None,
         )
     return keys
 
@@ -305,25 +310,23 @@ class _Build:
     def _parts(self, start: int, stack: ExitStack) -> list[_Part]:
         """Cut the files from ``start`` into parts: runs of cached files of one corpus, and runs of other files."""
         cached = _CachedFiles(self._options, stack)
-        parts: list[_Part] = []
+        parts = _PartList(self._part_bytes())
         for index in range(start, len(self._files)):
             file, key = self._files[index], self._keys[index]
-            size = _size(file)
-            found = cached.find(key)
-            last = parts[-1] if parts else None
-            if last is not None and _continues(last, size, found):
-                parts[-1] = _Part(
-                    last.start, (*last.files, file), (*last.keys, key), last.bytes + size, last.source, last.first
-                )
-            else:
-                source, first = found or (None, 0)
-                parts.append(_Part(index, (file,), (key,), size, source, first))
-        return parts
+            parts.add(index, file, key, _size(file), cached.find(key))
+        return parts.finish()
+
+    def _part_bytes(self) -> int:
+        share = self._total_bytes // (PARTS_PER_PROCESS * self._processes())
+        return min(PART_BYTES, max(MIN_PART_BYTES, share))
+
+    def _processes(self) -> int:
+        return self._options.processes or _cores()
 
     def _tokenized(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
         """Yield each part in order, once its directory is complete."""
         fresh = [part for part in parts if part.source is None]
-        processes = min(len(fresh), self._options.processes or _cores())
+        processes = min(len(fresh), self._processes())
         if processes <= 1:
             for part in parts:
                 yield part, self._cached_counts(part) if part.source else self._tokenize_here(part, building)
@@ -370,7 +373,7 @@ class _Build:
     def _write_journal(self, arrays: ArrayFiles, building: Path) -> None:
         # Data first, then the entry, then the parts that it makes unnecessary.
         arrays.flush()
-        write_json(building / JOURNAL, {"files": [asdict(entry) for entry in self._counts]})
+        write_counts(building / JOURNAL, self._counts)
         for directory in self._finished:
             shutil.rmtree(directory, ignore_errors=True)
         self._finished = []
@@ -381,7 +384,7 @@ class _Build:
             shutil.rmtree(directory)
 
     def _write_meta(self, building: Path) -> None:
-        write_json(building / FILES, {"files": [asdict(entry) for entry in self._counts]})
+        write_counts(building / FILES, self._counts)
         total = ParseStats()
         for entry in self._counts:
             total.add(entry.stats)
@@ -397,11 +400,42 @@ class _Build:
         write_json(building / "meta.json", asdict(meta))
 
 
-def _continues(last: _Part, size: int, found: tuple[Path, int] | None) -> bool:
-    """Return whether the next file, of ``size`` bytes, belongs to the part ``last``."""
-    if found is not None:
-        return found == (last.source, last.first + len(last.files))
-    return last.source is None and last.bytes + size <= PART_BYTES
+class _PartList:
+    """Cuts files into parts: consecutive cached files of one corpus, or others of up to ``part_bytes`` together."""
+
+    def __init__(self, part_bytes: int) -> None:
+        self._part_bytes = part_bytes
+        self._parts: list[_Part] = []
+        self._files: list[NamedFile] = []
+        self._keys: list[FileKey] = []
+        self._start = self._bytes = 0
+        self._found: tuple[Path, int] | None = None
+
+    def add(self, index: int, file: NamedFile, key: FileKey, size: int, found: tuple[Path, int] | None) -> None:
+        """Add the next file. ``found``: the corpus of the cache that has it, and its number there."""
+        if not self._continues(size, found):
+            self._end_part()
+            self._start, self._found = index, found
+        self._files.append(file)
+        self._keys.append(key)
+        self._bytes += size
+
+    def _continues(self, size: int, found: tuple[Path, int] | None) -> bool:
+        if not self._files:
+            return False
+        if found is not None and self._found is not None:
+            return found == (self._found[0], self._found[1] + len(self._files))
+        return found is None and self._found is None and self._bytes + size <= self._part_bytes
+
+    def _end_part(self) -> None:
+        if self._files:
+            source, first = self._found or (None, 0)
+            self._parts.append(_Part(self._start, tuple(self._files), tuple(self._keys), self._bytes, source, first))
+        self._files, self._keys, self._bytes = [], [], 0
+
+    def finish(self) -> list[_Part]:
+        self._end_part()
+        return self._parts
 
 
 def _read_journal(building: Path, token_bytes: int) -> tuple[list[FileCounts], tuple[int, int] | None]:
@@ -540,7 +574,7 @@ def _write_part(
             report = partial(_report_after, progress, done)
             counts.append(_tokenize(file, key, shards, tokenizer, text_field, report, roots))
             done += counts[-1].bytes
-    write_json(directory / PART, {"files": [asdict(entry) for entry in counts]})
+    write_counts(directory / PART, counts)
     return counts
 
 
@@ -670,7 +704,7 @@ def main() -> int:
             counts = tokenize_part(
                 Path(request["directory"]), files, keys, tokenizer, request["text_field"], report, roots
             )
-            answer: dict[str, Any] = {"files": [asdict(entry) for entry in counts]}
+            answer: dict[str, Any] = {"files": [entry.to_json() for entry in counts]}
         except (DataInvalid, TokenizerInvalid) as error:
             answer = {"invalid": str(error)}
         except OutsideRoots as error:

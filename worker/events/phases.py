@@ -1,6 +1,7 @@
 """The phase of an attempt, such as `training` or `saving`. The agent gives every phase but `training` more time."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from trainyard.contract.events import Event, PhaseChanged
@@ -17,11 +18,20 @@ class PhaseReporter:
     def __init__(self, emit: Callable[[Event], None]) -> None:
         self.current: Phase | None = None
         self._emit = emit
+        self._training_seconds = 0.0
+        self._entered_at = time.monotonic()
 
     def enter(self, phase: Phase) -> None:
         if phase is not self.current:
+            self._training_seconds, self._entered_at = self.training_seconds, time.monotonic()
             self.current = phase
             self._emit(PhaseChanged(phase=phase))
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that this attempt was in phase `training` until now."""
+        now = time.monotonic() - self._entered_at if self.current is Phase.TRAINING else 0.0
+        return self._training_seconds + now
 
     def report(self, message: str | None = None, done: int | None = None, total: int | None = None) -> None:
         """Emit the progress of the current phase; without arguments, clear it."""

@@ -1,27 +1,31 @@
 """Control of a running attempt: stop requests, settings that can be changed live, and the flags all ranks share.
 
 The agent writes requests as files into the attempt's directory. Rank 0 checks for them at each step, and `ControlSync`
-makes all ranks act at the same step. Live settings (how often to log and save, how much to keep) never change what is
-trained.
+makes all ranks act at the same step. Live settings (how often to log and save, how much to keep, the limits of the run)
+never change what a step trains.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings, read_message
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, LimitsSpec
 from trainyard.worker.distributed import DistributedContext
+
+FLOAT_SETTINGS = ("max_minutes", "target_loss")
 
 
 def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
     """Return ``spec`` with ``settings``."""
     return spec.model_copy(
         update={
+            "limits": LimitsSpec(max_minutes=settings.max_minutes, target_loss=settings.target_loss),
             "reporting": spec.reporting.model_copy(update={"log_interval": settings.log_interval}),
             "checkpoint": spec.checkpoint.model_copy(
                 update={"save_interval": settings.save_interval, "keep_last": settings.keep_last}
@@ -49,6 +53,8 @@ class LiveSettings:
             return None
         self._version = version
         requested = read_message(RunSettings, self.file)
+        # What an older service does not send stays as it is.
+        requested = self.current.model_copy(update=requested.model_dump(exclude_unset=True)) if requested else None
         if requested is None or requested == self.current:
             return None
         self.current = requested
@@ -57,21 +63,22 @@ class LiveSettings:
 
 def settings_changed_event(step: int, before: RunSettings, after: RunSettings) -> SettingsChanged:
     changes = [
-        f"{name} is {_setting_text(value)} and was {_setting_text(getattr(before, name))}"
+        f"{name} is {_setting_text(name, value)} and was {_setting_text(name, getattr(before, name))}"
         for name, value in after.model_dump().items()
         if value != getattr(before, name)
     ]
     return SettingsChanged(step=step, message=", ".join(changes), **after.model_dump())
 
 
-def _setting_text(value: int | None) -> str:
-    return "automatic" if value is None else f"{value:,}"
+def _setting_text(name: str, value: float | None) -> str:
+    return ("automatic" if name == "log_interval" else "none") if value is None else f"{value:,}"
 
 
 @dataclass(frozen=True)
 class ControlFlags:
     """Requests that any rank has seen. All ranks act on them at the same step.
 
+    ``limit``: the next step is the last one, because a limit of the run is reached. Only rank 0 decides it.
     ``save_failed``: an asynchronous save has ended with an error that ends the run.
     """
 
@@ -79,26 +86,38 @@ class ControlFlags:
     save: bool = False
     spike: bool = False
     log: bool = False
+    limit: bool = False
     save_failed: bool = False
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
         """Return the flags for an all-reduce by maximum. Only rank 0 ever has settings; all others send zeros.
 
-        A setting that is None is sent as 0.
+        A setting that is None is sent as 0, and a number that is not an integer as its bits.
         """
-        none = dict.fromkeys(RunSettings.model_fields, 0)
-        settings = self.settings.model_dump() if self.settings is not None else none
-        flags = [self.stop, self.save, self.spike, self.log, self.save_failed]
-        return [*flags, *(value or 0 for value in settings.values())]
+        values = [0] * len(RunSettings.model_fields)
+        if self.settings is not None:
+            values = [_to_int(name, value or 0) for name, value in self.settings.model_dump().items()]
+        flags = [self.stop, self.save, self.spike, self.log, self.limit, self.save_failed]
+        return [*flags, *values]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
         """Return the flags that `to_ints` gave."""
-        stop, save, spike, log, save_failed, *values = numbers
-        named = {name: value or None for name, value in zip(RunSettings.model_fields, values, strict=True)}
+        stop, save, spike, log, limit, save_failed, *values = numbers
+        named = {
+            name: _from_int(name, value) or None for name, value in zip(RunSettings.model_fields, values, strict=True)
+        }
         settings = RunSettings.model_validate(named) if any(values) else None
-        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(save_failed), settings)
+        return cls(bool(stop), bool(save), bool(spike), bool(log), bool(limit), bool(save_failed), settings)
+
+
+def _to_int(name: str, value: float) -> int:
+    return int(np.float64(value).view(np.int64)) if name in FLOAT_SETTINGS else int(value)
+
+
+def _from_int(name: str, number: int) -> float:
+    return float(np.int64(number).view(np.float64)) if name in FLOAT_SETTINGS else number
 
 
 class ControlSync:

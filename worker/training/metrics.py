@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainyard.contract.events import MetricEvent
+from trainyard.contract.smoothing import HALF_LIFE, Ema
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.training.bits_per_byte import bits_per_byte
 from trainyard.worker.training.step import StepMetrics
@@ -174,7 +175,8 @@ class RankTimer:
 class MetricsProcessor:
     """Sums up this rank's steps, and makes metric lines from the sums of all ranks.
 
-    ``unevaluated``: the line of the current step, if its evaluation is still to be done. ``timer``: None for one rank.
+    ``unevaluated``: the line of the current step, if its evaluation is still to be done. ``smoothed``: the moving
+    average of the losses of all lines. ``timer``: None for one rank.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class MetricsProcessor:
         self.window = window
         self.last_loss: float | None = None
         self.unevaluated: MetricEvent | None = None
+        self.smoothed = Ema(HALF_LIFE)
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
@@ -244,6 +247,8 @@ class MetricsProcessor:
         steps, seconds = self._steps, self._seconds
         tokens_per_second = self._timed_tokens / seconds if seconds else None
         self.last_loss = loss
+        if loss is not None and math.isfinite(loss):
+            self.smoothed.add(step, loss)
         self.rewind(MetricsWindow())
         return MetricEvent(
             step=step,

@@ -29,6 +29,7 @@ def started_event(
     steps: int,
     resume_from: ResumePoint | None,
     places: Sequence[RankInfo],
+    train_seconds: float,
 ) -> Started:
     spec = data.spec
     assert spec.model.vocab_size is not None
@@ -36,6 +37,7 @@ def started_event(
         start_step=progress.step,
         base_step=progress.base_step,
         base_tokens=progress.base_tokens,
+        train_seconds=train_seconds,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,

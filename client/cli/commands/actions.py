@@ -10,7 +10,7 @@ from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job, split_step
 from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
-from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
+from trainyard.client.cli.spec_flags import ABSENT, parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.client.types import Job, ResumedJob
 
@@ -50,6 +50,8 @@ def _changes(args: SimpleNamespace) -> dict[str, Any]:
     names = ("epochs", "max_steps", "max_tokens", "step", "save_dir", "schedule")
     options = {name: getattr(args, name) for name in names}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    limits = {name: getattr(args, name) for name in ("max_minutes", "target_loss")}
+    changes |= {name: _number_or_none(name, text) for name, text in limits.items() if text is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
         if place in RESUME_SETTINGS:
@@ -64,6 +66,13 @@ def _changes(args: SimpleNamespace) -> dict[str, Any]:
     if isinstance(changes.get("save_dir"), str):
         changes["save_dir"] = str(Path.cwd() / Path(changes["save_dir"]).expanduser())
     return changes
+
+
+def _number_or_none(name: str, text: str) -> float | None:
+    try:
+        return None if text in ABSENT else float(text)
+    except ValueError:
+        raise UsageError(f"--{name} takes a number or none, not {text!r}") from None
 
 
 def fork(args: SimpleNamespace, console: Console) -> int:

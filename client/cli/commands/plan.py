@@ -1,5 +1,6 @@
 """`trainyard plan`: size, cost and warnings of a run. Nothing is stored and no device is reserved."""
 
+import json
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,8 @@ def plan(args: SimpleNamespace, console: Console) -> int:
     submission = Submission.read(PLAN, args, console)
     with Client(args.url, args.token) as trainyard:
         try:
+            if args.depth is not None:
+                return _print_proposal(trainyard.propose(args.depth, submission.spec), args, console)
             plan = trainyard.plan(submission.spec)
         except InvalidSpec as error:
             submission.print_rejection(error, console)
@@ -37,6 +40,20 @@ def plan(args: SimpleNamespace, console: Console) -> int:
         console.json(plan)
     else:
         console.lines([*changed_settings(submission.spec), *plan_page(plan)])
+    return Exit.SUCCEEDED
+
+
+def _print_proposal(proposal: Mapping[str, Any], args: SimpleNamespace, console: Console) -> int:
+    """Print the proposed spec on stdout, and the reasons on stderr, so that the spec can go into a file."""
+    if args.json:
+        console.json(proposal)
+        return Exit.SUCCEEDED
+    console.lines(json.dumps(proposal["spec"], indent=2).splitlines())
+    for setting in proposal["settings"]:
+        source = f" [{setting['source']}]" if setting["source"] else ""
+        place = setting["pointer"][1:].replace("/", ".")
+        console.error(f"{place:<29} {setting['value']}: {setting['reason']}{source}")
+    console.error("next:  trainyard plan --depth ... > spec.json, edit it, then trainyard plan spec.json")
     return Exit.SUCCEEDED
 
 
@@ -98,6 +115,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "run": _run(plan),
         "memory": _memory(plan),
         "options": _memory_options(plan),
+        "batch": _suggested_batch(plan.get("suggested_batch_size")),
         "disk": _disk(plan),
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
@@ -186,6 +204,10 @@ def _memory(plan: Mapping[str, Any]) -> str:
         return ""
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
     return f"{size(sum(parts.values()))} per rank ({listed}){_fits(plan, sum(parts.values()))}"
+
+
+def _suggested_batch(largest: int | None) -> str:
+    return f"batch_size {count(largest)} is the largest that fits into the free memory" if largest is not None else ""
 
 
 def _memory_options(plan: Mapping[str, Any]) -> str:

@@ -50,6 +50,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("submitted", f"by {job['submitted_by']}" if job.get("submitted_by") else ""),
         ("labels", " ".join(f"{key}={value}" for key, value in sorted((job.get("labels") or {}).items()))),
         ("corpus", _corpus((job.get("spec") or {}).get("data") or {})),
+        ("limits", _limits_left(job.get("limits_left"))),
         ("times", _times(job, now)),
         ("resume", _resume(job)),
     ]
@@ -90,6 +91,13 @@ def _progress(progress: Mapping[str, Any]) -> str:
     percent = f", {fixed(progress.get('percent'), 1)} %" if progress.get("percent") is not None else ""
     eta = f", ETA {duration(progress['eta_seconds'])}" if progress.get("eta_seconds") else ""
     return f"step {count(progress['step'])} of {count(progress.get('steps'))}{percent}{eta}"
+
+
+def _limits_left(left: Mapping[str, Any] | None) -> str:
+    seconds, tokens = (None, None) if left is None else (left["seconds"], left["tokens"])
+    parts = [f"{duration(seconds)} of training"] if seconds is not None else []
+    parts += [f"{compact_number(tokens)} tokens"] if tokens is not None else []
+    return f"{', '.join(parts)} left" if parts else ""
 
 
 def _numbers(progress: Mapping[str, Any]) -> str:

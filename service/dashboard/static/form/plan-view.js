@@ -83,7 +83,7 @@ function planFacts(plan) {
     ["Parameters", `${compactNumber(plan.parameters)}${active}`], ["Tokens in the corpus", plan.tokens === null ? NONE : `${about}${compactNumber(plan.tokens)}`],
     ["Steps", plan.steps === null ? NONE : `${about}${stepsText(plan)}`], ["Tokens per step", compactNumber(plan.tokens_per_step)],
     ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory per rank", memory ? `${bytes(memory)}${fits}` : NONE, memoryOptions(plan)],
-    ["Checkpoint size", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
+    ["Largest batch_size", count(plan.suggested_batch_size), "that fits into the free memory"], ["Checkpoint size", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
     ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`, plan.eta_basis], ["Expected first loss", loss(plan.expected_first_loss)],
     ...plan.eval_sets.slice(0, MAX_SETS).map((set) => [`Held-out: ${set.name}`, set.tokens === null ? NONE : `${about}${compactNumber(set.tokens)} tokens`, `${count(set.files)} ${set.files === 1 ? "file" : "files"}`]),
     ["Queue", plan.queue ? `position ${plan.queue.position}` : NONE], ["Waiting for", plan.queue?.waiting_for ?? NONE],

@@ -89,7 +89,8 @@ const RESOURCES = ["nproc_per_node", "device", "max_restarts"];
 /** Opens the dialog; `done(job)` is called after the job was resumed. */
 async function openResumeDialog(address, job, done) {
   const fields = await resumeFields(address, job);
-  const explanation = job.status === "succeeded" ? "All steps are done. Set more steps or epochs to continue." : "Settings that you do not change stay as they are.";
+  const explanation = job.reason === "limit" ? "The run has ended at its limit. Set another limit to continue, or none."
+    : job.status === "succeeded" ? "All steps are done. Set more steps, tokens or epochs to continue." : "Settings that you do not change stay as they are.";
   const sheet = new SettingsForm(fields, "Resume", {
     send: (changes) => sendJson("POST", `${address}/resume`, changes), done: (answer) => (box.close(), done(answer)), leave: () => box.close() });
   const box = h("dialog", { class: "wider", "aria-labelledby": "resume-title" }, h("h2", { id: "resume-title" }, `Resume ${job.name}`), h("p", { class: "muted" }, explanation), sheet.node);
@@ -107,8 +108,9 @@ async function resumeFields(address, job) {
   const step = { anyOf: [{ enum: steps }, { type: "null" }], description: "the checkpoint to resume from; newer ones are set aside", "x-none": "newest" };
   const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);
   return [
-    ...["max_steps", "max_tokens", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
+    ...["max_steps", "max_tokens", "epochs", "max_minutes", "target_loss"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
     ...resources.map((name) => made(all.ResourcesSpec.properties[name], ["resources", name]))];
 }
 
-const specPath = (path) => (path.length > 1 ? path : ["training", path[0]]);
+const LIMITS = ["max_minutes", "target_loss"];
+const specPath = (path) => (path.length > 1 ? path : [LIMITS.includes(path[0]) ? "limits" : "training", path[0]]);

@@ -73,7 +73,7 @@ function currentValue(job, name) {
 
 // Table of key facts beside the loss chart.
 
-const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Slowest rank", "Started"];
+const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Limits left", "Checkpoint", "Attempt", "Parameters", "Device", "Slowest rank", "Started"];
 
 export class KeyFacts {
   constructor() {
@@ -100,6 +100,7 @@ export class KeyFacts {
     this.put("Tokens/s", running ? compactNumber(progress.tokens_per_second) : "–");
     this.put("MFU", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
     this.put("ETA", running ? duration(progress.eta_seconds) : "–");
+    this.put("Limits left", limitsLeft(job.limits_left), "training time and tokens until limits.max_minutes and training.max_tokens");
     this.put("Checkpoint", checkpoint ? `${count(checkpoint.step)}, ${ago(checkpoint.created_at)}` : "none yet", checkpoint ? dateTime(checkpoint.created_at) : null);
     this.put("Attempt", job.attempt ?? "–");
     this.put("Parameters", compactNumber(plan.parameters));
@@ -134,6 +135,12 @@ export class KeyFacts {
 }
 
 const heldOutText = (row) => `${loss(row.eval_loss)}${typeof row.eval_bpb === "number" ? `, ${loss(row.eval_bpb)} bits/byte` : ""}`;
+
+function limitsLeft(left) {
+  if (!left) return "–";
+  const parts = [left.seconds === null ? null : duration(left.seconds), left.tokens === null ? null : `${compactNumber(left.tokens)} tokens`];
+  return parts.filter((part) => part !== null).join(", ");
+}
 
 // Parent and forks of a job, with a link that compares them.
 

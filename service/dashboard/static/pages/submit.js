@@ -67,7 +67,7 @@ class SubmitForm {
     const startOver = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.initialDraft()) }, "Start over");
     const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.planButton, this.launchButton, startOver), this.changeCount, this.error, this.plan.node);
     place.append(h("h1", {}, ...this.title()), h("form", { class: "submit", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press(false)) },
-      h("div", { class: "what" }, this.forkControls(), this.editor.node), side));
+      h("div", { class: "what" }, this.forkControls(), this.depthControls(), this.editor.node), side));
     const storedDraft = sessionStorage.getItem(this.draftKey());
     this.start(storedDraft ?? this.initialDraft());
   }
@@ -95,6 +95,38 @@ class SubmitForm {
 
   forkControls() {
     return null;
+  }
+
+  /** "Propose sizes" for a depth: shows each value with its reason, and changes the spec only on request. */
+  depthControls() {
+    const depth = h("input", { type: "number", min: "1", max: "128", step: "1", class: "decay", "aria-label": "Depth", placeholder: "layers" });
+    const shown = h("div");
+    const propose = async () => {
+      const spec = this.editor.read();
+      if (!spec) return;
+      const { data_path: path, ...data } = spec.data ?? {};
+      try {
+        const proposal = await sendJson("POST", "/jobs/proposal", { depth: Number(depth.value), spec: { ...spec, data: path ? { ...data, data_path: path } : data } });
+        shown.replaceChildren(...this.proposalParts(proposal, () => shown.replaceChildren()));
+        this.showError("");
+      } catch (error) {
+        const errors = error instanceof ApiError ? error.errors.map((problem) => ({ ...problem, pointer: problem.pointer.replace(/^\/spec/, "") })) : [];
+        this.showError(errors.some(({ pointer }) => pointer === "/depth") ? "Depth must be a whole number from 1 to 128." : error.message);
+        this.editor.showErrors(errors);
+      }
+    };
+    return h("div", { class: "depth" }, h("div", { class: "bar" }, h("button", { type: "button", onclick: propose }, "Propose sizes for a depth of"), depth), shown);
+  }
+
+  proposalParts(proposal, done) {
+    const changes = {};
+    for (const { pointer, value } of proposal.settings) {
+      const [group, field] = pointer.slice(1).split("/");
+      (changes[group] ??= {})[field] = value;
+    }
+    const use = () => (done(), this.applyChanges(changes));
+    const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("li", {}, `${pointer.split("/").at(-1)} ${value}: ${reason}${source ? ` [${source}]` : ""}`));
+    return [h("ul", { "aria-label": "Proposal" }, rows), h("div", { class: "bar" }, h("button", { type: "button", onclick: use }, "Use these values"), h("button", { type: "button", class: "quiet", onclick: done }, "Close"))];
   }
 
   draftKey() {
@@ -199,6 +231,10 @@ class SubmitForm {
 
 /** Form of a fork: only overrides of the parent's spec. */
 class ForkForm extends SubmitForm {
+  depthControls() {
+    return null;
+  }
+
   base() {
     const { spec } = this.job;
     // The same as the service does: a fork starts at the checkpoint and has its own name.
