@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, Select, func, select, tuple_
+from sqlalchemy.orm import aliased
 
 from trainyard.contract.parsing import Problem
 from trainyard.service.db.models import EvaluationRow
@@ -46,15 +47,17 @@ def page(
 
 
 def _newest(job_id: str) -> Select[Any]:
-    measured = (
-        EvaluationRow.job_id == job_id,
-        EvaluationRow.stitched.is_(True),
-        EvaluationRow.state == DONE,
+    # Aliases: the query around it reads the same table, and would be taken for its FROM.
+    row, other = aliased(EvaluationRow), aliased(EvaluationRow)
+    steps = (
+        select(other.task, func.max(other.step).label("step"))
+        .where(other.job_id == job_id, other.stitched.is_(True), other.state == DONE)
+        .group_by(other.task)
+        .subquery()
     )
-    last = select(EvaluationRow.task, func.max(EvaluationRow.step).label("step")).where(*measured)
-    last_step = last.group_by(EvaluationRow.task).subquery()
-    at_last = (EvaluationRow.task == last_step.c.task, EvaluationRow.step == last_step.c.step)
-    return select(func.max(EvaluationRow.number)).where(*measured, *at_last).group_by(EvaluationRow.task)
+    measured = (row.job_id == job_id, row.stitched.is_(True), row.state == DONE)
+    at_last = (row.task == steps.c.task, row.step == steps.c.step)
+    return select(func.max(row.number)).where(*measured, *at_last).group_by(row.task)
 
 
 def _place_of(connection: Connection, job_id: str, after: str) -> tuple[int, str, int]:

@@ -38,6 +38,9 @@ def test_scores_are_listed_by_step_and_task(any_rig: ServiceHarness) -> None:
     rig.ship(attempt)
     assert listed(rig, job_id) == [(2, "b", 0.5), (4, "a", None), (4, "b", 0.5)]
     assert listed(rig, job_id, step=4, task="b") == [(4, "b", 0.5)]
+    report_score(attempt, 6, "b", 0.75)
+    rig.ship(attempt)
+    assert listed(rig, job_id, newest="true") == [(4, "a", None), (6, "b", 0.75)]
     first = rig.data(job_id, "evaluations", limit=1)[0]
     assert listed(rig, job_id, after=first["id"], limit=1) == [(4, "a", None)]
     assert {**first, "id": "", "created_at": "", "finished_at": ""} == {
