@@ -655,6 +655,9 @@ class Trainer:
                 except StopRequested:
                     self._save_once(progress)
                     return False
+                finally:
+                    if self.state.split is not None:
+                        self.state.split.release()
                 self.emit(scored)
                 self.trackers.log(scored)
         return True

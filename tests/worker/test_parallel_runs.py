@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
-from trainyard.contract.events import SampleEvent
+from trainyard.contract.events import SampleEvent, TaskScored
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
 from trainyard.worker.checkpoint.export import export_huggingface, export_minimind, find_export_source, tokenizer_of
@@ -53,9 +53,22 @@ def new_run(path: Path, text: Path, kind: str, parallelism: str, world: int, **t
         },
         "checkpoint": {"save_interval": 4},
         "reporting": {"log_interval": 1, "sample_prompts": ["the cat"]},
+        "evaluation": {"tasks": [{"name": "words", "path": str(task_file(text)), "kind": "choice"}]},
         "resources": {"parallelism": parallelism},
     }
     return rank_runner.new_run(path, rank_runner.spec(text, **groups))
+
+
+def task_file(text: Path) -> Path:
+    """Three examples: with several ranks one of them has no batch of its own."""
+    file = text.with_name("words.jsonl")
+    example = {"context": "the cat", "choices": [" sat on a mat", " xyz"], "answer": 0}
+    file.write_text("".join(json.dumps({**example, "context": context}) + "\n" for context in ("the", "dogs", "a cat")))
+    return file
+
+
+def scores(run: RunDir) -> list[tuple[int, float | None, float | None]]:
+    return [(event.step, event.acc, event.bpb) for event in rank_runner.events(run) if isinstance(event, TaskScored)]
 
 
 def change(run: RunDir, parallelism: str) -> None:
@@ -83,7 +96,7 @@ def test_losses_and_samples_are_those_of_one_rank(kind: str, text: Path, tmp_pat
     ]:
         run = new_run(tmp_path / f"{parallelism}-{world}", text, kind, parallelism, world)
         assert rank_runner.run_to_end(run, world).outcome == "completed"
-        found = rank_runner.metrics(run), samples(run)
+        found = rank_runner.metrics(run), samples(run), scores(run)
         expected = expected or found
         assert list(found[0]) == list(expected[0]) == list(range(1, 9))
         for step, line in expected[0].items():
@@ -92,6 +105,9 @@ def test_losses_and_samples_are_those_of_one_rank(kind: str, text: Path, tmp_pat
             assert found[0][step].grad_norm == pytest.approx(line.grad_norm, rel=1e-4)
             assert found[0][step].tokens == line.tokens
         assert found[1] == expected[1]
+        assert len(found[2]) == len(expected[2]) == 2
+        assert [score[:2] for score in found[2]] == [score[:2] for score in expected[2]]
+        assert [score[2] for score in found[2]] == pytest.approx([score[2] for score in expected[2]], abs=1e-5)
 
 
 def die_at(step: int) -> None:

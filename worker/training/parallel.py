@@ -228,7 +228,8 @@ class FsdpModel(SplitModel):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         # Embedding, head and last norm stay float32: the first and the last sums of a token decide most of its loss.
         fully_shard(model, mesh=mesh)
-        register_fsdp_forward_method(model, "generate")
+        for method in ("generate", "score_tokens"):
+            register_fsdp_forward_method(model, method)
         register_fsdp_forward_method(model, "score_tokens")
         sharded = dict(model.named_parameters())
         parts = [_fsdp_part(name, parameter, ranks) for name, parameter in sharded.items()]
