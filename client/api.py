@@ -105,7 +105,7 @@ class Client:
     def propose(self, depth: int, spec: Mapping[str, Any] | None = None) -> Proposal:
         """Return a spec for a model of ``depth`` layers by published rules, to be edited, and the reason of each value.
 
-        ``spec``: the part that is decided, which stays as it is; it may lack the corpus. Nothing is stored.
+        ``spec``: the values that are set, which are kept; it may lack the corpus. Nothing is stored.
 
         Raises:
             InvalidSpec: ``errors`` lists all problems of the spec.
@@ -467,7 +467,7 @@ class Client:
     ) -> GeneratedText:
         """Continue a prompt, or the conversation ``messages``, with a checkpoint.
 
-        ``options``: ``max_new_tokens`` (128), ``temperature`` (0.85; 0: the likeliest token), ``top_p`` (0.95),
+        ``options``: ``max_new_tokens`` (128), ``temperature`` (0.85; 0: the most likely), ``top_p`` (0.95),
         ``top_k`` (0: all), ``seed``, ``stop`` (texts that end it). ``timeout`` is in seconds: the first request waits
         until the checkpoint is loaded.
         """

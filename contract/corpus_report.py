@@ -1,4 +1,4 @@
-"""What a tokenized corpus holds: the JSON that preparation stores beside the token shards, and that the API returns.
+"""Contents of a tokenized corpus: the JSON that preparation stores next to the token shards, and the API returns.
 
 A `SourceReport` describes the token shards of one source. It is ``report.json`` in their directory in the cache
 (`contract.cache`), so the service reads it without a tokenizer. A `CorpusReport` has one per source: it is the field

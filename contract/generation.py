@@ -1,4 +1,4 @@
-"""What the service asks the process that generates text for, and what that process answers.
+"""Messages between the service and the side process that generates text.
 
 The service sends a `GenerationTask` for each request, or ``{"cancel": id}``. The process answers with lines that have
 an ``event``:
@@ -64,9 +64,9 @@ class GenerationTask(BaseModel):
     """Continue each prompt ``n`` times. Choice ``i * n + j`` is the j-th continuation of prompt i.
 
     A prompt is text, or token ids. ``messages`` is a conversation in place of prompts; the next turn is written.
-    ``temperature`` 0: the likeliest token each time. ``top_k`` 0: all tokens. ``seed``: choice i draws with
+    ``temperature`` 0: always the most likely token. ``top_k`` 0: all tokens. ``seed``: choice i draws with
     ``seed + i``, and its text does not depend on other tasks; None: a new seed each time. ``logprobs``: how many
-    likeliest tokens to report at each position, besides the chosen one. ``echo``: return the prompt before its
+    most likely tokens to report at each position, besides the chosen one. ``echo``: return the prompt before its
     continuation.
     """
 
@@ -87,7 +87,7 @@ class GenerationTask(BaseModel):
 
 
 class TokenLogprob(BaseModel):
-    """Log-probability of a token, and of the likeliest ones there, by their texts.
+    """Log-probability of a token, and of the most likely ones at its position, by their texts.
 
     ``logprob`` is null for the first token of a text, which nothing comes before. ``offset``: characters before it.
     """

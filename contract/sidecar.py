@@ -1,4 +1,4 @@
-"""Messages between the service and its side processes, which compute with torch in the service's place.
+"""Messages between the service and its side processes, which run torch for the service.
 
 A side process is connected to the service by a socket pair. Each message is a JSON object on one line. The end of the
 stream means that the other side is gone: a side process then exits at once, so none outlives its service.

@@ -104,8 +104,8 @@ class EvalSourceSpec(Group):
     text_field: Name | None = Field(None, description="null: data.text_field")
     max_tokens: Positive | None = Field(
         None,
-        description="evaluate only the first documents, whole, that have at most so many tokens together; "
-        "at least one document; null: all",
+        description="evaluate only the first whole documents that fit into this number of tokens, but at "
+        "least one; null: all",
     )
 
 
@@ -196,7 +196,7 @@ class TrainingSpec(Group):
     max_steps: Positive | None = Field(None, description="total number of optimizer steps; null: from epochs")
     max_tokens: Positive | None = Field(
         None,
-        description="instead of max_steps: the run ends with the first step at which so many tokens are trained",
+        description="instead of max_steps: the run ends at the first step with this number of trained tokens",
     )
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="sequences per rank per micro-batch")
     accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(8, description="micro-batches per step")
@@ -261,8 +261,8 @@ class TrainingSpec(Group):
     )
     verify_every: Positive | None = Field(
         None,
-        description="every so many steps, run the forward and backward passes twice and compare all bits before the "
-        "update; needs deterministic kernels, and so switches them on",
+        description="steps between verified steps, whose forward and backward passes run twice and are compared bit "
+        "by bit before the update; switches deterministic kernels on, which this needs",
     )
     from_weight: PathText | None = Field(
         None,
@@ -280,7 +280,7 @@ class TrainingSpec(Group):
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether only deterministic kernels are used. Other kernels give other bits in a pass that is repeated."""
+        """Whether only deterministic kernels are used. Others give different bits if a pass is repeated."""
         return self.deterministic or self.verify_every is not None
 
     def run_steps(self, steps_per_epoch: int | None, tokens_per_step: float | None) -> int | None:
@@ -303,7 +303,7 @@ class TrainingSpec(Group):
 
 
 def replace_length(training: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``training`` (JSON) without the one of max_steps and max_tokens that ``changes`` gives the other of."""
+    """Return ``training`` (JSON) without max_steps if ``changes`` sets max_tokens, and vice versa."""
     replaced = {"max_steps": "max_tokens", "max_tokens": "max_steps"}
     gone = {other for name, other in replaced.items() if changes.get(name) is not None and other not in changes}
     return {name: None if name in gone else value for name, value in training.items()}
@@ -482,7 +482,7 @@ class ResourcesSpec(Group):
 def next_memory_saving(training: TrainingSpec, resources: ResourcesSpec) -> dict[str, dict[str, Any]] | None:
     """Return the next setting with which a rank needs less memory, as {group: {field: value}}; None if all are set.
 
-    First the one without communication, then those that split more and more over the ranks, if there are several.
+    First gradient checkpointing, which needs no communication; then zero1 and fsdp, if there are several ranks.
     """
     if not training.gradient_checkpointing:
         return {"training": {"gradient_checkpointing": True}}

@@ -82,7 +82,7 @@ def memory_bytes(
     one layer that is computed again; the peak is there, or at the end of the forward pass.
 
     On ``world`` ranks, ``zero1`` splits the optimizer state and ``fsdp`` also weights and gradients; then the weights
-    include what is whole for the moment, see `gathered_bytes`, instead of copies.
+    include the gathered ones, see `gathered_bytes`, instead of copies.
     """
     count, layers, width = parameters(config), config.num_hidden_layers, DTYPE_BYTES[dtype]
     copies = 0 if dtype == "float32" else width * _matrices(config, config.num_experts)
@@ -106,11 +106,11 @@ def memory_bytes(
 
 
 def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:
-    """Return the bytes of weights and gradients that are whole for the moment with FSDP.
+    """Return the bytes of weights and gradients that are gathered at the peak with FSDP.
 
-    Embedding, head and last norm are float32, and whole for the whole step, as are their gradients. Of the layers these
-    are, in ``dtype``, the one that runs, the next one, the buffer of their exchange and the gradients of one, which are
-    summed in float32.
+    Embedding, head and last norm are gathered in float32 during the whole step, and so are their gradients. Two layers
+    are gathered in ``dtype``: the one that runs, and the next one. Added to them are the buffer of their exchange and
+    the gradients of one layer, which are summed in float32.
     """
     layers = _layers(config, config.num_experts) - config.hidden_size
     layer, rest = layers // config.num_hidden_layers, parameters(config) - layers

@@ -1,4 +1,4 @@
-"""Caches of keys and values for generation: of one batch of equal length, and of rows that come and go.
+"""Caches of keys and values for generation: of one batch of equal length, and of rows that are added and removed.
 
 Legend: ``B`` rows, ``K`` key-value heads, ``S`` positions, ``D`` head size.
 """
@@ -89,9 +89,9 @@ class RaggedLayerKVCache(NamedTuple):
 
 
 class BatchKVCache:
-    """Keys and values of rows of different lengths, which get one position each at a time. Rows can come and go.
+    """Keys and values of rows of different lengths, which get one position each at a time.
 
-    The buffer grows as needed, and is freed with the last row.
+    Rows can be added and removed. The buffer grows as needed, and is freed with the last row.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:

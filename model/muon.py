@@ -32,7 +32,7 @@ def is_matrix(name: str) -> bool:
 
 
 class NewtonSchulz:
-    """Makes ``batch`` matrices orthogonal at once. A subclass may know that they are parts of larger ones."""
+    """Orthogonalizes ``batch`` matrices at once. A subclass handles parts of larger matrices."""
 
     batch = 1
 

@@ -461,7 +461,7 @@ OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_
 
 
 def openai_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
-    """Return the body of an error in OpenAI's shape. ``param``: the first field at fault."""
+    """Return the body of an error in OpenAI's format. ``param``: the first field at fault."""
     problems = error.extra.get("errors") or []
     listed = "; ".join(f"{one['pointer'].lstrip('/') or 'the body'} {one['message']}" for one in problems)
     kind = "server_error" if error.status >= 500 else OPENAI_TYPES.get(error.status, "invalid_request_error")
@@ -477,7 +477,7 @@ def openai_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
 
 
 def error_response(error: ServiceError, path: str, request_id: str | None) -> JSONResponse:
-    """Return the error as problem+json, or in OpenAI's shape for the paths of its API."""
+    """Return the error as problem+json, or in OpenAI's format for the paths of its API."""
     if not path.startswith(OPENAI_PATH):
         return problem_response(error, request_id)
     # OpenAI has no 422.

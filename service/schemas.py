@@ -168,7 +168,7 @@ class PlanPreview(Plan):
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
     ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown. ``settings_that_fit``:
-    changes of the spec, by group and field, with which a run fits that does not; null if it fits, or if none do.
+    changes of the spec, by group and field, that make the run fit; null if it fits, or if none help.
     """
 
     object: Literal["plan"] = "plan"
@@ -442,7 +442,7 @@ class GeneratedText(ResponseModel):
 
 
 class OpenAIModel(ResponseModel):
-    """A checkpoint, in OpenAI's shape. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
+    """A checkpoint, in OpenAI's format. ``id`` is ``<job>@<step>``, or ``<job>@latest`` for the newest."""
 
     id: str
     object: Literal["model"] = "model"
@@ -453,14 +453,14 @@ class OpenAIModel(ResponseModel):
 
 
 class OpenAIModels(ResponseModel):
-    """All models, in OpenAI's shape."""
+    """All models, in OpenAI's format."""
 
     object: Literal["list"] = "list"
     data: list[OpenAIModel]
 
 
 class OpenAILogprobs(ResponseModel):
-    """Log-probabilities of the tokens of a choice, in OpenAI's shape."""
+    """Log-probabilities of the tokens of a choice, in OpenAI's format."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -469,7 +469,7 @@ class OpenAILogprobs(ResponseModel):
 
 
 class OpenAIChoice(ResponseModel):
-    """One continuation, in OpenAI's shape."""
+    """One continuation, in OpenAI's format."""
 
     text: str
     index: int
@@ -478,7 +478,7 @@ class OpenAIChoice(ResponseModel):
 
 
 class OpenAIUsage(ResponseModel):
-    """Numbers of tokens, in OpenAI's shape."""
+    """Numbers of tokens, in OpenAI's format."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -486,7 +486,7 @@ class OpenAIUsage(ResponseModel):
 
 
 class OpenAICompletion(ResponseModel):
-    """Continuations of prompts, or a part of them in a stream, in OpenAI's shape."""
+    """Continuations of prompts, or a part of them in a stream, in OpenAI's format."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -686,7 +686,7 @@ class ProblemDetails(ResponseModel):
 
 
 class OpenAIError(ResponseModel):
-    """An error in OpenAI's shape. ``param``: the field at fault."""
+    """An error in OpenAI's format. ``param``: the field at fault."""
 
     message: str
     type: str
@@ -696,7 +696,7 @@ class OpenAIError(ResponseModel):
 
 
 class OpenAIErrorBody(ResponseModel):
-    """The body of an error response in OpenAI's shape."""
+    """The body of an error response in OpenAI's format."""
 
     error: OpenAIError
 

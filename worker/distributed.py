@@ -2,7 +2,7 @@
 
 There are three groups. The default one carries gradients (NCCL on CUDA, else gloo) and times out after
 ``timeouts.collective``. The control group is always gloo and has a long timeout, because all ranks wait while one
-prepares data or saves. The background group is like it, for threads beside training.
+prepares data or saves. The background group is like it, for background threads.
 """
 
 import os

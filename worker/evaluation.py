@@ -80,7 +80,7 @@ def evaluate(link: ServiceLink, request: EvaluationRequest) -> None:
 
 
 class _Progress:
-    """Tells the service now and then that the process is alive."""
+    """Reports to the service at intervals, so that the process is not considered hung."""
 
     def __init__(self, link: ServiceLink) -> None:
         self._link = link

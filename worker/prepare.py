@@ -68,7 +68,7 @@ def _prepare(run: RunDir, attempt: AttemptDir, stop: StopSignal, emit: Callable[
         check_allowed_paths(spec, run)
         data = prepare_corpus(spec, run, task, emit, stop.requested)
     except StopRequested:
-        return Outcome(outcome="stopped", step=0, reason=Reason.USER, message="stopped; what is done is kept")
+        return Outcome(outcome="stopped", step=0, reason=Reason.USER, message="stopped; the finished part is kept")
     except UnusableSpec as error:
         return TrainingError(Reason.SPEC_INVALID, str(error)).outcome(0)
     except MemoryError as error:

@@ -28,7 +28,7 @@ class ServiceLink:
     @classmethod
     def from_environment(cls) -> Self:
         """Connect through the socket that the service has left open. Raises KeyError, ValueError or OSError."""
-        # Removed, so that a child of this process does not take the number of the socket for its own.
+        # Removed, so that a child process does not use the number of this socket.
         return cls(socket.socket(fileno=int(os.environ.pop(DESCRIPTOR))))
 
     def receive(self, wait: bool) -> dict[str, Any] | None:

@@ -155,7 +155,7 @@ def train(
     places = ranks.gather_objects(rank_info(ranks))
     replicas, replica_warnings = replica_check(ranks, places, spec.resources.parallelism)
     started = started_event(data, ranks, sampler, progress, steps, resume_from, places, earlier_seconds)
-    # FSDP waits for the other ranks in every layer, so no rank has a time of its own.
+    # FSDP waits for the other ranks in every layer, so the times of the ranks do not differ.
     measures_ranks = ranks.world > 1 and spec.resources.parallelism != "fsdp"
     trainer = Trainer(
         spec=spec,
@@ -663,7 +663,7 @@ class Trainer:
         return True
 
     def _due_tasks(self, step: int) -> list[Task]:
-        """Return the tasks to score at ``step``. The next attempt scores those that this one does not get to."""
+        """Return the tasks to score at ``step``. If this attempt ends early, the next one scores the rest."""
         start, scored = self.scored_at_start
         if not self.intervals.is_task_step(step):
             return []

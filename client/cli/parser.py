@@ -190,11 +190,11 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 JOB = _argument("job", "JOB", "id or name of the job; if several have the name, the newest", shell_complete=_jobs)
 JOB_AT_STEP = _argument("job", "JOB[@STEP]", "job, and the step of a checkpoint (latest)", shell_complete=_jobs)
 SAMPLING = (
-    Option("--max-new-tokens", type=click.IntRange(min=0), metavar="N", help="end after so many tokens (128)"),
-    Option("--temperature", type=float, help="0: the likeliest token each time (0.85)"),
-    Option("--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this probability (0.95)"),
-    Option("--top-k", type=click.IntRange(min=0), metavar="K", help="draw from the K likeliest tokens (all)"),
-    Option("--seed", type=click.IntRange(min=0), help="the same seed draws the same text"),
+    Option("--max-new-tokens", type=click.IntRange(min=0), metavar="N", help="maximum number of new tokens (128)"),
+    Option("--temperature", type=float, help="0: always the most likely token (0.85)"),
+    Option("--top-p", type=float, metavar="P", help="sample from the most likely tokens up to this probability (0.95)"),
+    Option("--top-k", type=click.IntRange(min=0), metavar="K", help="sample from the K most likely tokens (all)"),
+    Option("--seed", type=click.IntRange(min=0), help="the same seed gives the same text"),
     _several("--stop", "TEXT", "end before this text; may be repeated"),
 )
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
@@ -293,12 +293,12 @@ COMMANDS = (
         _step("the checkpoint to start from (the newest full one)"),
         _several("--set", "GROUP.FIELD=JSON", "change a field of the spec"), Option("--name", help="of the new job"),
         _flag("--restart-data", help="start data and schedule from the beginning (else they continue)"),
-        Option("--decay", type=POSITIVE, metavar="STEPS", help="a decay branch: the rate falls over so many steps")),
+        Option("--decay", type=POSITIVE, metavar="STEPS", help="a decay branch: decay the rate over this many steps")),
     _of_job("export", "cli.commands.actions:export", "write a checkpoint in the format of another program",
         _step("which checkpoint (the newest); JOB@STEP means the same"),
         Option("--out", type=FILE, metavar="DIR", help="download the files into this folder"),
         Option("--format", type=click.Choice(["hf", "minimind"]), default="hf", help="Hugging Face (hf) or MiniMind")),
-    _of_job("evaluate", "cli.commands.evaluations:evaluate", "score a checkpoint on tasks, beside the runs",
+    _of_job("evaluate", "cli.commands.evaluations:evaluate", "score a checkpoint on tasks, while the runs continue",
         _several("--task", "NAME=FILE", "a task file; may be repeated (the tasks of the job's spec)"),
         _step("which checkpoint (the newest); JOB@STEP means the same"),
         Option("--kind", type=click.Choice(["choice", "continuation"]), help="of the tasks (by their first line)"),
@@ -306,7 +306,7 @@ COMMANDS = (
     _remote("generate", "cli.commands.generation:generate", "continue a text with a checkpoint", JOB_AT_STEP,
         _argument("prompt", "TEXT", "the text to continue; - reads it from stdin"), *SAMPLING,
         context_settings=BOTH_SPELLINGS),
-    _remote("chat", "cli.commands.generation:chat", "talk to a checkpoint, turn by turn", JOB_AT_STEP,
+    _remote("chat", "cli.commands.generation:chat", "chat with a checkpoint, turn by turn", JOB_AT_STEP,
         Option("--system", metavar="TEXT", help="instruction before the conversation"), *SAMPLING,
         context_settings=BOTH_SPELLINGS),
     _of_job("cancel", "cli.commands.actions:cancel", "save and end the job; can be resumed"),

@@ -1,4 +1,4 @@
-"""What the routes that generate text share: requests that end when their client leaves, and streams."""
+"""Shared by the routes that generate text: requests that end when their client disconnects, and streams."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -35,7 +35,7 @@ async def respond(
     options: Options,
     collect: Callable[[Generation], Awaitable[Response]],
 ) -> Response:
-    """Return the response that ``collect`` makes of the request. If the client leaves, its place is free at once."""
+    """Return the response that ``collect`` builds. If the client disconnects, the request is cancelled at once."""
     working = asyncio.ensure_future(_collect(state, checkpoint, options, collect))
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
@@ -57,7 +57,7 @@ async def _collect(
         try:
             return await collect(generation)
         except DeviceReclaimed:
-            continue  # The client has seen nothing yet, so it starts again, on the CPU.
+            continue  # Nothing was sent to the client yet: start again, on the CPU.
         finally:
             generation.close()
 

@@ -51,9 +51,9 @@ class CorpusCheck:
 
 
 def check_corpus(spec: JobSpec, cache: Path) -> CorpusCheck | None:
-    """Look whether the corpus of ``spec`` is prepared. Reads the names and times of its files, not their content.
+    """Check whether the corpus of ``spec`` is prepared. Reads the names and times of its files, not their content.
 
-    Return None if a file is gone: then the run finds out, and says so.
+    Return None if a file is missing: then the run reports it.
     """
     try:
         parts = corpus_parts(spec.data)
@@ -175,7 +175,7 @@ def claim(session: Session, row: CorpusRow, processes: int | None, now: datetime
         begin(session, repository.lock(session, job_id), row, now)
     session.flush()
     spec = JobSpec.model_validate_json(json.dumps(row.spec))
-    # Nobody checks this token. It marks the agent among the processes of its attempt.
+    # No service checks this token. It marks the agent among the processes of its attempt.
     token = secrets.token_urlsafe(32)
     task = PrepareTask(parts=parts_of(row), processes=processes)
     return Launch(ref(row), row.id, _without_devices(spec), (), token, task=task)

@@ -44,15 +44,15 @@ def after_preparation(
         report: how the attempt ended.
         wanted: a job or a request still waits for it.
         restarts: attempts after a crash so far.
-        fruitless: attempts in a row, before this one, that got no further than the one before.
-        made_progress: this one got further. What it did is kept, so it may be followed by another at once.
+        fruitless: consecutive attempts before this one that made no progress.
+        made_progress: this one did. Its work is kept, so the next attempt may start at once.
         max_restarts: attempts without progress, after which the preparation is given up.
         timing: delays before a restart.
     """
     if report.outcome == "completed":
         return PreparationEnd(CorpusStatus.READY, None, report.message)
     if not wanted:
-        return PreparationEnd(CorpusStatus.STOPPED, Reason.USER, "no job waits for it; what is done is kept")
+        return PreparationEnd(CorpusStatus.STOPPED, Reason.USER, "no job waits for it; the finished part is kept")
     if report.outcome == "stopped" and report.reason is Reason.USER:
         # It was asked to stop, by the service that ends or because no job waited for it, and now one does.
         return PreparationEnd(CorpusStatus.QUEUED, None, report.message, restart_seconds=0.0, restarts=restarts)
@@ -64,7 +64,7 @@ def after_preparation(
     fruitless = 0 if made_progress else fruitless + counted
     if fruitless > max_restarts:
         why = Reason.MAX_RESTARTS if max_restarts else reason
-        tries = f"; {fruitless} attempts in a row got no further" if fruitless > 1 else ""
+        tries = f"; {fruitless} attempts in a row made no progress" if fruitless > 1 else ""
         return PreparationEnd(CorpusStatus.FAILED, why, f"{report.message}{tries}", error)
     waits = timing.backoff_seconds
     seconds = 0.0 if made_progress else waits[min(max(0, fruitless - 1), len(waits) - 1)]

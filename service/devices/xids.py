@@ -29,8 +29,8 @@ SAME_ERROR = timedelta(seconds=10)
 """Both sources report an error, the kernel log again at each start of the service."""
 
 APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 109})
-"""Errors of the program that ran, and not of the GPU, as NVIDIA's device plugin for Kubernetes sees it: a kernel that
-was killed or that wrote out of bounds."""
+"""Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: the list of NVIDIA's
+device plugin for Kubernetes."""
 
 KMSG = Path("/dev/kmsg")
 KMSG_RECORD = re.compile(r"\d+,\d+,(?P<microseconds>\d+),[^;]*;NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<xid>\d+)")

@@ -86,6 +86,6 @@ def create(
         )
         session.add(row)
     names = ", ".join(task.name for task in tasks)
-    message = f"asked to evaluate the checkpoint of step {step:,} on {names}"
+    message = f"requested an evaluation of the checkpoint of step {step:,} on {names}"
     data = {"step": step, "evaluation_id": evaluation_id, "tasks": [task.name for task in tasks]}
     repository.record_event(session, job, EventDraft("evaluation", message, by, data=data), now)

@@ -86,7 +86,7 @@ class EvaluationRunner:
         self._thread.start()
 
     def stop(self) -> None:
-        """Start no more evaluations. Those that run end with their processes, and stay running in the database."""
+        """Start no more evaluations. Those that run end with their processes, and stay ``running`` in the database."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -120,7 +120,7 @@ class EvaluationRunner:
             thread.start()
 
     def _restart_lost(self, active: set[str]) -> None:
-        """Make those pending again that run in no process: their service has ended."""
+        """Set running evaluations without a process back to pending: their service has ended."""
         lost = (EvaluationRow.state == RUNNING, EvaluationRow.evaluation_id.not_in(active))
         with self._reading() as session:
             if session.scalar(select(EvaluationRow.number).where(*lost).limit(1)) is None:
@@ -145,7 +145,7 @@ class EvaluationRunner:
         except Exception:
             log.exception("an evaluation failed", extra={"evaluation": evaluation_id})
             with suppress(Exception):
-                self._fail(evaluation_id, "the service made a mistake; it is in its log")
+                self._fail(evaluation_id, "internal error of the service; see its log")
         finally:
             with self._lock:
                 del self._active[evaluation_id]

@@ -47,7 +47,7 @@ BASE_BYTES = 512 << 20
 
 MIN_CACHE_BYTES = 256 << 20
 SILENT_SECONDS = 120.0
-"""A process that computes and sends nothing for so long hangs."""
+"""A process that computes but sends nothing for this long is considered hung."""
 
 WATCH_SECONDS = 1.0
 
@@ -139,7 +139,7 @@ class Generation:
         return line
 
     def close(self) -> None:
-        """Free the place of the request. If it is not done, the process gives it up."""
+        """Remove the request. If it is not done, the process cancels it."""
         if self._open:
             self._open = False
             self._process.forget(self.task.id, give_up=not self._done)
@@ -193,7 +193,7 @@ class _Process:
                 await self._writer.drain()
 
     def forget(self, task_id: str, give_up: bool) -> None:
-        """Remove a request. ``give_up``: it is not done, and the process is to give it up."""
+        """Remove a request. ``give_up``: it is not done, so the process cancels it."""
         if self._requests.pop(task_id, None) is None:
             return
         self.used_at = time.monotonic()

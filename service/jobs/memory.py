@@ -36,7 +36,7 @@ def needed(spec: JobSpec, kind: str) -> int:
 
 
 def state_bytes(spec: JobSpec, kind: str) -> int:
-    """Return the least that a run holds: float32 weights, gradients and optimizer state, but nothing for the moment."""
+    """Return the minimum of a rank: float32 weights, gradients and optimizer state, without temporary memory."""
     own = per_rank(with_settings(spec, {"training": {"dtype": "float32"}}))
     is_gathered = spec.resources.parallelism == "fsdp" and spec.resources.ranks > 1
     momentary = costs.gathered_bytes(spec.model, "float32") if is_gathered else 0
@@ -80,7 +80,7 @@ def suggested_batch_size(spec: JobSpec, kind: str, free: int | None) -> int | No
 
 
 def settings_that_fit(spec: JobSpec, kind: str, limit: int | None) -> dict[str, dict[str, Any]] | None:
-    """Return the changes with which a run fits that does not, as {group: {field: value}}; None if it fits or none do.
+    """Return the changes that make the run fit, as {group: {field: value}}; None if it fits or if none help.
 
     They are added one after the other, see `next_memory_saving`.
     """

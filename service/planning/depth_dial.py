@@ -57,7 +57,7 @@ def model_settings(depth: int) -> Iterator[Proposed]:
     head = 128 if width % 128 == 0 else 64
     heads = width // head
     pairs = heads // 2 if heads % 2 == 0 else heads
-    yield Proposed("model", "num_hidden_layers", depth, "the depth that was asked for")
+    yield Proposed("model", "num_hidden_layers", depth, "the requested depth")
     yield Proposed("model", "hidden_size", width, f"{WIDTH_PER_LAYER} x depth", NANOCHAT)
     yield Proposed("model", "head_dim", head, "128, or 64 if the width is no multiple of 128", QWEN3)
     yield Proposed("model", "num_attention_heads", heads, f"width / {head}")
@@ -144,8 +144,8 @@ def propose(
 ) -> tuple[dict[str, Any], list[Proposed]]:
     """Return the client's spec ``raw`` with the proposal for ``depth``, and the proposed values with their reasons.
 
-    What ``raw`` gives stays, and the rest is computed from it. ``read`` validates a spec, with the vocabulary's size;
-    ``largest`` returns its largest batch size.
+    Values in ``raw`` are kept, and the others are computed from them. ``read`` validates a spec, with the
+    vocabulary's size; ``largest`` returns its largest batch size.
     """
     merged: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in raw.items()}
     proposed: list[Proposed] = []

@@ -1,7 +1,7 @@
 """The scheduling of corpora that are prepared before devices are leased: a pure part of the plan.
 
 The jobs of a host never wait for a preparation: it leases nothing, and runs at a lower priority of the CPU. Free CPU
-slots decide how many processes it has. One may always run, also beside runs on all CPU slots.
+slots decide how many processes it has. One may always run, even if runs use all CPU slots.
 """
 
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ class WaitingJob:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Start the process that prepares a corpus, with so many tokenizer processes; None: one per core."""
+    """Start the process that prepares a corpus, with this number of tokenizer processes; None: one per core."""
 
     corpus_id: str
     processes: int | None
@@ -110,7 +110,7 @@ def log_fields(action: PreparationAction) -> dict[str, Any]:
 def plan_live_preparations(
     preparations: Sequence[Preparation], jobs: Sequence[WaitingJob], now: datetime, timing: Timing
 ) -> Iterator[PreparationAction]:
-    """Attend to the processes that exist, and to the jobs of the wrong status."""
+    """Yield the actions for running processes, and for jobs whose status does not fit their corpus."""
     for preparation in preparations:
         if preparation.status is CorpusStatus.PREPARING:
             yield from _attend(preparation, now, timing)

@@ -51,7 +51,7 @@ log = logging.getLogger("trainyard")
 
 
 class Sidecar:
-    """One side process. Who starts it calls `close` at the end.
+    """One side process. The caller of `start` calls `close` at the end.
 
     ``connection``: the service's end of the socket pair. ``device``: "cpu", or e.g. "cuda:1".
     """
@@ -179,7 +179,7 @@ class Sidecars:
             holder.kill()
             holder.ended.wait(KILL_SECONDS)
             return
-        # The lease of another service, which may be dead, or lead no more.
+        # The lease of another service, which may be dead, or no longer the leader.
         with self._database.read() as session:
             row = session.get(DeviceLeaseRow, device)
             owner = row.sidecar if row is not None else None

@@ -56,7 +56,7 @@ class RuleCursor:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class RuleEvaluation:
     """A cursor before and after a poll, with the alerts that it fired."""
 
     before: RuleCursor
@@ -121,7 +121,7 @@ class RuleEngine:
         position, state = self._read.get(cursor.key(job_id), (cursor.position, cursor.state))
         return replace(cursor, position=position, state=state) if position > cursor.position else cursor
 
-    def _evaluate_cursors(self, session: Session, job: JobRow, cursors: Sequence[RuleCursor]) -> list[Evaluation]:
+    def _evaluate_cursors(self, session: Session, job: JobRow, cursors: Sequence[RuleCursor]) -> list[RuleEvaluation]:
         if not cursors:
             return []
         rows = rows_after(session, job.id, min(cursor.position for cursor in cursors), MAX_POINTS)
@@ -131,7 +131,7 @@ class RuleEngine:
         over = live is None and len(rows) < MAX_POINTS
         return [_evaluate(cursor, rows, job, over, since, self._clock()) for cursor in cursors]
 
-    def _save(self, job_id: str, evaluations: Sequence[Evaluation]) -> None:
+    def _save(self, job_id: str, evaluations: Sequence[RuleEvaluation]) -> None:
         try:
             with fenced(self._database, self._lease) as session:
                 job = repository.lock(session, job_id)
@@ -193,7 +193,7 @@ def _progress_at(job: JobRow, live: AttemptRow | None) -> datetime:
 
 def _evaluate(
     cursor: RuleCursor, rows: Sequence[Mapping[str, Any]], job: JobRow, over: bool, since: datetime, now: datetime
-) -> Evaluation:
+) -> RuleEvaluation:
     new = [row for row in rows if (row["attempt"], row["seq"]) > cursor.position]
     points = [Point(row["step"], row["loss"], row["eval_loss"], bool(row["nonfinite"])) for row in new]
     state, firings = advance(cursor.rule, cursor.state, points)
@@ -203,10 +203,10 @@ def _evaluate(
     position = (new[-1]["attempt"], new[-1]["seq"]) if new else cursor.position
     if over:
         position = max(position, (job.attempt, 0))
-    return Evaluation(cursor, replace(cursor, position=position, state=state, final=over, is_stored=True), firings)
+    return RuleEvaluation(cursor, replace(cursor, position=position, state=state, final=over, is_stored=True), firings)
 
 
-def _write(session: Session, job: JobRow, evaluation: Evaluation, now: datetime) -> None:
+def _write(session: Session, job: JobRow, evaluation: RuleEvaluation, now: datetime) -> None:
     after = evaluation.after
     row = session.get(RuleStateRow, after.key(job.id))
     if row is None:

@@ -179,7 +179,7 @@ def test_a_decay_branch_is_one_button_and_the_plan_draws_its_rate(
     page.get_by_role("tab", name="Checkpoints").click()
     row = page.get_by_role("tabpanel").get_by_role("row").filter(has_text="Fork from here").last
     row.get_by_role("button", name="Decay from here").click()
-    expect(page.get_by_text("type the number of steps beside the button")).to_be_visible()
+    expect(page.get_by_text("type the number of steps next to the button")).to_be_visible()
     row.get_by_label("Decay over how many steps, from step 20").fill("8")
     row.get_by_role("button", name="Decay from here").click()
     expect(page.get_by_role("heading", name="fast-fork-20")).to_be_visible()

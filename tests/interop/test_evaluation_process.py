@@ -138,3 +138,11 @@ def test_the_process(request_of: Callable[..., EvaluationRequest], facts: Path) 
     assert [line["event"] for line in found if line["event"] != "progress"] == ["scored", "done"]
     (scored,) = sent(request)
     assert {**found[-2], "at": "", "seconds": 0} == {**scored, "at": "", "seconds": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_each_task_is_scored(request_of: Callable[..., EvaluationRequest], facts: Path) -> None:
+    (scored,) = sent(request_of(facts=facts))
+    assert 0 <= scored["acc"] <= 1
+    assert scored["bpb"] > 0

@@ -22,6 +22,7 @@ DIGESTS = "tests/worker/test_replicas.py::test_on_a_gpu_the_digests_are_of_the_s
 TIMER = "tests/worker/test_metrics.py::test_on_a_gpu_events_measure_a_ranks_own_time"
 
 COVERED = {
+    "model/decoder.py:Decoder.score_tokens": "tests/worker/test_tasks.py::test_scores_on_a_gpu_are_those_of_a_cpu",
     "model/grouped_gemm.py:can_group": ATTENTION,
     "model/layers.py:Attention._masked_attention": ATTENTION,
     "model/layers.py:RMSNorm.forward": ATTENTION,
@@ -46,6 +47,7 @@ COVERED = {
     "worker/distributed.py:init_distributed": RANKS,
     "worker/distributed.py:require_device": RUN,
     "worker/distributed.py:select_device": RUN,
+    "worker/evaluation.py:evaluate": "tests/interop/test_evaluation_process.py::test_on_a_gpu_each_task_is_scored",
     "worker/generation/loading.py:load_engine": "tests/worker/test_generation.py::test_it_generates_on_a_gpu",
     "worker/matrix_speed.py:": SPEED,
     "worker/matrix_speed.py:measure": SPEED,

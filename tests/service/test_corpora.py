@@ -136,7 +136,7 @@ def test_stop_actions_work_at_once_and_the_process_stops(preparing: ServiceHarne
     look(rig)
     attempt = process(rig, corpus_id)
     assert attempt.stop_asked == 1
-    attempt.end("stopped", Reason.USER, message="stopped; what is done is kept")
+    attempt.end("stopped", Reason.USER, message="stopped; the finished part is kept")
     look(rig)
     assert rig.get(f"/corpora/{corpus_id}")["status"] == "stopped"
     rig.post_action(job_id, "resume")

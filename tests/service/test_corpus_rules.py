@@ -86,7 +86,7 @@ def test_crashes_without_progress_are_limited_and_wait_longer() -> None:
     assert waits == list(Timing().backoff_seconds)
     last = end("crashed", Reason.WORKER_CRASHED, fruitless=fruitless)
     assert (last.status, last.reason) == (CorpusStatus.FAILED, Reason.MAX_RESTARTS)
-    assert "4 attempts in a row got no further" in last.message
+    assert "4 attempts in a row made no progress" in last.message
 
 
 def test_progress_resets_the_count_and_needs_no_wait() -> None:

@@ -125,7 +125,7 @@ def test_a_checkpoint_is_evaluated_on_request(evaluator: ServiceHarness) -> None
     assert (request["dtype"], request["batch_tokens"], request["tokenizer_path"]) == ("float32", 4 * 340, "byte")
     assert request["cuda"] == ""
     events = [event["message"] for event in rig.data(job_id, "events") if event["kind"] == "evaluation"]
-    assert events[0] == "asked to evaluate the checkpoint of step 10 on b, a"
+    assert events[0] == "requested an evaluation of the checkpoint of step 10 on b, a"
     assert "evaluated the checkpoint of step 10 on b: acc 0.5000, bpb 1.2500" in events
     assert not (rig.home / "runs" / job_id / "evaluations").exists(), "the links are gone"
 

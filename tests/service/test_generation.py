@@ -260,7 +260,7 @@ def test_a_token_that_only_reads_generates_nothing(make_rig: MakeHarness, sqlite
     assert (answer.status_code, answer.json()["error"]["code"]) == (401, "unauthorized")
 
 
-# OpenAI's shape
+# OpenAI's format
 
 
 def test_models_are_the_checkpoints_of_jobs_that_are_not_discarded(any_rig: ServiceHarness) -> None:

@@ -29,6 +29,8 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "Make the directory writable, or": (Reason.DISK_FULL, {"save_dir": "HOME/larger"}),
     "Resume with training.gradient_checkpointing": (Reason.OUT_OF_MEMORY, {"gradient_checkpointing": True}),
     'Resume with resources.parallelism "{}"': (Reason.OUT_OF_MEMORY, {"resources": {"parallelism": "zero1"}}),
+    "Resume with more max_minutes": (Reason.LIMIT, {"max_minutes": 5.0}),
+    "Mend the file, then resume": (Reason.SPEC_INVALID, {}),
     "Resume with fewer": (Reason.SPEC_INVALID, {"resources": {"nproc_per_node": 1, "device": "cpu"}}),
     "Give the host or its container more memory": (Reason.HOST_OUT_OF_MEMORY, {"resources": {"nproc_per_node": 1}}),
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),
@@ -83,6 +85,7 @@ ELSEWHERE = {
     "Lower resources.slurm.time_limit": "tests/slurm/test_launcher.py",
     "Request less `--mem`": "tests/slurm/test_launcher.py",
     " (--schedule continue": "tests/client/test_commands.py",
+    "give --kind if only": "tests/client/test_evaluations.py",
     "Ctrl-C detaches": "tests/client/test_watch.py",
 }
 """Start of a hint -> the test in which it is followed, or of what it speaks of."""

@@ -20,7 +20,7 @@ from trainyard.service.schemas import (
 )
 
 ROOT = Path(__file__).parents[2]
-BODILESS = ("pause", "cancel", "kill", "save", "rotate", "test", "redeliver")
+BODILESS = ("pause", "cancel", "kill", "save", "rotate", "test", "redeliver", "clear")
 GROUP_SCHEMAS = {
     "": "JobSpec",
     "model": "ModelConfig",
@@ -119,7 +119,7 @@ def test_changes_are_described_by_the_job_spec(rig: ServiceHarness) -> None:
 
 
 def code_of(answer: Any, status: int) -> str:
-    """The code of an error, also in OpenAI's shape."""
+    """The code of an error, also in OpenAI's format."""
     if not answer.request.url.path.startswith("/v1/"):
         return problem(answer, status).code
     assert answer.status_code == status, answer.text[:300]

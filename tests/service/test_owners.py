@@ -13,6 +13,7 @@ MAY_BE_OF_OTHERS = {
     "/jobs/{job_id}/fork",
     "/jobs/{job_id}/fork/plan",
     "/jobs/{job_id}/checkpoints/{step}/generate",
+    "/jobs/{job_id}/checkpoints/{step}/evaluate",
 }
 """Routes below a job that do not change it."""
 

@@ -433,7 +433,10 @@ def test_a_bit_that_flips_within_a_verified_step_is_found_50_times_of_50() -> No
         flip(weight, index, bit)
         assert step.bits() == before, "the update was not applied"
         assert raised.value.reason is Reason.SILENT_CORRUPTION
-        assert "rank 0 (host node-0, cuda:0 Card) computed other bits when the passes of step 4" in raised.value.message
+        assert (
+            "rank 0 (host node-0, cuda:0 Card) computed different bits when the passes of step 4"
+            in raised.value.message
+        )
         assert raised.value.rank == 0
         step.state.optimizer.zero_grad()
 

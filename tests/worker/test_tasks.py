@@ -201,3 +201,16 @@ def test_the_norm_counts_bytes_of_the_text_as_it_is_written() -> None:
     acc, acc_norm, bpb = aggregate("choice", example, np.array([-6.0, -4.4]), np.zeros(2))
     assert (acc, acc_norm) == (0.0, 1.0)
     assert bpb == pytest.approx(6 / math.log(2) / 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scores_on_a_gpu_are_those_of_a_cpu(bpe: Tokenizer) -> None:
+    model = random_model(bpe.vocab_size)
+    task = tokenized("choice", random_examples("choice", 20, seed=5), bpe)
+    expected = scorer(model).score(task, 1)
+    device = torch.device("cuda", 0)
+    on_gpu = TaskScorer(model.to(device), Precision("cuda", torch.float32), DistributedContext(0, 1, 0, 1, device), 200)
+    found = on_gpu.score(task, 1)
+    assert (found.acc, found.acc_norm) == (expected.acc, expected.acc_norm)
+    assert found.bpb == pytest.approx(expected.bpb, rel=1e-4)

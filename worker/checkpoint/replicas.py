@@ -60,7 +60,7 @@ class DigestSender:
         self._digests: Tensor | None = None
 
     def start(self) -> None:
-        """Start reading the weights. `read` must follow, or the next update waits for ever."""
+        """Start reading the weights. `read` must follow, or the next update waits forever."""
         if self._stream is None:
             self._gate.close()
             return

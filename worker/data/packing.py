@@ -51,8 +51,8 @@ class SplitSpec:
     """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out.
 
     ``by``: what decides on a document. By its "text", documents with the same text are on the same side. By its
-    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so. ``documents``: of all, use only
-    the first so many.
+    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so. ``documents``: use at most
+    this number, from the first on.
     """
 
     part: Literal["all", "train", "eval"] = "all"

@@ -87,7 +87,7 @@ class StepSampler:
         return self.rows_of_steps(step, 1)[0]
 
     def steps_until(self, tokens: int, data_step: int, targets_of: Callable[[Integers], Integers]) -> int:
-        """Return how many steps after ``data_step`` are needed to predict at least so many tokens.
+        """Return how many steps after ``data_step`` are needed to predict at least ``tokens`` tokens.
 
         ``targets_of(rows)``: the number of predictions of each row. Whole epochs are not counted row by row.
         """

@@ -19,7 +19,7 @@ class TemplateFailed(ValueError):
 
 
 def read_template(tokenizer_path: str, roots: Sequence[Path] = ()) -> str | None:
-    """Return the chat template of a tokenizer, or None if it has none. ``roots``: where it must lie, if any."""
+    """Return the chat template of a tokenizer, or None if it has none. ``roots``: one must contain it, if any."""
     if tokenizer_path == BYTE:
         return None
     file = tokenizer_file(tokenizer_path)
@@ -35,7 +35,7 @@ def read_template(tokenizer_path: str, roots: Sequence[Path] = ()) -> str | None
 
 
 def render(template: str | None, messages: Sequence[ChatMessage], bos: str, eos: str) -> str:
-    """Return the prompt for the next turn. Without a template it is what was said so far, one turn on a line.
+    """Return the prompt for the next turn. Without a template it is the conversation so far, one turn per line.
 
     Raises TemplateFailed.
     """

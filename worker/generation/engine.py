@@ -126,7 +126,7 @@ class Engine:
         self._waiting.extend(prompts)
 
     def cancel(self, task_id: str) -> None:
-        """Give up a task: its client has left."""
+        """Cancel a task: its client has disconnected."""
         self._waiting = deque(prompt for prompt in self._waiting if prompt.task.id != task_id)
         if self._computed is not None and self._computed.task.id == task_id:
             self._computed = None

@@ -37,7 +37,7 @@ class RunLimits:
         self._counted = now
 
     def is_time_up(self, steps_ahead: int = 0) -> bool:
-        """Return whether the time is used up, now or after so many more steps of the usual length."""
+        """Return whether the time is used up, now or after this number of steps of the usual length."""
         minutes = self.spec.max_minutes
         if minutes is None:
             return False

@@ -4,7 +4,7 @@
 the optimizer state; then the ranks exchange the new weights. ``fsdp``: every rank has a part of weights, gradients and
 optimizer state. A layer's weights are gathered just before it runs.
 
-The optimizer gets plain tensors that share the memory of the model: it knows nothing of the split. One rank alone has
+The optimizer gets plain tensors that share the memory of the model: it does not depend on the split. One rank alone has
 nothing to split.
 """
 
@@ -60,7 +60,7 @@ class SplitModel(ABC):
 
     @abstractmethod
     def orthogonalizer(self) -> NewtonSchulz:
-        """Return how Muon makes the matrices orthogonal of which this rank has parts."""
+        """Return how Muon orthogonalizes the matrices of which this rank has parts."""
 
     def release(self) -> None:  # noqa: B027 - only FSDP gathers anything
         """Free what forward passes without a backward pass have gathered."""
@@ -76,7 +76,7 @@ class SplitModel(ABC):
 
 
 def _background_group(ranks: DistributedContext) -> dist.ProcessGroup:
-    # One of its own: messages of a save must not meet those of the training thread in the control group.
+    # A separate group: messages of a save must not mix with those of the training thread in the control group.
     assert ranks.control is not None
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=ranks.preparing_timeout))
 
@@ -114,7 +114,7 @@ class FlatBuffer:
         return ParameterPart(name, tuple(parameter.shape), start - offset, tensor)
 
     def exchange(self) -> None:
-        """Give this rank's region to the others, and take theirs."""
+        """Send this rank's region to the others, and receive theirs."""
         begin = self.ranks.rank * self.region
         dist.all_gather_single(self.whole, self.whole[begin : begin + self.region])
 
@@ -130,7 +130,7 @@ def element_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
 
 
 def matrix_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """The same for matrices that must each lie in one region: Muon needs the whole gradient of a matrix.
+    """The same for matrices that must each be in one region: Muon needs the whole gradient of a matrix.
 
     The largest ones first, each into the region with the fewest elements.
     """
@@ -185,7 +185,7 @@ class Zero1Model(SplitModel):
         # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
         torch._foreach_zero_([each.grad for each in self.parameters.values() if each.grad is not None])
         for part in self.held.parts:
-            part.tensor.grad = None  # DDP may replace its buckets, and the old ones must not live on
+            part.tensor.grad = None  # DDP may replace its buckets, and the old ones must be freed
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         self.model.load_state_dict(weights, strict=True)
@@ -272,7 +272,7 @@ def _fsdp_part(name: str, parameter: Any, ranks: DistributedContext) -> Paramete
 
 
 class ShardedNewtonSchulz(NewtonSchulz):
-    """Makes matrices orthogonal whose rows are split over the ranks: each rank does one of ``world`` at a time.
+    """Orthogonalizes matrices whose rows are split over the ranks: each rank does one of ``world`` at a time.
 
     A rank gets the rows of its matrix from all ranks, and returns them the rows of the result. That is the traffic of
     gathering each matrix everywhere, without computing each one everywhere.

@@ -60,8 +60,8 @@ def last_step(
 ) -> int:
     """Return the last step of the run, as it is after ``progress``.
 
-    With ``max_tokens`` this is the first step at which so many tokens are trained. After a rollback, which skips data,
-    it may be another one. ``targets_of``: see `StepSampler.steps_until`.
+    With ``max_tokens`` this is the first step with this number of trained tokens. A rollback skips data, and may
+    change it. ``targets_of``: see `StepSampler.steps_until`.
     """
     if training.max_tokens is not None:
         left = training.max_tokens - (progress.tokens - progress.base_tokens)

@@ -108,7 +108,8 @@ def replica_check(
 ) -> tuple[ReplicaCheck | None, list[WarningEvent]]:
     """Return the comparison of the ranks' weights, or None if there is nothing to compare, and a warning if so.
 
-    Unlike devices may round a sum differently, so only like ones must have equal bits. All ranks call it together.
+    Devices of different types may round a sum differently, so only equal types must give equal bits. All ranks call it
+    together.
     """
     if ranks.world == 1 or parallelism == "fsdp":
         return None, []  # no rank has the weights of another one

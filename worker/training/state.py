@@ -203,7 +203,7 @@ def _build_scaler(device: str, split: SplitModel | None, *, enabled: bool) -> to
         return torch.amp.GradScaler(device, enabled=enabled)
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-    # It tells all ranks of an overflow that only one has in its part.
+    # This scaler shares an overflow in the part of one rank with all ranks.
     return ShardedGradScaler(device)
 
 

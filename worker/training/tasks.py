@@ -2,7 +2,7 @@
 
 Each text is scored after its context by the sum of the log-probabilities of its tokens, in nats:
 
-- ``acc`` of a choice: the right choice has the highest sum; of a continuation: each of its tokens is the likeliest one.
+- ``acc`` of a choice: the right choice has the highest sum; of a continuation: each of its tokens is the most likely.
 - ``acc_norm`` of a choice: the right choice has the highest sum per UTF-8 byte.
 - ``bpb``: bits per UTF-8 byte of the right text: minus the sum over all examples, over ln 2 and the bytes.
 
@@ -11,7 +11,7 @@ How a text becomes tokens:
 - Context and text are joined as they are and tokenized together, after BOS, with which each training document begins.
 - The text's tokens are those after the tokens of the context alone; at least the last one. White space at the end of
   the context counts as the beginning of the text: tokenizers join it with the word that follows.
-- An empty context leaves BOS alone in front of the text.
+- If the context is empty, only BOS precedes the text.
 - If all does not fit into ``max_position_embeddings``, the beginning is cut. A text that does not fit is an error.
 """
 
@@ -105,7 +105,7 @@ def _read(spec: TaskSpec, index: int, roots: Sequence[Path]) -> TaskFile:
 
 
 def _data_error(index: int, problem: str) -> TrainingError:
-    hint = "Mend the file, then resume. A fork may have other evaluation.tasks."
+    hint = "Correct the file, then resume. A fork may have other evaluation.tasks."
     return TrainingError(Reason.DATA_INVALID, f"evaluation.tasks[{index}]: {problem}", hint)
 
 

@@ -82,7 +82,7 @@ class StepVerifier:
         count, index = (int(number) for number in rows[wrong[0]])
         more = f" and {count - 1} more numbers or tensors" if count > 1 else ""
         message = (
-            f"silent corruption: {where} computed other bits when the passes of step {step} were repeated with the "
+            f"silent corruption: {where} computed different bits when the passes of step {step} were repeated with the "
             f"same data: {names[index]}{more}; the update was not applied"
         )
         raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0])

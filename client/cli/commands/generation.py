@@ -1,4 +1,4 @@
-"""`trainyard generate` and `trainyard chat`: text of a checkpoint, as it is written."""
+"""`trainyard generate` and `trainyard chat`: text from a checkpoint, printed while it is generated."""
 
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ NO_TEMPLATE = "the tokenizer has no chat template: the model continues the text 
 
 
 def generate(args: SimpleNamespace, console: Console) -> int:
-    """Continue a text, and print the continuation while it is written."""
+    """Continue a text, and print the continuation while it is generated."""
     prompt = console.read_stdin() if args.prompt == "-" else args.prompt
     with connect(args) as trainyard:
         job_id, step = _checkpoint(trainyard, args, console)

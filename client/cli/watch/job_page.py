@@ -124,7 +124,7 @@ def _evaluation(progress: Mapping[str, Any]) -> str:
 
 def _held_out_sets(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len(results) < 2:
-        return []  # the evaluation of all sets together says the same
+        return []  # the line of all sets together is the same
     names = list(results)[:MAX_SETS]
     width = max(map(len, names))
     lines = [

@@ -11,6 +11,7 @@ from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
 from trainyard.service.auth.permissions import ADMIN, READ
+from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
 from trainyard.service.devices import xids
@@ -44,7 +45,7 @@ def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalTe
     return Page(data=list(data), has_more=has_more)
 
 
-@router.post("/devices/{device_id}/clear", dependencies=[ADMIN])
+@router.post("/devices/{device_id}/clear", dependencies=[ADMIN, NO_FIELDS])
 def clear_device(state: StateDep, device_id: DeviceId) -> DeviceResponse:
     """Clear the XID errors of a GPU that was checked or repaired. It may be leased again at once."""
     device = next((device for device in state.inventory.devices() if device_id in (device.id, device.uuid)), None)

@@ -65,8 +65,8 @@ async def generate_text(
 ) -> Response:
     """Continue a prompt, or a conversation, with the checkpoint of a step or the `latest` one.
 
-    The checkpoint is loaded by a process beside the service and stays there for a while. It is computed on the CPU, or
-    on a GPU that no job needs. If too many requests wait, the response is 429 or 503 with `Retry-After`.
+    A side process loads the checkpoint and keeps it loaded for a while. It computes the text on the CPU, or on a GPU
+    that no job needs. If too many requests wait, the response is 429 or 503 with `Retry-After`.
     """
     problems = []
     if (body.prompt is None) == (body.messages is None):

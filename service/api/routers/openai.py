@@ -1,4 +1,4 @@
-"""Checkpoints as models of OpenAI's API: `GET /v1/models` and `POST /v1/completions`. Errors have its shape too."""
+"""Checkpoints as models of OpenAI's API: `GET /v1/models` and `POST /v1/completions`. Errors have its format too."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ class StreamOptions(StrictBody):
 
 
 class CompletionBody(StrictBody):
-    """A request in OpenAI's shape. `top_k` is an addition."""
+    """A request in OpenAI's format. `top_k` is an addition."""
 
     model: str
     prompt: Any = ""
@@ -131,14 +131,14 @@ def _is_id(value: Any) -> bool:
 
 @router.get("/models", dependencies=[READ])
 def list_openai_models(state: StateDep) -> OpenAIModels:
-    """List the newest checkpoints of all jobs, in OpenAI's shape."""
+    """List the newest checkpoints of all jobs, in OpenAI's format."""
     with state.database.read() as session:
         return OpenAIModels(data=list(list_models(session)))
 
 
 @router.get("/models/{model}", dependencies=[READ])
 def get_openai_model(state: StateDep, model: Annotated[str, InPath(max_length=300)]) -> OpenAIModel:
-    """Return one model, `<job id or name>@<step or latest>`, in OpenAI's shape."""
+    """Return one model, `<job id or name>@<step or latest>`, in OpenAI's format."""
     with state.database.read() as session:
         job, step, _ = find_model(session, state.settings, model)
         found = next((one for one in list_models(session, job.id) if one.step == step), None)
@@ -149,9 +149,9 @@ def get_openai_model(state: StateDep, model: Annotated[str, InPath(max_length=30
 
 @router.post("/completions", dependencies=[SUBMIT], response_model=OpenAICompletion, responses=RESPONSES)
 async def create_completion(request: Request, state: StateDep, body: CompletionBody) -> Response:
-    """Continue prompts with a checkpoint, in OpenAI's shape. The model is `<job id or name>@<step or latest>`.
+    """Continue prompts with a checkpoint, in OpenAI's format. The model is `<job id or name>@<step or latest>`.
 
-    Unlike OpenAI's, a text prompt gets the token before it with which each document of the training began.
+    Unlike in OpenAI's API, the BOS token of the training documents is put before a text prompt.
     """
     options = body.options()
     checkpoint = await asyncio.to_thread(_find, state, body.model)

@@ -52,7 +52,7 @@ def plan_job(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPrevi
 
 
 class ProposalBody(StrictBody):
-    """A depth, and the part of the spec that is decided."""
+    """A depth, and the part of the spec that is set."""
 
     depth: Annotated[int, Field(ge=1, le=128)]
     spec: dict[str, Any] = Field(default_factory=dict)
@@ -62,7 +62,7 @@ class ProposalBody(StrictBody):
 def plan_proposal(state: StateDep, caller: PrincipalDep, body: ProposalBody) -> Proposal:
     """Propose the sizes of a run of `depth` layers, by published rules: a spec to edit. Nothing is stored or applied.
 
-    `spec` is the part that is decided: it is not changed, and the rest is computed from it. It may lack the corpus.
+    Values in `spec` are kept, and the others are computed from them. It may lack the corpus.
     """
     host, last = state.host_limits(caller), None
 

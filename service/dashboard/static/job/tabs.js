@@ -130,7 +130,7 @@ async function decay(listing, checkpoint, input) {
   const steps = Number(input.value);
   if (!Number.isInteger(steps) || steps < 1) {
     input.focus();
-    throw new Error("Decay from here: type the number of steps beside the button.");
+    throw new Error("Decay from here: type the number of steps next to the button.");
   }
   const { plan } = await get(listing.address);
   const training = { lr_scheduler: "wsd", decay_steps: steps, max_steps: checkpoint.step - plan.base_step + steps };
