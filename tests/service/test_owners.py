@@ -63,7 +63,7 @@ def test_a_job_of_another_owner_is_not_changed(any_rig: ServiceHarness) -> None:
     assert missing.status_code == 404
 
 
-def test_a_fork_belongs_to_who_forked(any_rig: ServiceHarness) -> None:
+def test_a_fork_belongs_to_the_token_that_forked(any_rig: ServiceHarness) -> None:
     bob = created(any_rig, "bob", scope="submit", max_jobs=1)
     job_id, _ = saved(any_rig, 400, training={"max_steps": 1000})
     fork = any_rig.client.post(f"/jobs/{job_id}/fork", json={}, headers=bearer(bob))

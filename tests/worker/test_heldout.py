@@ -187,7 +187,7 @@ def test_a_fraction_is_held_out_of_every_source_and_counts_duplicates(data: Path
     assert all(result.loss and result.bpb for result in results.values())
 
 
-def test_a_tokenizer_without_fixed_bytes_is_said_and_bits_per_byte_are_null(tmp_path: Path) -> None:
+def test_a_tokenizer_without_fixed_bytes_is_reported_and_bits_per_byte_are_null(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "the": 2, "cat": 3}, unk_token="<s>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

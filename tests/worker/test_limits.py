@@ -211,7 +211,7 @@ def test_a_limit_that_is_used_up_before_the_first_save_is_no_success(text: Path,
 
 @pytest.mark.slow
 def test_the_smoothed_loss_ends_the_run_at_its_target_over_a_pause(text: Path, tmp_path: Path) -> None:
-    """The average goes along with the checkpoint: a paused run ends at the step of an uninterrupted one."""
+    """The checkpoint stores the average: a paused run ends at the step of an uninterrupted one."""
     runs = [limited(text, tmp_path / name, target_loss=4.2) for name in ("whole", "paused")]
     whole, paused = runs
     outcome = rank_runner.run_to_end(whole)

@@ -40,7 +40,7 @@ def test_a_layout_names_each_element_once() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_matrices_lie_in_one_region_each_and_the_regions_are_balanced(world: int) -> None:
+def test_matrices_are_in_one_region_each_and_the_regions_are_balanced(world: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     sizes = [random.Random(seed).randrange(1, 5000) for _ in range(40)]
@@ -92,7 +92,7 @@ def losses_and_norms(
 def test_steps_are_those_of_ddp(
     shape: ModelConfig, optimizer: str, world: int, parallelism: Parallelism, tmp_path: Path
 ) -> None:
-    """A bad gradient of one rank is in the third step: no rank applies it, and the fourth goes on."""
+    """A bad gradient of one rank is in the third step: no rank applies it, and the fourth step continues."""
     training = {"optimizer": optimizer, "on_nonfinite": "skip", "grad_clip": 0.5, "weight_decay_on": "matrices"}
     work, arguments = losses_and_norms, (training, True)
     expected = on_ranks(world, tmp_path / "ddp", work, shape, "ddp", *arguments)[0]
@@ -260,7 +260,7 @@ TALL = replace(SHAPE, hidden_size=128, head_dim=32, num_hidden_layers=6, interme
 def test_the_peak_of_a_step_is_the_planned_one(
     recomputes: bool, dtype: Any, parallelism: Parallelism, tmp_path: Path
 ) -> None:
-    """With what is whole for the moment, and with temporary buffers, of which the plan does not know."""
+    """With gathered layers, and with temporary buffers, which the plan does not include."""
     planned = costs.memory_bytes(
         TALL,
         batch_size=8,
