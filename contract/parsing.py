@@ -1,6 +1,7 @@
 """Parsing of a client's JSON into a `JobSpec`: aliases, MiniMind's conventions, and all problems with pointers."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -338,4 +339,6 @@ def pointer_to(*parts: int | str) -> str:
 def plain(message: str) -> str:
     """Return pydantic's message as the second half of a sentence that begins with the pointer."""
     message = message.removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+    message = re.sub(r"^(?:List|Value) (should have .*) after validation(, not .*)$", r"\1\2", message)
+    message = message.replace("a valid dictionary or object to extract fields from", "a JSON object")
     return "is required" if message == "Field required" else message

@@ -22,6 +22,12 @@ KEPT_FIELDS: dict[str, tuple[str, ...]] = {
 """Fields that must not change with ``data: keep``: they determine the samples of a step and the optimizer's state."""
 
 LENGTH_FIELDS = ("epochs", "max_steps", "max_tokens")
+ALTERNATIVES = (
+    ("training", "decay_steps", "decay_fraction"),
+    ("data", "data_path", "sources"),
+    ("data", "eval_data_path", "eval_sources"),
+)
+"""(group, field, field that excludes it)."""
 BATCH_FIELDS = ("batch_size", "accumulation_steps")
 
 
@@ -127,11 +133,12 @@ def _merge(request: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
             {**old, **value} if name in GROUPS and isinstance(value, dict) and isinstance(old, dict) else value
         )
     training, old_training = merged["training"], origin.spec["training"]
-    if isinstance(training, dict) and isinstance(given, dict):
-        # The parent's length of the decay gives way to the one in the request.
-        for leaf, other in (("decay_steps", "decay_fraction"), ("decay_fraction", "decay_steps")):
-            if given.get(leaf) is not None and other not in given:
-                training[other] = None
+    # A setting of the request replaces the parent's other form of the same setting.
+    for group, first, second in ALTERNATIVES:
+        given = request.overrides.get(group)
+        for leaf, other in ((first, second), (second, first)):
+            if isinstance(given, dict) and given.get(leaf) is not None and other not in given:
+                merged[group][other] = None
     if isinstance(training, dict) and (
         request.data == "restart" or any(training.get(leaf) != old_training.get(leaf) for leaf in LENGTH_FIELDS)
     ):

@@ -84,7 +84,7 @@ def test_export_prints_the_path(run: Run, form: str) -> None:
     code, out, err = run("export", "pre-12", "--step", "400", "--format", form)
     assert code == 0
     assert out.strip().endswith(f"/exports/step-00000400-{form}")
-    assert "1 files, 300 B" in err
+    assert "1 file, 300 B" in err
     code, out, _ = run("export", "pre-12", "--step", "400", "--format", form, "--json")
     assert json.loads(out)["format"] == form
 

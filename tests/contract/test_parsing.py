@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec, plain
 from trainyard.contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}
@@ -233,3 +233,16 @@ def test_no_leaf_value_makes_it_raise_and_a_clean_answer_has_the_value(flat: dic
     parsed = parse_spec(from_flat({"data_path": "/x", **flat}))
     if not parsed.problems:
         assert parse_spec(json.loads(parsed.spec.model_dump_json())).spec == parsed.spec
+
+
+@pytest.mark.parametrize(
+    ("pydantic_message", "message"),
+    [
+        ("List should have at least 1 item after validation, not 0", "should have at least 1 item, not 0"),
+        ("Input should be a valid dictionary or object to extract fields from", "should be a JSON object"),
+        ("Field required", "is required"),
+        ("Value error, is the name of an earlier source", "is the name of an earlier source"),
+    ],
+)
+def test_messages_continue_a_sentence_about_the_field(pydantic_message: str, message: str) -> None:
+    assert plain(pydantic_message) == message

@@ -144,6 +144,18 @@ def test_the_plan_of_a_fork_counts_what_is_left(rig: ServiceHarness) -> None:
     assert cancelled["summary"] == "Cancelled at step 400; resuming continues from step 400 of its parent."
 
 
+def test_another_form_of_the_corpus_replaces_that_of_the_parent(rig: ServiceHarness) -> None:
+    path = str(rig.corpus)
+    sources = [{"name": "web", "path": path}]
+    job_id = ready(rig, data={"data_path": None, "sources": sources, "eval_sources": sources})
+    overrides = {"data": {"data_path": path, "eval_data_path": path}}
+    data = fork(rig, job_id, {"data": "restart", "overrides": overrides})["spec"]["data"]
+    assert (data["data_path"], data["sources"]) == (path, None)
+    assert (data["eval_data_path"], data["eval_sources"]) == (path, None)
+    both = {"data": "restart", "overrides": {"data": {"data_path": path, "sources": sources}}}
+    assert "cannot be combined" in fork(rig, job_id, both, 422)["errors"][0]["message"]
+
+
 def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: ServiceHarness) -> None:
     other = rig.home / "other.jsonl"
     other.write_text('{"text": "two"}\n')

@@ -14,6 +14,7 @@ from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import ABSENT, parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.client.types import Job
+from trainyard.contract.units import counted
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:
@@ -115,7 +116,7 @@ def export(args: SimpleNamespace, console: Console) -> int:
         console.json({**export, "out": args.out} if args.out is not None else export)
         return Exit.SUCCEEDED
     console.data(str(export["path"] if args.out is None else args.out))
-    files = f"{len(export['files'])} files, {size(export['bytes'])}"
+    files = f"{counted(len(export['files']), 'file')}, {size(export['bytes'])}"
     console.error(f"step {export['step']:,} as {export['format']}: {files}")
     return Exit.SUCCEEDED
 
