@@ -86,10 +86,10 @@ def _expand_entry(entry: str) -> list[tuple[NamedFile, str]]:
         found = (file for file in _Search(entry).files(base, parts) if file.is_file())
     else:
         return [(NamedFile(_checked(os.path.basename(entry), entry), Path(entry)), os.path.realpath(entry))]
-    real_base = os.path.realpath(base)
+    prefix, real_base = os.path.join(base, ""), os.path.realpath(base)
     files = []
     for file in found:
-        name = _name(file.path, base)
+        name = _checked(file.path.removeprefix(prefix), file.path)
         # No directory below the base is a link, so only a link needs to be followed: that costs a stat for each part.
         target = os.path.realpath(file.path) if file.is_symlink() else f"{real_base}/{name}"
         files.append((NamedFile(name, Path(file.path)), target))
@@ -165,10 +165,6 @@ def has_known_form(name: str) -> bool:
     for packed in PACKED_FORMS:
         stem = stem.removesuffix(packed)
     return stem.endswith(KNOWN_FORMS)
-
-
-def _name(path: str, base: str) -> str:
-    return _checked(os.path.relpath(path, base), path)
 
 
 def _checked(name: str, path: str) -> str:

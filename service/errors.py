@@ -284,6 +284,25 @@ class ExportTimedOut(ServiceError):
     status, code = 504, "export_timeout"
 
 
+class EvaluationNotFound(ServiceError):
+    """The job has no evaluation with this id."""
+
+    status, code = 404, "evaluation_not_found"
+
+
+class TooManyEvaluations(ServiceError):
+    """The maximum number of evaluations waits already. Try again when some have ended."""
+
+    status, code = 429, "too_many_evaluations"
+    default_headers = (("Retry-After", "30"),)
+
+
+class EvaluationUnavailable(ServiceError):
+    """The server has no torch, or TRAINYARD_EVALUATION_PROCESSES is 0: it evaluates no checkpoints."""
+
+    status, code = 501, "evaluation_unavailable"
+
+
 class SpecInvalid(ServiceError):
     """The job spec has mistakes."""
 
@@ -448,7 +467,7 @@ def openai_body(error: ServiceError, request_id: str | None) -> dict[str, Any]:
     kind = "server_error" if error.status >= 500 else OPENAI_TYPES.get(error.status, "invalid_request_error")
     return {
         "error": {
-            "message": f"{error.detail}: {listed}" if listed else error.detail,
+            "message": f"{listed}." if listed else error.detail,
             "type": kind,
             "param": problems[0]["pointer"].strip("/").partition("/")[0] if problems else None,
             "code": error.code,

@@ -1,5 +1,6 @@
 """The devices of this host: GPUs from NVML, and CPU slots."""
 
+import logging
 import os
 import re
 import threading
@@ -22,6 +23,8 @@ NODE_SET_WORDS = 2
 PCI_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})(?:\.[0-7])?")
 
 T = TypeVar("T")
+
+log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class HostInventory:
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
         self._queried_at = float("-inf")
+        known = [*cpu_slots(slots), *(self._cuda_devices() if self._nvml and excluded else ())]
+        for name in excluded:
+            if not any(device.is_named(name) for device in known):
+                log.warning("TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: %s", name)
 
     def devices(self) -> Sequence[Device]:
         """Return the CUDA devices, then the CPU slots."""

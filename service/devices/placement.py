@@ -39,9 +39,13 @@ def choose(free: Sequence[Device], count: int) -> tuple[str, ...]:
 
 def _grow(free: Sequence[Device], start: int, count: int) -> list[int]:
     group = [start]
+    added = {index: distance(free[index], free[start]) for index in range(len(free)) if index != start}
     while len(group) < count:
-        rest = (index for index in range(len(free)) if index not in group)
-        group.append(min(rest, key=lambda index: (sum(distance(free[index], free[i]) for i in group), index)))
+        nearest = min(added, key=lambda index: (added[index], index))
+        del added[nearest]
+        group.append(nearest)
+        for index in added:
+            added[index] += distance(free[index], free[nearest])
     return group
 
 

@@ -203,6 +203,8 @@ class _Process:
     def why_ended(self) -> Exception:
         if self.stopping:
             return ServiceStopping()
+        if self.failure is not None and not self.checkpoint.path.is_dir():
+            return CheckpointNotFound("The checkpoint was deleted while it was loaded.")
         if self.failure is not None:
             return GenerationFailed(f"{self.failure[:1].upper()}{self.failure[1:]}.")
         if self._sidecar is not None and self._sidecar.reclaimed:

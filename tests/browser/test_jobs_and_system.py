@@ -87,7 +87,7 @@ def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: 
         Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, temperature_celsius=64),
         Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, (4242,), (4242,), 38),
         Device("cpu:0", "cpu"),
-        Device("cuda:2", "cuda", "NVIDIA Test", uuid="GPU-c", numa_node=1, link="nvlink", nvlink_peers=("cuda:1",)),
+        Device("cuda:2", "cuda", "NVIDIA Test", uuid="GPU-c", numa_node=1, link="nvlink", nvlink_peers=("cuda:3",)),
     )
     rig = ServiceHarness(tmp_path / "cards", sqlite_home, devices=cards)
     with rig.database.write() as session:
@@ -106,7 +106,7 @@ def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: 
         expect(second).to_contain_text("pid 4242")
         expect(cpu).to_contain_text("free")
         expect(page.get_by_text("1 of 4 free")).to_be_visible()
-        expect(faulty).to_contain_text("NVLink to cuda:1 · NUMA node 1")
+        expect(faulty).to_contain_text("NVLink to cuda:3 · NUMA node 1")
         expect(faulty).to_contain_text("XID 79: not leased until it is cleared")
         queue = page.get_by_role("region", name="Queue")
         expect(queue.get_by_role("row").last).to_contain_text("1waits51 GPU; 0 of 3 free, and cuda:2 with XID errors")

@@ -26,13 +26,15 @@ from trainyard.service.generation import pool
 from trainyard.service.generation.pool import GenerationPool
 
 PROGRAM = """
-import os, sys, time
+import os, shutil, sys, time
 from pathlib import Path
 from trainyard.worker.sidecar import ServiceLink
 checkpoint = Path(sys.argv[1])
 link = ServiceLink.from_environment()
 state = (checkpoint / "state.json").read_bytes()
-if state == b"damaged":
+if state == b"gone":
+    shutil.rmtree(checkpoint)
+if state in (b"damaged", b"gone"):
     link.send({"event": "failed", "message": f"{checkpoint.name} is damaged"})
     sys.exit(1)
 log = (checkpoint.parent / "log").open("a", buffering=1)
@@ -190,6 +192,11 @@ def test_a_checkpoint_that_cannot_be_used_says_why(rig: ServiceHarness) -> None:
     assert (status, problem["code"], problem["detail"]) == (409, "generation_failed", "Step-00000010 is damaged.")
     write_checkpoint(directory, b"other weights")
     assert generate(rig, job_id)[0] == 200, "the next request tries again"
+    write_checkpoint(directory, b"and others")
+    (directory / "state.json").write_bytes(b"gone")
+    status, problem = generate(rig, job_id)
+    assert (status, problem["detail"]) == (404, "The checkpoint was deleted while it was loaded.")
+    assert generate(rig, job_id)[1]["detail"] == "The job has no checkpoint yet."
 
 
 def test_a_process_that_ends_is_an_error_and_the_next_request_has_another(rig: ServiceHarness) -> None:

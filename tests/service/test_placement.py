@@ -1,5 +1,7 @@
 """Which GPUs a job gets: near each other, without an XID error, and none that a setting excludes."""
 
+import logging
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -71,9 +73,9 @@ def test_a_job_gets_gpus_that_are_near_each_other(
 
 def test_the_choice_is_quick_with_many_gpus() -> None:
     many = [Device(f"cuda:{i}", "cuda", numa_node=i % 2) for i in range(64)]
-    before = datetime.now(UTC)
+    before = time.process_time()
     assert choose(many, 16) == tuple(f"cuda:{2 * i}" for i in range(16))
-    assert datetime.now(UTC) - before < timedelta(seconds=1)
+    assert time.process_time() - before < 0.5
 
 
 @pytest.mark.parametrize(
@@ -82,6 +84,16 @@ def test_the_choice_is_quick_with_many_gpus() -> None:
 def test_a_device_is_excluded_by_any_of_its_names(excluded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     devices = devices_of(nvml.bridged_pairs(), monkeypatch, [excluded])
     assert [device.id for device in devices] == ["cuda:0", "cuda:2", "cuda:3"]
+
+
+def test_a_name_that_excludes_nothing_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trainyard"), "propagate", True)
+    devices_of(nvml.two_sockets(), monkeypatch, ["cuda:1", "cuda:11"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: cuda:11"
+    ]
 
 
 def test_pci_addresses() -> None:

@@ -21,6 +21,7 @@ from trainyard.contract.events import Event, RankInfo, Started, WarningEvent
 from trainyard.contract.failpoints import arm, armed
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.status import Reason
+from trainyard.worker.checkpoint import files, saver
 from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck, corruption_error
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.data.microbatch import MicroBatch
@@ -198,10 +199,10 @@ class Run:
         errors: list[TrainingError] = []
 
         def rank(number: int) -> None:
-            saver = self.savers[number]
-            saver.save(self.states[number], TrainProgress(step=step), self.metrics[number], required=False)
+            own = self.savers[number]
+            own.save(self.states[number], TrainProgress(step=step), self.metrics[number], required=False)
             try:
-                saver.wait()
+                own.wait()
             except TrainingError as error:
                 errors.append(error)
 
@@ -275,6 +276,19 @@ def test_a_rank_that_died_meanwhile_does_not_cost_the_checkpoint(tmp_path: Path)
     [warning] = [event for event in run.emitted if isinstance(event, WarningEvent)]
     assert (warning.code, warning.step) == ("weights_not_compared", 3)
     assert "Connection closed by peer" in warning.message
+
+
+def test_a_fault_is_reported_though_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, 3)
+    weight = next(run.states[2].model.parameters())
+    flip(weight, 0, 30)
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "write_checkpoint", full)
+    assert {error.rank for error in run.save(1)} == {2}
 
 
 def test_unlike_devices_are_not_compared() -> None:

@@ -371,6 +371,7 @@ class Checkpointer:
             self._publish(tensors, state, required)
         finally:
             self._comparison.join()
+        self._comparison.wait()  # a fault is also reported if the disk is full
 
     def _compare(self, weights: Mapping[str, Tensor], step: int) -> None:
         assert self.replicas is not None

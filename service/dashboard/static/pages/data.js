@@ -9,7 +9,9 @@ const COLUMNS = [["Corpus"], ["State"], ["Documents", "num"], ["Tokens", "num"],
 const FILES = [["File"], ["Size", "num"], ["Documents", "num"], ["Tokens", "num"], ["Bad", "num"]];
 const LENGTHS = [["Tokens of a document", "num"], ["Documents", "num"], ["Share"]];
 const BAD = [["File"], ["Line", "num"], ["Reason"]];
-const PAGE_SIZE = 100;
+const PAGE_SIZE = 50;
+const IDLE_MS = 10_000; // The list has all reports, so it is fetched less often while nothing is being prepared.
+const isGoing = (corpus) => ["queued", "preparing"].includes(corpus.status);
 const COMMAND = "trainyard corpus build PATH";
 
 export const dataPage = { title: "Data", open: openList };
@@ -45,7 +47,7 @@ class Progress {
   }
 
   update(corpus) {
-    const going = ["queued", "preparing"].includes(corpus.status);
+    const going = isGoing(corpus);
     setVisible(this.node, going || ["failed", "stopped"].includes(corpus.status));
     setVisible(this.meter, going && corpus.progress?.percent !== null && corpus.progress !== null);
     setAttr(this.meter, "value", corpus.progress?.percent ?? 0);
@@ -63,8 +65,11 @@ function openList(place) {
     h("div", { class: "command" }, h("pre", { tabindex: "0" }, COMMAND)));
   place.append(h("div", { class: "title-row" }, h("h1", {}, "Data"), total),
     h("p", { class: "muted" }, "Each corpus is tokenized once, on CPUs, for all jobs with the same files and tokenizer."), empty, h("section", {}, table.node));
+  let idleUntil = 0;
   return poll(async () => {
+    if (Date.now() < idleUntil) return;
     const { data, has_more: more } = await get(`/corpora?limit=${PAGE_SIZE}`);
+    idleUntil = data.some(isGoing) ? 0 : Date.now() + IDLE_MS;
     setText(total, `${count(data.length)}${more ? "+" : ""} ${data.length === 1 ? "corpus" : "corpora"}`);
     setVisible(empty, !data.length);
     setVisible(table.node, data.length);
