@@ -85,7 +85,7 @@ def test_the_time_of_all_attempts_is_read_from_what_each_has_left(tmp_path: Path
 
 def limited(text: Path, path: Path, world: int = 1, **limits: Any) -> RunDir:
     described = rank_runner.spec(text, training={"max_steps": 100_000}, reporting={"log_interval": 1}, limits=limits)
-    described["checkpoint"] = {"save_interval": 10, "keep_last": 3}
+    described["checkpoint"] = {"save_interval": 2, "keep_last": 3}
     if world > 1:
         described["resources"] = {"device": "cpu", "nproc_per_node": world}
     return rank_runner.new_run(path, described)
@@ -156,8 +156,8 @@ def test_killed_on_the_way_it_ends_within_a_step_of_the_limit(
     assert lines == sorted(lines, key=lambda line: line[1]), "the count never falls"
     begun = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Started)]
     assert abs(begun[0].train_seconds - max(s for n in range(1, kills + 1) for _, s in of_attempt(run, n))) < pace
-    # Each step is on the curve once or more, and always with the same values.
-    assert sorted(rank_runner.curve(run)) == list(range(1, outcome.step + 1))
+    # The curve has each step, always with the same values. What a kill has thrown away may be beyond the last one.
+    assert [step for step in sorted(rank_runner.curve(run)) if step <= outcome.step] == [*range(1, outcome.step + 1)]
     assert run.artifacts(None).checkpoint(outcome.step).is_dir()
     ended = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Finished)]
     assert ended[0].train_seconds == pytest.approx(run.train_seconds(), abs=0.2)
