@@ -30,6 +30,7 @@ from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import OPENED, StreamEvent
 from trainyard.client.types import (
     Checkpoint,
+    Evaluation,
     Export,
     GeneratedText,
     HeldOutResult,
@@ -40,6 +41,7 @@ from trainyard.client.types import (
     Plan,
     Proposal,
     ResumedJob,
+    TaskScore,
     Token,
     TokenizedCorpus,
     Version,
@@ -415,6 +417,43 @@ class Client:
     def exports(self, job_id: str) -> list[Export]:
         """Return the exports, newest step first."""
         return list(cast(Iterator[Export], self._pages(_path(job_id, "exports"))))
+
+    def evaluations(
+        self, job_id: str, *, step: int | None = None, task: str | None = None, newest: bool = False
+    ) -> list[TaskScore]:
+        """Return the scores on tasks, by step and task. ``newest``: only the newest one on each task."""
+        params = {"step": step, "task": task, "newest": newest or None}
+        return list(cast(Iterator[TaskScore], self._pages(_path(job_id, "evaluations"), params)))
+
+    def evaluate(
+        self, job_id: str, step: int | str = "latest", tasks: Collection[Mapping[str, Any]] | None = None
+    ) -> Evaluation:
+        """Request the evaluation of the checkpoint of ``step`` on ``tasks``, by default those of the job's spec.
+
+        A task is ``{"name", "path", "kind"}``; the service reads ``path``. Returns at once, see `wait_evaluation`.
+
+        Raises:
+            InvalidRequest: ``errors`` lists the bad lines of the files too.
+        """
+        path = _path(job_id, "checkpoints", str(step), "evaluate")
+        body = None if tasks is None else {"tasks": [dict(task) for task in tasks]}
+        return cast(Evaluation, self._connection.call("POST", path, body=body))
+
+    def evaluation(self, job_id: str, evaluation_id: str) -> Evaluation:
+        """Return an evaluation that was requested, with its state and scores."""
+        return cast(Evaluation, self._connection.call("GET", _path(job_id, "evaluations", evaluation_id)))
+
+    def wait_evaluation(
+        self, evaluation: Evaluation, timeout: float | None = None, interval: float = 0.5
+    ) -> Evaluation:
+        """Poll until the evaluation is done or failed, and return it. Raises TimeoutError after ``timeout`` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while evaluation["state"] in ("pending", "running"):
+            if deadline is not None and time.monotonic() + interval > deadline:
+                raise TimeoutError(f"the evaluation {evaluation['id']} is {evaluation['state']} after {timeout:g} s")
+            time.sleep(interval)
+            evaluation = self.evaluation(evaluation["job_id"], evaluation["id"])
+        return evaluation
 
     def generate(
         self,

@@ -365,6 +365,51 @@ class Metric(TypedDict, total=False):
     at: str
 
 
+class TaskScore(TypedDict, total=False):
+    """The scores on one task, at a step of the training or of a checkpoint. ``evaluation_id``: null if in training."""
+
+    object: str
+    id: str
+    evaluation_id: str | None
+    job_id: str
+    attempt: int | None
+    step: int
+    task: str
+    kind: str
+    state: str
+    examples: int | None
+    acc: float | None
+    acc_norm: float | None
+    bpb: float | None
+    truncated: int | None
+    path: str | None
+    file_sha256: str | None
+    seconds: float | None
+    device: str | None
+    error: str | None
+    requested_by: str | None
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+
+
+class Evaluation(TypedDict, total=False):
+    """An evaluation of a checkpoint. ``state``: pending, running, done or failed."""
+
+    object: str
+    id: str
+    job_id: str
+    step: int
+    state: str
+    device: str | None
+    error: str | None
+    requested_by: str
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    results: list[TaskScore]
+
+
 class LogChunk(TypedDict):
     """A part of a log, and the offset of the next one."""
 

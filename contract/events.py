@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.status import Phase, Reason
+from trainyard.contract.task_files import TaskKind
 
 Step = Annotated[int, Field(ge=0)]
 
@@ -190,6 +191,26 @@ class SampleEvent(EventBase):
     note: str | None = None
 
 
+class TaskScored(EventBase):
+    """The weights of a step were scored on a task.
+
+    ``acc``, ``acc_norm``: 0 to 1; ``bpb``: bits per byte, see `worker.training.tasks`; null: not finite, or not of this
+    kind. ``truncated``: texts whose context was cut to fit. ``file_sha256``: of the task file. ``seconds``: duration.
+    """
+
+    kind: Literal["task"] = "task"
+    step: Step
+    task: str
+    task_kind: TaskKind
+    examples: int
+    acc: float | None
+    acc_norm: float | None
+    bpb: float | None
+    truncated: int = 0
+    file_sha256: str
+    seconds: float | None = None
+
+
 class WarningEvent(EventBase):
     """A warning for the user. Training continues."""
 
@@ -248,6 +269,7 @@ Event: TypeAlias = (
     | CheckpointSaved
     | CheckpointRemoved
     | SampleEvent
+    | TaskScored
     | WarningEvent
     | ResumeVerified
     | SettingsChanged

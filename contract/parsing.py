@@ -1,7 +1,7 @@
 """Parsing of a client's JSON into a `JobSpec`: aliases, MiniMind's conventions, and all problems with pointers."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -253,6 +253,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         yield Problem("/data/max_seq_len", message), ("/data/max_seq_len", "/model/max_position_embeddings")
     yield from _source_conflicts(spec)
     yield from _held_out_conflicts(spec.data)
+    yield from duplicate_names((task.name for task in spec.evaluation.tasks), "/evaluation/tasks", "task")
     steps = spec.training.max_steps
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
@@ -293,11 +294,7 @@ def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]
         return
     if data.data_path is not None:
         yield Problem("/data/sources", "cannot be combined with data_path: give one of them"), both
-    seen: set[str] = set()
-    for index, source in enumerate(data.sources):
-        if source.name in seen:
-            yield Problem(f"/data/sources/{index}/name", "is the name of an earlier source"), ("/data/sources",)
-        seen.add(source.name)
+    yield from duplicate_names((source.name for source in data.sources), "/data/sources", "source")
     unweighted = [index for index, source in enumerate(data.sources) if source.weight is None]
     if 0 < len(unweighted) < len(data.sources):
         message = "is required, because other sources have a weight"
@@ -322,6 +319,15 @@ def _held_out_conflicts(data: DataSpec) -> Iterator[tuple[Problem, tuple[str, ..
         if source.name in seen:
             yield Problem(f"{sources}/{index}/name", "is the name of an earlier held-out set"), (sources,)
         seen.add(source.name)
+
+
+def duplicate_names(names: Iterable[str], pointer: str, what: str) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    """Yield a problem for each entry of the list at ``pointer`` whose name an earlier entry has."""
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            yield Problem(f"{pointer}/{index}/name", f"is the name of an earlier {what}"), (pointer,)
+        seen.add(name)
 
 
 def pointer_to(*parts: int | str) -> str:

@@ -315,6 +315,10 @@ class ArtifactDir:
         """Directory of the exports, see `export`."""
         return self.path / "exports"
 
+    def evaluation(self, evaluation_id: str) -> Path:
+        """Return where the weights of an evaluation are until it has ended: links to those of its checkpoint."""
+        return self.path / "evaluations" / evaluation_id
+
     def export(self, step: int, form: str) -> Path:
         """Return where the checkpoint of ``step`` is exported to, in the format ``form``: hf or minimind."""
         return self.exports / f"step-{step:08d}-{form}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from trainyard.contract.task_files import TaskKind
 from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
 
@@ -81,6 +82,7 @@ DataPath = Annotated[
 """A file, a directory, a glob, or a list of these. See `contract.corpus_files`."""
 
 SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class SourceSpec(Group):
@@ -367,6 +369,29 @@ class ReportingSpec(Group):
     wandb_project: Name = "trainyard"
 
 
+class TaskSpec(Group):
+    """A file of examples to score the model on, see `contract.task_files`."""
+
+    name: TaskName = Field(description="name in results and charts; unique")
+    path: PathText = Field(description="JSONL file with one example per line")
+    kind: TaskKind = Field(
+        description='choice: lines `{"context", "choices", "answer"}`; continuation: lines '
+        '`{"context", "continuation"}`'
+    )
+
+
+MAX_TASKS = 32
+
+TaskSpecs = Annotated[list[TaskSpec], Field(max_length=MAX_TASKS)]
+
+
+class EvaluationSpec(Group):
+    """Tasks that the model is scored on during the run."""
+
+    tasks: TaskSpecs = Field(default_factory=list, description="tasks to score, see below")
+    interval: Positive | None = Field(None, description="steps between scorings; null: at each save")
+
+
 class Timeouts(Group):
     """Timeouts in seconds."""
 
@@ -480,6 +505,7 @@ class JobSpec(Group):
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     reporting: ReportingSpec = Field(default_factory=ReportingSpec)
     limits: LimitsSpec = Field(default_factory=LimitsSpec)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
 
     @property

@@ -35,11 +35,13 @@ TITLES = {
         "`limits`",
         "Limits at which the run saves and ends as `succeeded`, with reason `limit`: [guide](../guides/limits.md).",
     ),
+    "evaluation": ("`evaluation`", "Tasks that the model is scored on, see [the guide](../guides/evaluating.md)."),
     "resources": ("`resources`", "Devices, nodes and restarts."),
     "sources": (
         "`data.sources`",
         "Several sources instead of `data_path`, see [the guide](../guides/corpora.md#several-sources).",
     ),
+    "tasks": ("`evaluation.tasks`", "A JSONL file of examples, below a data root of the service."),
     "eval_sources": (
         "`data.eval_sources`",
         "Held-out sets, see [the guide](../guides/corpora.md#held-out-sets).",
@@ -88,7 +90,13 @@ NOTES = {
 def render() -> str:
     """The whole page."""
     schema = JobSpec.model_json_schema()
-    nested = {"sources": "SourceSpec", "eval_sources": "EvalSourceSpec", "timeouts": "Timeouts", "slurm": "SlurmSpec"}
+    nested = {
+        "sources": "SourceSpec",
+        "eval_sources": "EvalSourceSpec",
+        "tasks": "TaskSpec",
+        "timeouts": "Timeouts",
+        "slurm": "SlurmSpec",
+    }
     below = {name: schema["$defs"][kind]["properties"] for name, kind in nested.items()}
     groups = {"": schema["properties"], **_groups(schema), **below}
     return HEAD + "".join(_section(group, leaves) for group, leaves in groups.items())

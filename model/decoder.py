@@ -23,7 +23,7 @@ from trainyard.model.layers import (
     RotaryTables,
     compute_dtype,
 )
-from trainyard.model.loss import cross_entropy_sum
+from trainyard.model.loss import CHUNK_ELEMENTS, IGNORED, cross_entropy_sum
 from trainyard.model.moe import MoE, RouterStats, Segments
 from trainyard.model.varlen_attention import use_flash
 
@@ -240,6 +240,26 @@ class Decoder(nn.Module):
         drops_out = self.training and self.config.dropout > 0
         assert self.config.head_dim is not None
         return not drops_out and use_flash(weight.device, compute_dtype(weight), self.config.head_dim)
+
+    @torch.no_grad()
+    def score_tokens(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Score the ``labels`` [B, S] that are not -100; there are N. Return N log-probabilities, float32, in nats.
+
+        The second result [N] is True if no other token is likelier. Each row is one segment; padding may follow it.
+        Logits are computed for these positions alone, and in chunks.
+        """
+        mask = self._mask(input_ids, None, None, None)
+        hidden, _ = self.model(input_ids, self._rotary(input_ids, None, None), mask, None, None)
+        scored = labels != IGNORED
+        positions, targets = hidden[scored], labels[scored]
+        chunk = max(64, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // self.lm_head.weight.shape[0])
+        log_probs, likeliest = [], []
+        for start in range(0, len(targets), chunk):
+            some, wanted = positions[start : start + chunk], targets[start : start + chunk]
+            logits = self.lm_head(some).float()
+            log_probs.append(F.log_softmax(logits, dim=-1).gather(1, wanted[:, None]).squeeze(1))
+            likeliest.append(logits.argmax(dim=-1) == wanted)
+        return torch.cat(log_probs), torch.cat(likeliest)
 
     @torch.no_grad()
     def generate(

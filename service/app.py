@@ -21,6 +21,7 @@ from trainyard.service.api.routers import (
     corpora,
     devices,
     documentation,
+    evaluations,
     exports,
     forks,
     generation,
@@ -72,6 +73,7 @@ ROUTERS = (
     metrics,
     streams,
     checkpoints,
+    evaluations,
     exports,
     corpora,
     generation,
@@ -138,6 +140,7 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         state.leader  # noqa: B018 - creates the monitor, which counts the seconds since a renewal from now on
         if scheduling:
             state.scheduler.start()
+            state.evaluations.start()
             maintenance.start()
             state.sender.start()
         if ready is not None:
@@ -145,6 +148,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         yield
         state.broadcaster.stop()
         maintenance.stop()
+        # First: the end of its processes is then not taken for a failure.
+        state.evaluations.stop()
         await state.generation.close()
         await asyncio.to_thread(state.sidecars.close)
         # Before the scheduler gives up the lease: the sender still has to record what it has just sent.

@@ -284,6 +284,25 @@ class ExportTimedOut(ServiceError):
     status, code = 504, "export_timeout"
 
 
+class EvaluationNotFound(ServiceError):
+    """The job has no evaluation with this id."""
+
+    status, code = 404, "evaluation_not_found"
+
+
+class TooManyEvaluations(ServiceError):
+    """The maximum number of evaluations waits already. Try again when some have ended."""
+
+    status, code = 429, "too_many_evaluations"
+    default_headers = (("Retry-After", "30"),)
+
+
+class EvaluationUnavailable(ServiceError):
+    """The server has no torch, or TRAINYARD_EVALUATION_PROCESSES is 0: it evaluates no checkpoints."""
+
+    status, code = 501, "evaluation_unavailable"
+
+
 class SpecInvalid(ServiceError):
     """The job spec has mistakes."""
 

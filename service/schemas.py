@@ -10,6 +10,7 @@ from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
+from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
 
 T = TypeVar("T")
@@ -509,6 +510,54 @@ class Sample(ResponseModel):
     at: datetime
 
 
+class TaskScore(ResponseModel):
+    """The scores on one task: of the weights at a step during training, or of a checkpoint on request.
+
+    ``attempt``: the attempt that measured it during training; null: an evaluation, ``evaluation_id``, did.
+    """
+
+    object: Literal["task_score"] = "task_score"
+    id: str
+    evaluation_id: str | None
+    job_id: str
+    attempt: int | None
+    step: int
+    task: str
+    kind: TaskKind
+    state: Literal["pending", "running", "done", "failed"]
+    examples: int | None
+    acc: float | None
+    acc_norm: float | None
+    bpb: float | None
+    truncated: int | None
+    path: str | None
+    file_sha256: str | None
+    seconds: float | None
+    device: str | None
+    error: str | None
+    requested_by: str | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Evaluation(ResponseModel):
+    """The evaluation of a checkpoint on tasks. ``state``: failed if any of its tasks has failed."""
+
+    object: Literal["evaluation"] = "evaluation"
+    id: str
+    job_id: str
+    step: int
+    state: Literal["pending", "running", "done", "failed"]
+    device: str | None
+    error: str | None
+    requested_by: str
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    results: list[TaskScore]
+
+
 class LogChunk(ResponseModel):
     """A part of a log. The next part starts at ``next_offset``."""
 
@@ -634,6 +683,22 @@ class ProblemDetails(ResponseModel):
     detail: str
     request_id: str | None
     errors: list[FieldError] = []
+
+
+class OpenAIError(ResponseModel):
+    """An error in OpenAI's shape. ``param``: the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str | None
+
+
+class OpenAIErrorBody(ResponseModel):
+    """The body of an error response in OpenAI's shape."""
+
+    error: OpenAIError
 
 
 MAX_INT32 = 2**31 - 1

@@ -106,6 +106,7 @@ class Settings(EnvironmentSettings):
     ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is None if Slurm is not used.
     ``launcher``: launcher of jobs whose spec names none. ``sidecar_threads``: CPU threads of each side process.
     ``generation_...``: limits of the processes that generate text, see `service.generation.pool`.
+    ``evaluation_processes``: evaluations of checkpoints that run at once.
     """
 
     home: Folder = Field(default_factory=lambda: Path("trainyard-home").resolve(), alias="TRAINYARD_HOME")
@@ -174,6 +175,7 @@ class Settings(EnvironmentSettings):
     generation_processes: WholeNumber = Field(2, alias="TRAINYARD_GENERATION_PROCESSES")
     generation_bytes: WholeNumber = Field(0, alias="TRAINYARD_GENERATION_BYTES")
     generation_idle_seconds: WholeNumber = Field(300, alias="TRAINYARD_GENERATION_IDLE_SECONDS")
+    evaluation_processes: WholeNumber = Field(1, alias="TRAINYARD_EVALUATION_PROCESSES")
     thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")

@@ -121,6 +121,18 @@ def was_evaluated(run: RunDir, step: int) -> bool:
     return False
 
 
+def scored_tasks(run: RunDir, step: int) -> frozenset[str]:
+    """Return the names of the tasks that an attempt of this run has scored at ``step``."""
+    names: set[str] = set()
+    for attempt in run.attempts():
+        with contextlib.suppress(OSError), attempt.outbox.open("rb") as lines:
+            for line in lines:
+                if f'"step":{step},'.encode() in line and b'"kind":"task"' in line:
+                    with contextlib.suppress(ValueError):
+                        names.add(json.loads(line)["task"])
+    return frozenset(names)
+
+
 def spec_changes(attempt: AttemptContext, spec: JobSpec) -> list[str]:
     """Return how ``spec`` differs from that of the attempt before this one, such as "training.epochs is 3 and was 2".
 

@@ -96,6 +96,8 @@ def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:
         yield "data.tokenizer_path", data.tokenizer_path
     if from_weight is not None and "/" in from_weight:
         yield "training.from_weight", from_weight
+    for index, task in enumerate(spec.evaluation.tasks):
+        yield f"evaluation.tasks[{index}].path", task.path
 
 
 def _corpus_files(field: str, path: str | list[str]) -> Iterator[FieldPath]:

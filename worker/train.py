@@ -16,7 +16,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.smoothing import Ema
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat, scored_tasks, was_evaluated
 from trainyard.worker.checkpoint.files import RunState, TensorShapes
 from trainyard.worker.checkpoint.fork import read_fork
 from trainyard.worker.checkpoint.relocate import move_artifacts
@@ -60,6 +60,7 @@ from trainyard.worker.training.startup import (
 )
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, Verification, read_metrics, seed_dropout
+from trainyard.worker.training.tasks import Task, TaskScorer, load_tasks
 from trainyard.worker.training.verify import StepVerifier
 
 EventSink = Callable[[Event], None]
@@ -99,7 +100,9 @@ def train(
         data = prepare_data(
             spec, attempt.run, ranks, emit, stop.requested, lambda: saved_corpora(spec, attempt.run, artifacts)
         )
-    spec = data.spec
+        spec = data.spec
+        positions = spec.model.max_position_embeddings
+        tasks = load_tasks(spec.evaluation.tasks, data.tokenizer, positions, ranks, data.roots)
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
@@ -135,6 +138,7 @@ def train(
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved and saved.unevaluated is not None else None
     if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
         unevaluated = None
+    scored = ranks.broadcast_from_rank0(lambda: scored_tasks(attempt.run, progress.step)) if tasks else frozenset()
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
     sampler = data.sampler(rows_per_step, spec.training.seed)
@@ -192,6 +196,8 @@ def train(
         phases=phases,
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
+        tasks=tasks,
+        scored_at_start=(progress.step, scored),
         straggler_monitor=StragglerMonitor(places),
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
     )
@@ -296,6 +302,9 @@ class Trainer:
     limit: str | None = None
     """The limit that has ended the run, as a message."""
     _ends_next_step: bool = False
+    tasks: list[Task] = field(default_factory=list)
+    scored_at_start: tuple[int, frozenset[str]] = (0, frozenset())
+    """The step that this attempt starts from, and the tasks that an earlier attempt has scored there."""
 
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
@@ -342,7 +351,7 @@ class Trainer:
                 self._emit_spike_warning()
             if flags.stop:
                 self._give_up_evaluation()
-                stopped = not is_last or self.metrics.unevaluated is not None
+                stopped = not is_last or self.metrics.unevaluated is not None or bool(self._due_tasks(progress.step))
             else:
                 stopped = not self._evaluate(progress)
             if stopped:
@@ -459,6 +468,7 @@ class Trainer:
         if (
             log_due
             or self.intervals.is_save_step(step)
+            or self.intervals.is_task_step(step)
             or not self.state.defers_metrics()
             or len(self.pending) >= MAX_PENDING_STEPS
         ):
@@ -598,10 +608,13 @@ class Trainer:
             self.emit(warning)
 
     def _evaluate(self, progress: TrainProgress) -> bool:
-        """Do the evaluation that is due, if any, and emit its metric line. All ranks call it together.
+        """Do the evaluations that are due: the loss on the evaluation split, and tasks. All ranks call it together.
 
         Return False if a stop was requested meanwhile: then the evaluation is given up, and the step is saved.
         """
+        return self._evaluate_loss(progress) and self._score_tasks(progress)
+
+    def _evaluate_loss(self, progress: TrainProgress) -> bool:
         metric = self.metrics.unevaluated
         if metric is None or not self.data.eval_sets:
             return True
@@ -621,6 +634,37 @@ class Trainer:
             self._end_at(progress.step, self.limits.loss_message("eval_loss", found.loss, progress.step))
             self._save_once(progress)
         return True
+
+    def _score_tasks(self, progress: TrainProgress) -> bool:
+        due = self._due_tasks(progress.step)
+        if not due:
+            return True
+        training = self.spec.training
+        scorer = TaskScorer(
+            self.state.model,
+            self.state.precision,
+            self.ranks,
+            training.batch_size * self.spec.data.max_seq_len,
+            self.stop.requested,
+        )
+        with self.phases.during(Phase.EVALUATING):
+            for number, task in enumerate(due):
+                self.phases.report(f"task {task.name}", number, len(due))
+                try:
+                    scored = scorer.score(task, progress.step)
+                except StopRequested:
+                    self._save_once(progress)
+                    return False
+                self.emit(scored)
+                self.trackers.log(scored)
+        return True
+
+    def _due_tasks(self, step: int) -> list[Task]:
+        """Return the tasks to score at ``step``. The next attempt scores those that this one does not get to."""
+        start, scored = self.scored_at_start
+        if not self.intervals.is_task_step(step):
+            return []
+        return [task for task in self.tasks if step != start or task.name not in scored]
 
     def _give_up_evaluation(self) -> None:
         """Emit the metric line that waits for its evaluation, if any. The next attempt emits the complete one.

@@ -231,12 +231,12 @@ def with_absolute_paths(spec: dict[str, Any], directory: Path) -> dict[str, Any]
         container = spec.get(group)
         if isinstance(container, dict) and leaf in container:
             container[leaf] = _absolute(leaf, container[leaf], directory)
-    data = spec.get("data")
-    for leaf in ("sources", "eval_sources"):
-        sources = data.get(leaf) if isinstance(data, dict) else None
-        for source in sources if isinstance(sources, list) else ():
-            if isinstance(source, dict) and "path" in source:
-                source["path"] = _absolute("data_path", source["path"], directory)
+    for group, leaf in (("data", "sources"), ("data", "eval_sources"), ("evaluation", "tasks")):
+        container = spec.get(group)
+        entries = container.get(leaf) if isinstance(container, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            if isinstance(entry, dict) and "path" in entry:
+                entry["path"] = _absolute("data_path", entry["path"], directory)
     return spec
 
 

@@ -11,6 +11,7 @@ from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
+from trainyard.service.evaluations.runner import EvaluationRunner
 from trainyard.service.generation.pool import GenerationPool
 from trainyard.service.jobs.submission import HostLimits
 from trainyard.service.leadership import LeaderMonitor
@@ -61,6 +62,12 @@ class AppState:
     @cached_property
     def generation(self) -> GenerationPool:
         return GenerationPool(self.sidecars, self.settings)
+
+    @cached_property
+    def evaluations(self) -> EvaluationRunner:
+        scheduler = self.scheduler
+        leads = lambda: scheduler.leads and scheduler.launches  # noqa: E731
+        return EvaluationRunner(self.settings, self.sidecars, scheduler.reading, scheduler.writing, leads)
 
     def host_limits(self, caller: Principal) -> HostLimits:
         """Return the limits that the caller's spec is validated against, with the current devices."""

@@ -12,12 +12,13 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.spec_reference import NOTES, TITLES
 from trainyard.contract.units import UNITS
 from trainyard.service.api.descriptions import EXAMPLES, FIELDS, PARAMETERS, TAGS
-from trainyard.service.errors import PROBLEM
-from trainyard.service.schemas import ProblemDetails
+from trainyard.service.errors import OPENAI_PATH, PROBLEM
+from trainyard.service.schemas import OpenAIErrorBody, ProblemDetails
 
 REF = "#/components/schemas/{model}"
 CONFLICTS = (("post", "/tokens"), ("post", "/webhooks"))
 QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
+GENERATING = (("post", "/jobs/{job_id}/checkpoints/{step}/generate"), ("post", "/v1/completions"))
 ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
 """Errors of every route: those of the middleware, and 422 for a request with mistakes."""
 
@@ -30,7 +31,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=tags
         )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (JobSpec, ProblemDetails):
+        for model in (JobSpec, ProblemDetails, OpenAIErrorBody):
             schema = model.model_json_schema(ref_template=REF)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
@@ -44,8 +45,10 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             for method, operation in operations.items():
                 _describe_operation(operation)
                 responses = operation["responses"]
-                responses.update({str(status): _problem(status) for status in _error_statuses(method, path)})
-                responses["default"] = _problem(None)
+                responses.pop(str(HTTPStatus.UNPROCESSABLE_ENTITY.value), None)  # FastAPI's own
+                error = _openai_error if path.startswith(OPENAI_PATH) else _problem
+                responses.update({str(status): error(status) for status in _error_statuses(method, path)})
+                responses["default"] = error(None)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         app.openapi_schema = document
@@ -117,6 +120,11 @@ def _error_statuses(method: str, path: str) -> list[int]:
         statuses.add(415)
     if path.endswith("/stream") or (method, path) in QUOTAS:
         statuses.add(429)
+    if (method, path) in GENERATING:
+        statuses |= {404, 409, 429, 501}
+    if path.startswith(OPENAI_PATH):
+        # OpenAI has no 422.
+        statuses = statuses - {422} | {400}
     return sorted(statuses)
 
 
@@ -124,3 +132,8 @@ def _problem(status: int | None) -> dict[str, Any]:
     description = HTTPStatus(status).phrase if status is not None else "Any other error"
     schema = {"$ref": REF.format(model=ProblemDetails.__name__)}
     return {"description": description, "content": {PROBLEM: {"schema": schema}}}
+
+
+def _openai_error(status: int | None) -> dict[str, Any]:
+    schema = {"$ref": REF.format(model=OpenAIErrorBody.__name__)}
+    return {**_problem(status), "content": {"application/json": {"schema": schema}}}

@@ -413,6 +413,46 @@ class SampleRow(Base):
     note: Mapped[str | None]
 
 
+class EvaluationRow(Base):
+    """The scores of one checkpoint, or of the weights at a step of the run, on one task.
+
+    ``attempt``: scored it during training; null: it was requested, by ``requested_by``. ``evaluation_id``: the rows of
+    one request have the same. ``state``: pending, running, done or failed; ``error``: why it failed. ``stitched`` is
+    false if a later attempt or a rollback has repeated this step.
+    """
+
+    __tablename__ = "evaluations"
+    __table_args__ = (
+        Index("ix_evaluations_job_id", "job_id", "step", "task", "number"),
+        Index("ix_evaluations_evaluation_id", "evaluation_id"),
+        Index("ix_evaluations_state", "state"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int | None]
+    evaluation_id: Mapped[str | None] = mapped_column(String(40))
+    step: Mapped[int]
+    task: Mapped[str] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(20))
+    path: Mapped[str | None]
+    file_sha256: Mapped[str | None] = mapped_column(String(64))
+    state: Mapped[str] = mapped_column(String(20))
+    stitched: Mapped[bool]
+    examples: Mapped[int | None]
+    truncated: Mapped[int | None]
+    acc: Mapped[float | None]
+    acc_norm: Mapped[float | None]
+    bpb: Mapped[float | None]
+    seconds: Mapped[float | None]
+    device: Mapped[str | None] = mapped_column(String(20))
+    error: Mapped[str | None]
+    requested_by: Mapped[str | None] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
 class WebhookRow(Base):
     """A webhook. ``secret`` signs deliveries, and until ``old_secret_until`` so does ``old_secret``.
 

@@ -105,7 +105,7 @@ class HostInventory:
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
         self._queried_at = float("-inf")
-        known = [*cpu_slots(slots), *(self._cuda_devices() if self._nvml else ())]
+        known = [*cpu_slots(slots), *(self._cuda_devices() if self._nvml and excluded else ())]
         for name in excluded:
             if not any(device.is_named(name) for device in known):
                 log.warning("TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: %s", name)

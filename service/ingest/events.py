@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, assert_never
 
-from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, insert, or_, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
@@ -22,12 +22,13 @@ from trainyard.contract.events import (
     SampleEvent,
     SettingsChanged,
     Started,
+    TaskScored,
     WarningEvent,
 )
 from trainyard.contract.file_identity import input_changes
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.auth.api_keys import NO_HASH
-from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
+from trainyard.service.db.models import AttemptRow, CheckpointRow, EvaluationRow, JobRow, MetricRow, SampleRow
 from trainyard.service.errors import Unauthorized
 from trainyard.service.ids import token_hash
 from trainyard.service.ingest.parsing import contiguous, parse_event
@@ -151,7 +152,7 @@ class _EventBatch:
         later = (AttemptRow.job_id == self.job.id, AttemptRow.number > self.attempt.number)
         return self.session.scalar(select(func.min(AttemptRow.start_step)).where(*later))
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Event) -> None:  # noqa: C901 - one branch for each kind of event
         match event:
             case MetricEvent():
                 self._metric(event)
@@ -165,6 +166,8 @@ class _EventBatch:
                 self._removed(event)
             case SampleEvent():
                 self._sample(event)
+            case TaskScored():
+                self._task_scored(event)
             case WarningEvent():
                 self._warned(event)
             case ResumeVerified() | SettingsChanged():
@@ -210,6 +213,8 @@ class _EventBatch:
     def _started(self, event: Started) -> None:
         self.attempt.start_step = event.start_step
         self._supersede(MetricRow.attempt < self.attempt.number, event.start_step)
+        earlier = or_(EvaluationRow.attempt.is_(None), EvaluationRow.attempt < self.attempt.number)
+        self._supersede_evaluations(earlier, EvaluationRow.step > event.start_step)
         if self.current:
             if event.start_step == 0:
                 self._compare_inputs(event)
@@ -277,6 +282,32 @@ class _EventBatch:
     def _sample(self, event: SampleEvent) -> None:
         own = {"job_id": self.job.id, "attempt": self.attempt.number}
         self.session.add(SampleRow(**own, **event.model_dump(exclude={"kind"})))
+
+    def _task_scored(self, event: TaskScored) -> None:
+        # An earlier score of this step, or of later steps before the attempt has rolled back.
+        number = self.attempt.number
+        same = and_(EvaluationRow.step == event.step, EvaluationRow.task == event.task)
+        later = and_(EvaluationRow.attempt == number, EvaluationRow.step > event.step)
+        stitched = self.superseded_after is None or event.step <= self.superseded_after
+        if stitched:
+            self._supersede_evaluations(EvaluationRow.attempt.is_not(None), or_(same, later))
+        fields = event.model_dump(exclude={"task_kind", "seq", "at", "kind"})
+        self.session.add(
+            EvaluationRow(
+                job_id=self.job.id,
+                attempt=number,
+                kind=event.task_kind,
+                state="done",
+                stitched=stitched,
+                created_at=event.at,
+                finished_at=event.at,
+                **fields,
+            )
+        )
+
+    def _supersede_evaluations(self, *which: ColumnElement[bool]) -> None:
+        rows = update(EvaluationRow).where(EvaluationRow.job_id == self.job.id, *which)
+        self.session.execute(rows.values(stitched=False).execution_options(synchronize_session=False))
 
     def _warned(self, event: WarningEvent) -> None:
         if self.current and event.code == "rolled_back" and type(steps := event.data.get("steps")) is int:

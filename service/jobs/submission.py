@@ -12,7 +12,8 @@ from trainyard.contract.allowed_paths import outside_files, outside_reason
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, fingerprint_inputs, glob_base, is_glob, shown
 from trainyard.contract.parsing import PLACEHOLDER, ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
-from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
+from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec, TaskSpec
+from trainyard.contract.task_files import MAX_TASK_BYTES, TaskFileInvalid, read_task_file
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, TokenizerTooLarge, tokenizer_file, vocabulary_size
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
@@ -154,6 +155,7 @@ class _SpecValidator:
         self.host = host
         self.paths: dict[str, str] = {}
         self.data: dict[str, Any] = {}
+        self.tasks: list[TaskSpec] = []
         self.vocabulary: int | None = None
 
     def problems(self) -> list[Problem]:
@@ -161,6 +163,7 @@ class _SpecValidator:
             *self._data(),
             *self._tokenizer(),
             *self._weights(),
+            *self._tasks(),
             *self._save_dir(),
             *self._launcher(),
             *self._devices(),
@@ -177,6 +180,7 @@ class _SpecValidator:
                 "data": spec.data.model_copy(update=self.data | self._resolved_paths("tokenizer_path")),
                 "training": spec.training.model_copy(update=self._resolved_paths("from_weight")),
                 "checkpoint": spec.checkpoint.model_copy(update=self._resolved_paths("save_dir")),
+                "evaluation": spec.evaluation.model_copy(update={"tasks": self.tasks}),
                 "resources": spec.resources.model_copy(update={"launcher": SLURM})
                 if self.runs_on_slurm
                 else spec.resources,
@@ -297,6 +301,9 @@ class _SpecValidator:
             pointers = ("/training/from_weight", "/checkpoint/save_dir", "/model/hidden_size", "/model/use_moe")
             yield Problem("/training/from_weight", f"{message} in {where}, nor below its jobs"), pointers
 
+    def _tasks(self) -> Iterator[Finding]:
+        self.tasks = yield from check_tasks(self.spec.evaluation.tasks, "/evaluation/tasks", self.host)
+
     def _save_roots(self) -> tuple[Path, ...]:
         return (*self.host.settings.save_roots, self.host.settings.home)
 
@@ -376,15 +383,53 @@ class _SpecValidator:
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths`` and return None, or return why the path is not allowed."""
-        if not given.startswith("/"):
-            # The service's own working directory means nothing to a client.
-            return f"must be absolute{'' if not self.host.names_roots else f', below {_any_of(roots)} ({setting})'}"
-        error = outside_reason(given, roots, content=leaf in DIRECTORY_FIELDS)
-        if error is not None:
-            which = f": {_any_of(roots)}" if self.host.names_roots else f"; {DEFAULT_ROOTS[setting]}"
-            return f"{error} the directories that {setting} allows{which}"
-        self.paths[leaf] = str(Path(given).resolve())
-        return None
+        path, error = resolve_path(given, roots, setting, self.host, content=leaf in DIRECTORY_FIELDS)
+        if error is None:
+            self.paths[leaf] = path
+        return error
+
+
+def resolve_path(
+    given: str, roots: Sequence[Path], setting: str, host: HostLimits, *, content: bool
+) -> tuple[str, str | None]:
+    """Return the real path, and why it is not allowed or None. ``content``: see `outside_reason`."""
+    if not given.startswith("/"):
+        # The service's own working directory means nothing to a client.
+        return given, f"must be absolute{'' if not host.names_roots else f', below {_any_of(roots)} ({setting})'}"
+    error = outside_reason(given, roots, content=content)
+    if error is not None:
+        which = f": {_any_of(roots)}" if host.names_roots else f"; {DEFAULT_ROOTS[setting]}"
+        return given, f"{error} the directories that {setting} allows{which}"
+    return str(Path(given).resolve()), None
+
+
+def check_tasks(tasks: Sequence[TaskSpec], pointer: str, host: HostLimits) -> Generator[Finding, None, list[TaskSpec]]:
+    """Yield what is wrong with the files of the tasks, bad lines included; return the tasks with real paths.
+
+    Reads MAX_TASK_BYTES at most over all files. The worker checks every file again.
+    """
+    checked, unread = [], MAX_TASK_BYTES
+    for index, task in enumerate(tasks):
+        roots = host.settings.readable_roots
+        path, error = resolve_path(task.path, roots, "TRAINYARD_DATA_ROOTS", host, content=False)
+        if error is None:
+            error = _corpus_error(Path(path))
+        if error is None and (size := os.path.getsize(path)) <= unread:
+            unread -= size
+            error = _task_file_error(path, task, roots)
+        yield from _at(f"{pointer}/{index}/path", error)
+        checked.append(task.model_copy(update={"path": path}))
+    return checked
+
+
+def _task_file_error(path: str, task: TaskSpec, roots: Sequence[Path]) -> str | None:
+    try:
+        read_task_file(path, task.kind, roots)
+    except TaskFileInvalid as error:
+        return error.reason
+    except OSError as error:
+        return f"cannot be read by the service: {error.strerror}"
+    return None
 
 
 def _any_of(roots: Sequence[Path]) -> str:

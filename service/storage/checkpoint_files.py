@@ -6,7 +6,7 @@
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +64,18 @@ def _read_manifest_in(descriptor: int) -> dict[str, FileDigest] | None:
 
 
 @failpoint("share.validate")
-def is_valid(directory: Path, roots: Sequence[Path] = ()) -> bool:
-    """Return whether every file of the manifest exists with its size. The contents are not read."""
+def is_valid(directory: Path, roots: Sequence[Path] = (), only: Collection[str] | None = None) -> bool:
+    """Return whether every file of the manifest exists with its size. The contents are not read.
+
+    ``only``: names of files; no others are checked.
+    """
     manifest = read_manifest(directory, roots)
     if not manifest:
         return False
     try:
         with directory_inside(directory, roots) as pinned:
-            return all((pinned / name).lstat().st_size == digest.bytes for name, digest in manifest.items())
+            checked = {name: digest for name, digest in manifest.items() if only is None or name in only}
+            return all((pinned / name).lstat().st_size == digest.bytes for name, digest in checked.items())
     except OSError:
         return False
 

@@ -15,8 +15,19 @@ from tests.client.fake_service import FakeService, body_of, job, metric, problem
 from trainyard.client.cli.main import main
 from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
-READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samples", "devices", "version")
-OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
+READING = (
+    "list",
+    "show",
+    "metrics",
+    "events",
+    "checkpoints",
+    "attempts",
+    "samples",
+    "evaluations",
+    "devices",
+    "version",
+)
+OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "evaluations", "logs")
 
 
 def arguments(command: str) -> list[str]:
@@ -30,7 +41,7 @@ def subcommands() -> list[str]:
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
     expected += "pause resume save fork export generate chat describe discard cancel kill delete tokenizer corpus db "
-    expected += "version completion token webhook"
+    expected += "version completion token webhook evaluate evaluations"
     assert set(subcommands()) == set(expected.split())
 
 

@@ -197,6 +197,12 @@ def test_paths_are_seen_from_the_working_directory(tmp_path: Path) -> None:
     assert made["checkpoint"]["save_dir"] == f"{tmp_path}/o"
 
 
+def test_task_files_are_found_from_here() -> None:
+    tasks = [{"name": "a", "path": "tasks/a.jsonl", "kind": "choice"}, {"name": "b", "path": "/b"}, {}, 5]
+    made = with_absolute_paths({"evaluation": {"tasks": tasks}}, HERE)
+    assert [task.get("path") for task in made["evaluation"]["tasks"][:3]] == [f"{HERE}/tasks/a.jsonl", "/b", None]
+
+
 @pytest.mark.parametrize("kept", ["none", "pretrain", ""])
 def test_a_weight_s_name_is_no_path(kept: str) -> None:
     assert with_absolute_paths({"training": {"from_weight": kept}}, HERE) == {"training": {"from_weight": kept}}

@@ -17,7 +17,7 @@ UNIT = re.compile(
 )
 VERBS = re.compile(
     "submit|plan|list|get|update|pause|cancel|kill|save|resume|fork|delete|read|search|stream|download|export|create"
-    "|rotate|revoke|test|redeliver|generate|clear"
+    "|rotate|revoke|test|redeliver|generate|clear|evaluate"
 )
 SPEC = re.compile(r"JobSpec|.*Spec|ModelConfig|Timeouts|PatchJobBody|ResumeBody")
 """The units of the job spec are in `x-unit`."""
@@ -129,5 +129,5 @@ def test_the_id_of_an_operation_says_what_it_does_and_its_tag_to_what(document: 
         assert tag in TAGS, where
         used.add(tag)
         parts = [part for part in where.split(" ")[1].split("/") if part and "{" not in part]
-        assert tag in parts or tag in ("service", "exports", "generation"), where
+        assert tag in parts or tag in ("service", "exports", "generation", "evaluations"), where
     assert used == set(TAGS)

@@ -15,6 +15,7 @@ from trainyard.service.scheduler.plan import (
     Inspect,
     Kill,
     NotifyStop,
+    Reclaim,
     Restart,
     Start,
     plan,
@@ -190,3 +191,18 @@ def test_ten_thousand_jobs_on_a_thousand_devices() -> None:
     assert len(decided.waiting) + len(decided.actions) == 10_000
     assert seconds < 1.0, f"{seconds:.3f} s; 0.05 s on a machine that does nothing else"
     print(f"plan of 10,000 jobs on 1,000 devices: {seconds * 1000:.0f} ms")
+
+
+def test_a_device_of_a_side_process_is_taken_back_only_if_a_job_needs_it() -> None:
+    def planned(*queue: QueuedJob, leases: dict[str, str] | None = None) -> list[Start | Reclaim]:
+        snapshot = Snapshot(queued=queue, devices=gpus(2), leases=leases or {}, lent=frozenset({"cuda:1"}))
+        return [action for action in plan(snapshot, NOW).actions if isinstance(action, Start | Reclaim)]
+
+    one, two = job("one", device="cuda"), job("two", 2, device="cuda")
+    assert planned(one) == [Start("one", ("cuda:0",))], "another one is free"
+    assert planned(two) == [Reclaim("cuda:1", "two")], "it starts in the next round"
+    assert planned(two, job("later", device="cuda", age=-1)) == [Reclaim("cuda:1", "two")], "the free one is kept"
+    assert planned(two, leases={"cuda:0": "other"}) == [], "it would not be enough"
+    assert planned(one, leases={"cuda:0": "other"}) == [Reclaim("cuda:1", "one")]
+    assert planned(job("named", device="cuda:1")) == [Reclaim("cuda:1", "named")]
+    assert planned() == []

@@ -34,7 +34,15 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
-from trainyard.worker.checkpoint.files import RunState, open_saved, read_manifest, read_state, sha256_of
+from trainyard.model.decoder import Decoder
+from trainyard.worker.checkpoint.files import (
+    RunState,
+    open_saved,
+    read_manifest,
+    read_state,
+    sha256_of,
+    shared_names,
+)
 from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
 from trainyard.worker.checkpoint.weights import write_moe_config, write_weights
 from trainyard.worker.data.byte_lengths import byte_characters
@@ -66,6 +74,21 @@ class ExportSource:
         """Return the weights, float32, tied ones under their first name."""
         with open_saved(self.path / MODEL_FILE) as file:
             return load_file(f"/proc/self/fd/{file.fileno()}")
+
+    def load_model(self, device: torch.device) -> Decoder:
+        """Return the model on ``device``, for inference. Raises RuntimeError if the weights do not fit its config."""
+        # Without memory first: random weights would take longer than loading.
+        with torch.device("meta"):
+            model = Decoder(self.model)
+        model.to_empty(device=device)
+        if self.model.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        tensors = self.tensors()
+        # Not while it is on the meta device: all tensors there have one address, and would count as shared.
+        for names in shared_names(model.state_dict()):
+            tensors.update(dict.fromkeys(names, tensors[names[0]]))
+        model.load_state_dict(tensors, strict=True)
+        return model.eval().requires_grad_(False)
 
 
 def find_export_source(path: Path) -> ExportSource:

@@ -9,6 +9,7 @@ from trainyard.contract.events import (
     SampleEvent,
     SettingsChanged,
     Started,
+    TaskScored,
     WarningEvent,
 )
 
@@ -37,6 +38,8 @@ class ConsoleLogger:
                 return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
             case SampleEvent():
                 return f"sample at step {event.step}: {event.prompt + event.text!r}"
+            case TaskScored():
+                return _task(event)
             case WarningEvent():
                 return f"warning: {event.message}"
             case SettingsChanged():
@@ -67,6 +70,12 @@ def _metric(event: MetricEvent, steps: int) -> str:
     if event.step_seconds is not None:
         parts.append(f"ETA {duration((steps - event.step) * event.step_seconds)}")
     return "  ".join(parts)
+
+
+def _task(event: TaskScored) -> str:
+    values = {"acc": event.acc, "acc_norm": event.acc_norm, "bpb": event.bpb}
+    shown = [f"{name} {value:.4f}" for name, value in values.items() if value is not None]
+    return f"task {event.task} at step {event.step}: {', '.join(shown) or 'not finite'} ({event.examples:,} examples)"
 
 
 def _bits(bpb: float | None) -> str:

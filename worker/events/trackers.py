@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainyard.contract.events import Event, MetricEvent, WarningEvent
+from trainyard.contract.events import Event, MetricEvent, TaskScored, WarningEvent
 from trainyard.contract.spec import JobSpec
 
 LOGGED_FIELDS = (
@@ -27,6 +27,10 @@ LOGGED_FIELDS = (
 )
 
 
+Point = MetricEvent | TaskScored
+"""What is logged: it has a step and numbers."""
+
+
 class Tracker(Protocol):
     """An external tool that receives the metrics."""
 
@@ -35,8 +39,8 @@ class Tracker(Protocol):
     def start_at(self, step: int) -> None:
         """Expect steps after ``step`` from now on. Steps after it that were logged before will be logged again."""
 
-    def log(self, metric: MetricEvent) -> None:
-        """Log one metric event."""
+    def log(self, point: Point) -> None:
+        """Log the numbers of one event."""
 
     def close(self) -> None:
         """Flush what is left."""
@@ -58,9 +62,9 @@ class TensorBoard:
         self.close()
         self._writer = self._open(purge_step=step + 1)
 
-    def log(self, metric: MetricEvent) -> None:
-        for tag, value in scalars(metric).items():
-            self._writer.add_scalar(tag, value, metric.step)
+    def log(self, point: Point) -> None:
+        for tag, value in scalars(point).items():
+            self._writer.add_scalar(tag, value, point.step)
         # At once: a resume does not log again what a killed process had in its buffer.
         self._writer.flush()
 
@@ -89,20 +93,23 @@ class Wandb:
     def start_at(self, step: int) -> None:
         pass  # wandb ignores steps that were logged before
 
-    def log(self, metric: MetricEvent) -> None:
-        self._run.log(scalars(metric), step=metric.step)
+    def log(self, point: Point) -> None:
+        self._run.log(scalars(point), step=point.step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def scalars(metric: MetricEvent) -> dict[str, float]:
-    """Return the numbers of a metric event that are not None."""
-    values = {name: getattr(metric, name) for name in LOGGED_FIELDS}
-    if metric.expert_load:
-        values |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
-    for name, result in (metric.eval or {}).items():
-        values |= {f"eval/{name}/loss": result.loss, f"eval/{name}/bpb": result.bpb}
+def scalars(point: Point) -> dict[str, float]:
+    """Return the numbers of an event that are not None; those of a task as e.g. ``tasks/NAME/acc``."""
+    if isinstance(point, TaskScored):
+        values = {f"tasks/{point.task}/{name}": getattr(point, name) for name in ("acc", "acc_norm", "bpb")}
+    else:
+        values = {name: getattr(point, name) for name in LOGGED_FIELDS}
+        if point.expert_load:
+            values |= {"expert_load_least": min(point.expert_load), "expert_load_most": max(point.expert_load)}
+        for name, result in (point.eval or {}).items():
+            values |= {f"eval/{name}/loss": result.loss, f"eval/{name}/bpb": result.bpb}
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
@@ -133,8 +140,8 @@ class Trackers:
     def start_at(self, step: int) -> None:
         self._for_each(lambda tracker: tracker.start_at(step))
 
-    def log(self, metric: MetricEvent) -> None:
-        self._for_each(lambda tracker: tracker.log(metric))
+    def log(self, point: Point) -> None:
+        self._for_each(lambda tracker: tracker.log(point))
 
     def close(self) -> None:
         self._for_each(lambda tracker: tracker.close())

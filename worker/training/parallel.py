@@ -229,6 +229,7 @@ class FsdpModel(SplitModel):
         # Embedding, head and last norm stay float32: the first and the last sums of a token decide most of its loss.
         fully_shard(model, mesh=mesh)
         register_fsdp_forward_method(model, "generate")
+        register_fsdp_forward_method(model, "score_tokens")
         sharded = dict(model.named_parameters())
         parts = [_fsdp_part(name, parameter, ranks) for name, parameter in sharded.items()]
         own = {part.name: TensorPart(part.tensor.data, part.shape, part.start) for part in parts}

@@ -19,19 +19,27 @@ POINTS = 100
 
 @dataclass(frozen=True)
 class StepIntervals:
-    """Which steps are logged, evaluated and saved. ``eval_interval`` 0: none is evaluated."""
+    """Which steps are logged, evaluated and saved, and at which tasks are scored. An interval of 0: at none."""
 
     steps: int
     log_interval: int
     save_interval: int
     eval_interval: int = 0
+    task_interval: int = 0
 
     @classmethod
     def from_spec(cls, spec: JobSpec, steps: int, *, evaluates: bool) -> Self:
         """Return the intervals of a run of ``steps`` steps. By default it evaluates as often as it saves."""
         eval_interval = spec.reporting.eval_interval or spec.checkpoint.save_interval
         log_interval = spec.reporting.log_interval or max(1, steps // POINTS)
-        return cls(steps, log_interval, spec.checkpoint.save_interval, eval_interval if evaluates else 0)
+        task_interval = spec.evaluation.interval or spec.checkpoint.save_interval
+        return cls(
+            steps,
+            log_interval,
+            spec.checkpoint.save_interval,
+            eval_interval if evaluates else 0,
+            task_interval if spec.evaluation.tasks else 0,
+        )
 
     def is_log_step(self, step: int) -> bool:
         """Return whether a metric line is due: at each log_interval, with each evaluation and at the end."""
@@ -39,6 +47,9 @@ class StepIntervals:
 
     def is_eval_step(self, step: int) -> bool:
         return self.eval_interval > 0 and (step % self.eval_interval == 0 or step >= self.steps)
+
+    def is_task_step(self, step: int) -> bool:
+        return self.task_interval > 0 and step > 0 and (step % self.task_interval == 0 or step >= self.steps)
 
     def is_save_step(self, step: int) -> bool:
         return step % self.save_interval == 0 or step >= self.steps

@@ -26,7 +26,7 @@ from trainyard.client.cli.formatting import (
     table,
 )
 from trainyard.client.cli.watch.job_page import job_page
-from trainyard.client.errors import ServiceUnreachable
+from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.exit_codes import Exit
 
 CELL = 60
@@ -97,8 +97,17 @@ def show(args: SimpleNamespace, console: Console) -> int:
             console.json(job)
             return Exit.SUCCEEDED
         evaluated = (job.get("progress") or {}).get("eval_loss") is not None
-        console.lines(job_page(job, datetime.now(UTC), trainyard.held_out(job["id"]) if evaluated else {}))
+        held_out = trainyard.held_out(job["id"]) if evaluated else {}
+        scores = _newest_scores(trainyard, job["id"])
+        console.lines(job_page(job, datetime.now(UTC), held_out, scores))
     return Exit.SUCCEEDED
+
+
+def _newest_scores(trainyard: Client, job_id: str) -> list[Any]:
+    try:
+        return list(trainyard.evaluations(job_id, newest=True))
+    except NotFound:
+        return []  # a service of 0.1, or the job was deleted just now
 
 
 def metrics(args: SimpleNamespace, console: Console) -> int:

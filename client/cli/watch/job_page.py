@@ -15,9 +15,15 @@ MAX_LISTED = 5
 
 
 def job_page(
-    job: Mapping[str, Any], now: datetime, held_out: Mapping[str, Mapping[str, Any]] | None = None
+    job: Mapping[str, Any],
+    now: datetime,
+    held_out: Mapping[str, Mapping[str, Any]] | None = None,
+    scores: Sequence[Any] = (),
 ) -> list[str]:
-    """Return the lines of the page. ``held_out``: the newest results of each held-out set."""
+    """Return the lines of the page.
+
+    ``held_out``: the newest results of each held-out set; ``scores``: the newest one on each task.
+    """
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
     summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
@@ -25,8 +31,8 @@ def job_page(
     lines += [text for text in (summary, "" if is_repeated else message) if text]
     commands = [f"  {line}" for line in next_actions(job)]
     suggestions = ["next:", *commands] if commands else []
-    sets = _held_out_sets(held_out or {})
-    for block in (_facts(job, now), sets, _alerts(job), error_card(job), suggestions, _actions(job)):
+    sets, tasks = _held_out_sets(held_out or {}), _scores(scores)
+    for block in (_facts(job, now), sets, tasks, _alerts(job), error_card(job), suggestions, _actions(job)):
         lines += ["", *block] if block else []
     return lines
 
@@ -49,6 +55,16 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("resume", _resume(job)),
     ]
     return [f"  {name:<11}{value}" for name, value in facts if value]
+
+
+def _scores(scores: Sequence[Any]) -> list[str]:
+    return [f"  task {score['task']}: {score_text(score)}, step {count(score['step'])}" for score in scores]
+
+
+def score_text(score: Mapping[str, Any]) -> str:
+    """Return the numbers of a score on a task, such as ``acc 0.5210, bpb 1.2034``."""
+    numbers = ((name, score.get(name)) for name in ("acc", "acc_norm", "bpb"))
+    return ", ".join(f"{name} {fixed(value, 4)}" for name, value in numbers if value is not None) or "not finite"
 
 
 def _text(value: object) -> str:

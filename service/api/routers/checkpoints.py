@@ -49,15 +49,23 @@ def download_checkpoint_file(
 
 def find_directory(state: AppState, job_id: str, step: int) -> Path:
     """Return the directory of the checkpoint, of the full one if there are both kinds. Raises CheckpointNotFound."""
+    return find_checkpoint(state, job_id, step)[1]
+
+
+def find_checkpoint(state: AppState, job_id: str, step: int | None) -> tuple[int, Path]:
+    """Return step and directory of a checkpoint as `find_directory` does; None: the newest one."""
     with state.database.read() as session:
         job = repository.find(session, job_id)
-        of_step = (CheckpointRow.job_id == job.id, CheckpointRow.step == step)
-        paths = session.scalars(select(CheckpointRow.path).where(*of_step).order_by(CheckpointRow.kind)).all()
+        query = select(CheckpointRow.step, CheckpointRow.path).where(CheckpointRow.job_id == job.id)
+        if step is not None:
+            query = query.where(CheckpointRow.step == step)
+        rows = session.execute(query.order_by(CheckpointRow.step.desc(), CheckpointRow.kind)).all()
     artifacts = artifact_dir(state, job)
-    found = next((found for path in paths if (found := checkpoint_directory(artifacts, step, path)) is not None), None)
-    if found is None or not found.is_dir():
-        raise CheckpointNotFound()
-    return found
+    for row in rows:
+        path = checkpoint_directory(artifacts, row.step, row.path)
+        if path is not None and path.is_dir():
+            return row.step, path
+    raise CheckpointNotFound("The job has no checkpoint yet." if step is None else None)
 
 
 def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:

@@ -261,10 +261,12 @@ export class Chart {
 }
 
 export class ChartGroup {
-  constructor() {
+  /** `keepsZoom`: the zoom is kept in the URL. Only one group of a page can do this. */
+  constructor({ keepsZoom = true } = {}) {
     this.charts = new Set();
     this.axis = "step";
-    this.zoom = readZoomParam();
+    this.keepsZoom = keepsZoom;
+    this.zoom = keepsZoom ? readZoomParam() : null;
     this.onZoom = () => {};
     this.onTheme = () => this.redraw();
     this.onThemeChange = () => this.onTheme();
@@ -294,10 +296,10 @@ export class ChartGroup {
     }
   }
 
-  /** Sets [from, to] on the x axis, or null for the whole run. It is kept in the URL. */
+  /** Sets [from, to] on the x axis, or null for the whole run. */
   setZoom(zoom, from = null) {
     this.zoom = zoom;
-    setParam("zoom", zoom ? zoom.map((value) => (typeof value === "number" ? +value.toPrecision(8) : value)).join("..") : null);
+    if (this.keepsZoom) setParam("zoom", zoom ? zoom.map((value) => (typeof value === "number" ? +value.toPrecision(8) : value)).join("..") : null);
     for (const chart of this.charts) if (chart !== from) chart.applyZoom();
     this.onZoom();
   }

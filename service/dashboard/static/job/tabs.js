@@ -4,6 +4,7 @@ import { announce, copyText, createTable, h, setAttr, setText, setVisible, updat
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
 import { navigate } from "../router.js";
 import { ConfigTab } from "./config-tab.js";
+import { EvaluationsTab } from "./evaluations-tab.js";
 import { LogsTab } from "./logs-tab.js";
 import { MetricsTab } from "./metrics-tab.js";
 import { TryTab } from "./try-tab.js";
@@ -274,4 +275,4 @@ class EventsTab extends ListTab {
   }
 }
 
-export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, try: TryTab, config: ConfigTab, events: EventsTab };
+export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, evaluations: EvaluationsTab, try: TryTab, config: ConfigTab, events: EventsTab };

@@ -4,6 +4,7 @@ import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGap
 import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
+import { accuracy } from "../job/evaluations-tab.js";
 import { poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
 import { differingSettings } from "../spec-diff.js";
@@ -50,6 +51,8 @@ class ComparePage {
     this.search = h("input", { type: "search", id: "find-job", placeholder: "Part of a name, or an id", autocomplete: "off", oninput: () => this.poller.now() });
     this.table = h("table", {}, h("caption", { class: "visually-hidden" }, "Differing settings"));
     this.settings = h("section", { hidden: true }, h("h2", {}, "Settings that differ"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Differing settings" }, this.table));
+    this.scoreTable = h("table", {}, h("caption", { class: "visually-hidden" }, "Scores on tasks"));
+    this.scores = h("section", { hidden: true }, h("h2", {}, "Scores on tasks"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Scores on tasks" }, this.scoreTable));
     this.set = getParam("set") ?? "";
     this.setChoice = h("select", { id: "held-out-set", onchange: () => this.chooseSet(this.setChoice.value) });
     this.setBar = h("div", { class: "bar", hidden: true }, h("label", { for: "held-out-set" }, "Held-out set"), this.setChoice);
@@ -57,7 +60,7 @@ class ComparePage {
     this.drawn = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small));
     const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"),
       h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MAX_JOBS}`)), this.choices);
-    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.missingNote, this.drawn, this.settings);
+    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.missingNote, this.drawn, this.scores, this.settings);
     this.poller = poll(() => this.load());
   }
 
@@ -112,8 +115,8 @@ class ComparePage {
     const known = this.loaded.get(id);
     const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
     if (known?.mark !== mark) {
-      const [whole, attempts] = await Promise.all([this.fetchRows(job, [null, null]), get(`${address}/attempts`)]);
-      this.loaded.set(id, { zoomed: known?.zoomed ?? null, mark, job, whole, attempts: attempts.data });
+      const [whole, attempts, scores] = await Promise.all([this.fetchRows(job, [null, null]), get(`${address}/attempts`), get(`${address}/evaluations?newest=true`)]);
+      this.loaded.set(id, { zoomed: known?.zoomed ?? null, mark, job, whole, attempts: attempts.data, scores: scores.data });
     }
     await this.fetchZoomed(this.loaded.get(id));
   }
@@ -155,6 +158,7 @@ class ComparePage {
     setVisible(this.hint, !runs.length);
     setVisible(this.drawn, runs.length);
     this.drawLegend(runs);
+    this.drawScores(runs);
     this.drawSettings(runs);
     if (!runs.length) return;
     this.drawSetChoice(runs);
@@ -222,6 +226,23 @@ class ComparePage {
     });
   }
 
+  /** The newest score of each job on each task, one row per task. */
+  drawScores(runs) {
+    const tasks = [...new Set(runs.flatMap((run) => run.scores.map((score) => score.task)))].sort();
+    setVisible(this.scores, tasks.length);
+    const mark = JSON.stringify(runs.map((run) => [run.job.id, run.scores]));
+    if (mark === this.scoresMark) return;
+    this.scoresMark = mark;
+    const head = h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Task"), runs.map((run) => h("th", { scope: "col" }, run.job.name))));
+    const body = tasks.map((task) => {
+      const scores = runs.map((run) => run.scores.find((score) => score.task === task));
+      const files = new Set(scores.filter(Boolean).map((score) => score.file_sha256));
+      const name = h("th", { scope: "row" }, task, files.size > 1 ? h("span", { class: "muted" }, " (different files: not comparable)") : "");
+      return h("tr", {}, name, scores.map((score) => h("td", {}, score ? scoreText(score) : "")));
+    });
+    this.scoreTable.replaceChildren(this.scoreTable.caption, head, h("tbody", {}, body));
+  }
+
   drawSettings(runs) {
     // The names are in the table head.
     const rows = runs.length > 1 ? differingSettings(runs.map((run) => run.job.spec)).filter(([name]) => name !== "name") : [];
@@ -238,6 +259,11 @@ class ComparePage {
     this.poller();
     this.group.close();
   }
+}
+
+function scoreText({ acc, acc_norm, bpb, step }) {
+  const parts = [["acc", accuracy(acc)], ["acc_norm", acc_norm === null ? null : accuracy(acc_norm)], ["bpb", fewDigits(bpb)]];
+  return `${parts.filter(([, text]) => text !== null).map(([name, text]) => `${name} ${text}`).join(", ")}, step ${count(step)}`;
 }
 
 /** The rows to draw: the zoomed range if it is loaded. */
