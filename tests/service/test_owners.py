@@ -53,8 +53,8 @@ def test_a_job_of_another_owner_is_not_changed(any_rig: ServiceHarness) -> None:
         answer = any_rig.client.request(method, path + below, json=body, headers=bearer(bob))
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), (method, below)
         assert answer.json()["detail"] == (
-            "The job belongs to alice. To act on it, the token bob needs the scope operate, and it has submit. "
-            "A fork of the job would be its own."
+            "The job belongs to alice. The token bob has the scope submit, which changes only its own jobs. "
+            "Use a token with the scope operate, or fork the job: a fork is bob's."
         )
     assert any_rig.client.get(path, headers=bearer(bob)).json() == job, "reading is for all, and nothing was changed"
     assert any_rig.client.patch(path, json={"name": "theirs"}, headers=bearer(operator)).status_code == 200

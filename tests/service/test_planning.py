@@ -490,6 +490,16 @@ def test_the_plan_offers_float32_on_a_cpu_that_is_slow_in_bfloat16(
     assert not any("bfloat16" in text for text in make_preview(state, exact, host).warnings)
 
 
+def test_the_shares_of_weights_are_known_without_the_sizes(any_rig: ServiceHarness) -> None:
+    (any_rig.home / "book.txt").write_text("one\n\ntwo\n")
+    names = {"web": str(any_rig.corpus), "book": str(any_rig.home / "book.txt")}
+    data = {
+        "sources": [{"name": name, "path": path, "weight": 3 - at} for at, (name, path) in enumerate(names.items())]
+    }
+    found = plan(any_rig, data=data, training={"max_steps": 9})["sources"]
+    assert [(source["share"], source["passes"]) for source in found] == [(0.6, None), (0.4, None)]
+
+
 def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n' * 9)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a text"}\n' * 9))
