@@ -12,7 +12,7 @@ from tests.worker.rank_runner import corpus, new_run, run_to_end
 from trainyard.contract.events import Started
 from trainyard.contract.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
