@@ -259,6 +259,7 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, bad_lines=10), HERE, {}, "9.1 % of the lines cannot be read and max_bad_lines allows 1.0 %"),
         (replace(SIZE, samples=10), HERE, {}, "one step takes 256 rows and the corpus has about 10"),
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
+        (replace(SIZE, steps=1), HERE, {}, "save_interval 1,000 is longer than the run (1 step)"),
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
         (
             replace(SIZE, steps=99),
