@@ -1,5 +1,6 @@
 """Parsing of a client's JSON into a `JobSpec`: aliases, MiniMind's conventions, and all problems with pointers."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -263,6 +264,9 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = "cannot be combined with max_steps: give one of them"
         yield Problem("/training/max_tokens", message), ("/training/max_tokens", "/training/max_steps")
     yield from _decay_conflicts(spec.training)
+    starts = [start for start, _ in spec.training.continued_at]
+    if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
+        yield Problem("/training/continued_at", "must have the steps in increasing order"), ("/training/continued_at",)
     resources = spec.resources
     if resources.min_nodes > resources.max_nodes:
         yield Problem("/resources/nnodes", "must have min at most as large as max"), ("/resources/nnodes",)

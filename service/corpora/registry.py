@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -131,7 +131,8 @@ def find(session: Session, corpus_id: str) -> CorpusRow:
 
 def lock(session: Session, corpus_id: str) -> CorpusRow | None:
     """Return the corpus, locked until this transaction ends. Lock order: a corpus before a job."""
-    return session.scalar(select(CorpusRow).where(CorpusRow.id == corpus_id).with_for_update())
+    query = select(CorpusRow).where(CorpusRow.id == corpus_id).with_for_update()
+    return session.scalar(query) if CORPUS_ID.fullmatch(corpus_id) else None
 
 
 def list_corpora(session: Session, after: str | None, limit: int) -> tuple[list[CorpusRow], bool]:
@@ -154,6 +155,16 @@ def jobs_of(session: Session, corpus_id: str, statuses: Iterable[JobStatus] | No
     return list(session.scalars(query))
 
 
+def _lock_jobs(session: Session, corpus_id: str, statuses: Iterable[JobStatus]) -> Iterator[JobRow]:
+    """Yield the jobs with this corpus in one of ``statuses``, each locked until this transaction ends."""
+    query = select(JobRow).where(JobRow.corpus_id == corpus_id, JobRow.status.in_(sorted(statuses)))
+    for job_id in jobs_of(session, corpus_id, statuses):
+        # The conditions again: until it is locked, a request may cancel, pause or delete it.
+        job = session.scalar(query.where(JobRow.id == job_id).with_for_update())
+        if job is not None:
+            yield job
+
+
 def ref(row: CorpusRow) -> AttemptRef:
     """Return the name of the newest attempt to prepare the corpus."""
     return AttemptRef(row.id, row.attempt, row.launcher)
@@ -171,8 +182,8 @@ def claim(session: Session, row: CorpusRow, processes: int | None, now: datetime
     row.status, row.attempt, row.acked_seq = CorpusStatus.PREPARING, row.attempt + 1, 0
     row.launched_at = row.heard_at = row.asked_at = row.restart_at = row.finished_at = None
     row.progress = rules.at_start(row.progress)
-    for job_id in jobs_of(session, row.id, [JobStatus.QUEUED]):
-        begin(session, repository.lock(session, job_id), row, now)
+    for job in _lock_jobs(session, row.id, [JobStatus.QUEUED]):
+        begin(session, job, row, now)
     session.flush()
     spec = JobSpec.model_validate_json(json.dumps(row.spec))
     # No service checks this token. It marks the agent among the processes of its attempt.
@@ -251,8 +262,8 @@ def close(
     row.requested, row.finished_at = False, now
     if prepared is not None:
         row.prepared = prepared.model_dump(mode="json")
-    for job_id in jobs_of(session, row.id, WAITING):
-        _release(session, repository.lock(session, job_id), row, end, now)
+    for job in _lock_jobs(session, row.id, WAITING):
+        _release(session, job, row, end, now)
 
 
 def _release(session: Session, job: JobRow, row: CorpusRow, end: rules.PreparationEnd, now: datetime) -> None:

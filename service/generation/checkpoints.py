@@ -70,7 +70,10 @@ def find_model(session: Session, settings: Settings, model: str) -> tuple[JobRow
     except ValueError:
         name, step = model, None
     try:
-        job = _find_job(session, name)
+        try:
+            job = _find_job(session, name)
+        except JobNotFound:
+            job, step = _find_job(session, model), None  # a name may have an @ too
         return job, *find_checkpoint(session, settings, job, step)
     except CheckpointNotFound as error:
         raise ModelNotFound(error.detail) from error

@@ -349,8 +349,10 @@ def _require_time(job: JobRow, spec: JobSpec) -> None:
 def _require_another_target(job: JobRow, spec: JobSpec) -> None:
     """Raise SpecInvalid if the loss that has ended the run would end it again."""
     minutes, reached = job.spec["limits"]["max_minutes"], job.spec["limits"]["target_loss"]
+    if reached is None or spec.limits.target_loss is None:
+        return  # a PATCH after the end may have removed the limit that ended the run
     ended_by_loss = minutes is None or train_seconds(job) < 60 * minutes
-    if ended_by_loss and spec.limits.target_loss is not None and spec.limits.target_loss >= reached:
+    if ended_by_loss and spec.limits.target_loss >= reached:
         raise with_problems(
             SpecInvalid, [Problem("/target_loss", f"must be less than {reached:g}, which is reached, or null")]
         )

@@ -152,8 +152,10 @@ def propose(
 
     def take(found: Iterable[Proposed]) -> JobSpec:
         for each in found:
-            if not is_given(raw, each):
-                merged.setdefault(each.group, {})[each.field] = each.value
+            group = merged.setdefault(each.group, {})
+            # A group that is no object stays as it is: `read` reports it.
+            if isinstance(group, dict) and not is_given(raw, each):
+                group[each.field] = each.value
                 proposed.append(each)
         return read(merged)
 

@@ -132,14 +132,16 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
     samples = max(1, round(rows))
     steps_per_epoch = math.ceil(samples / spec.rows_per_step)
     targets = sum(length - 1 for length in lengths)
+    # At least one, as with the samples: an eval_fraction near 1 leaves less of the sample.
+    trained = max(1, round(scale * train_fraction * targets))
     return RunSize(
         documents=round(scale * len(lengths)),
         tokens=round(scale * sum(lengths)),
         bad_lines=round(scale * bad_lines),
         samples=samples,
-        targets=round(scale * train_fraction * targets),
+        targets=trained,
         steps_per_epoch=steps_per_epoch,
-        steps=_steps(spec, steps_per_epoch, round(scale * train_fraction * targets)),
+        steps=_steps(spec, steps_per_epoch, trained),
         attention_length=sum(_squares(length, spec.data.max_seq_len) for length in lengths) / targets,
     )
 

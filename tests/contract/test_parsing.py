@@ -64,6 +64,13 @@ def test_the_same_setting_under_two_names_is_rejected() -> None:
     assert pointers(raw) == ["/training/num_train_epochs"]
 
 
+def test_a_run_was_made_longer_at_one_step_after_the_other() -> None:
+    assert pointers({**MINIMAL, "training": {"continued_at": [[3, 5], [9, 9]], "max_steps": 20}}) == []
+    for pairs in ([[9, 5], [3, 2]], [[3, 5], [3, 9]]):
+        raw = {**MINIMAL, "training": {"continued_at": pairs, "max_steps": 20}}
+        assert pointers(raw) == ["/training/continued_at"]
+
+
 def test_a_misspelt_key_gets_a_proposal_and_a_misplaced_one_its_group() -> None:
     misspelt = parse_spec({**MINIMAL, "training": {"learning_rat": 1e-3}}).problems[0]
     assert misspelt.message.endswith("did you mean learning_rate?")

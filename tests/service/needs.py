@@ -50,7 +50,7 @@ NEEDS: dict[tuple[str, str], str] = {
     ("POST", f"{JOB}/checkpoints/{{step}}/export"): SUBMIT,
     ("POST", f"{JOB}/checkpoints/{{step}}/generate"): SUBMIT,
     ("GET", "/v1/models"): READ,
-    ("GET", "/v1/models/{model}"): READ,
+    ("GET", "/v1/models/{model:path}"): READ,
     ("POST", "/v1/completions"): SUBMIT,
     ("GET", f"{JOB}/evaluations"): READ,
     ("GET", f"{JOB}/evaluations/{{evaluation_id}}"): READ,

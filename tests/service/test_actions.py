@@ -181,6 +181,12 @@ def test_a_run_at_its_target_continues_with_a_lower_one(rig: ServiceHarness) -> 
     assert rig.post_action(job_id, "resume", {"target_loss": 2.5})["spec"]["limits"]["target_loss"] == 2.5
 
 
+def test_a_target_that_was_removed_after_the_end_may_be_set_again(rig: ServiceHarness) -> None:
+    job_id = ended_at_limit(rig, 30, target_loss=3)
+    assert rig.client.patch(f"/jobs/{job_id}", json={"target_loss": None}).status_code == 200
+    assert rig.post_action(job_id, "resume", {"target_loss": 2})["spec"]["limits"]["target_loss"] == 2
+
+
 def test_what_is_left_counts_over_attempts_and_after_a_kill(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(limits={"max_minutes": 2}, training={"max_tokens": 900})
     assert rig.job(job_id)["limits_left"] == {"seconds": 120.0, "tokens": 900}

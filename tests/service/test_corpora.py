@@ -16,6 +16,8 @@ from trainyard.contract.locks import FileLock
 from trainyard.contract.prepared import corpus_key, corpus_parts, find_prepared, mark_prepared
 from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.api.routers import corpora
+from trainyard.service.corpora import registry
 from trainyard.service.devices.inventory import cpu_slots
 from trainyard.service.launch.base import AttemptRef, AttemptState
 
@@ -413,6 +415,44 @@ def test_delete_stops_a_preparation_that_no_job_waits_for(preparing: ServiceHarn
     look(rig)
     other = rig.client.post("/corpora", json={"data_path": str(rig.corpus)}).json()["id"]
     assert other != corpus_id
+
+
+def test_delete_of_one_that_has_just_been_deleted(preparing: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = preparing
+    corpus_id = rig.client.post("/corpora", json={"data_path": str(rig.corpus)}).json()["id"]
+    rig.reconcile()
+    finish(rig, process(rig, corpus_id))
+
+    def delete_first(*_: object) -> bool:
+        monkeypatch.undo()
+        assert rig.client.delete(f"/corpora/{corpus_id}").status_code == 204
+        return False
+
+    monkeypatch.setattr(corpora, "is_open", delete_first)
+    assert rig.client.delete(f"/corpora/{corpus_id}").json()["code"] == "corpus_not_found"
+
+
+@pytest.mark.parametrize("outcome", ["completed", "failed"])
+def test_a_job_that_is_cancelled_or_deleted_meanwhile_is_left_alone(
+    preparing: ServiceHarness, monkeypatch: pytest.MonkeyPatch, outcome: Any
+) -> None:
+    rig = preparing
+    cancelled, deleted, waiting = (rig.submit() for _ in range(3))
+    corpus_id = corpus_of(rig, waiting)
+    rig.post_action(cancelled, "cancel")
+    rig.post_action(deleted, "cancel")
+    assert rig.client.delete(f"/jobs/{deleted}").status_code == 204
+    # As if both were read before: without locks, a request may change them until each is locked.
+    monkeypatch.setattr(registry, "jobs_of", lambda *_: [cancelled, deleted, waiting])
+    rig.reconcile()
+    assert statuses(rig, waiting) == ["preparing"]
+    put_into_cache(rig, process(rig, corpus_id))
+    process(rig, corpus_id).end(outcome, Reason.DATA_INVALID if outcome == "failed" else None)
+    look(rig)
+    assert statuses(rig, cancelled) == ["cancelled"]
+    assert statuses(rig, waiting) == (
+        ["preparing", "queued", "starting"] if outcome == "completed" else ["preparing", "failed"]
+    )
 
 
 def test_pages(preparing: ServiceHarness) -> None:

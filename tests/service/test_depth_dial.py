@@ -90,6 +90,7 @@ def test_a_weighted_mixture_gets_the_length_that_it_needs(rig: ServiceHarness) -
             ["/spec/training/batch_size", "/spec/training/speed"],
         ),
         ({"depth": 12, "spec": {"model": {"num_key_value_heads": 5}}}, ["/spec/model/num_key_value_heads"]),
+        ({"depth": 12, "spec": {"model": None, "training": []}}, ["/spec/model", "/spec/training"]),
         ({"depth": 12, "spec": {"data": {"tokenizer_path": "/nowhere"}}}, ["/spec/data/tokenizer_path"]),
         ({"depth": 12, "spec": {"data": {"data_path": "/nowhere"}}}, ["/spec/data/data_path"]),
     ],

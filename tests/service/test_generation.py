@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from sqlalchemy import select
@@ -292,6 +293,16 @@ def test_a_completion_by_name_id_step_and_the_newest(any_rig: ServiceHarness) ->
     for model in ("none", "none@10", "mine@11", "mine@-1", "", "@", "\u0000@1", "mine\u0000"):
         status, problem = complete(any_rig, model=model)
         assert (status, problem["error"]["code"]) == (404, "model_not_found"), model
+
+
+def test_a_name_may_have_an_at_sign_and_a_slash(rig: ServiceHarness) -> None:
+    name = "a/b@12"
+    saved(rig, 10, name=name)
+    for model in (name, f"{name}@10", f"{name}@latest"):
+        assert complete(rig, model=model)[0] == 200, model
+        found = rig.client.get(f"/v1/models/{quote(model, safe='')}").json()
+        assert (found["id"], found["step"]) == (model, 10)
+    assert rig.client.get("/v1/models/a/b").json()["error"]["code"] == "model_not_found"
 
 
 def test_a_completion_in_parts_ends_as_openai_s_does(rig: ServiceHarness) -> None:

@@ -372,6 +372,12 @@ def test_the_plan_has_the_held_out_sets(any_rig: ServiceHarness) -> None:
     assert plan(any_rig)["eval_sets"] == []
 
 
+def test_a_plan_of_a_corpus_that_is_almost_all_held_out(rig: ServiceHarness) -> None:
+    answer = rig.client.post("/jobs/plan", json={"data": {"data_path": str(rig.corpus), "eval_fraction": 0.9999999}})
+    assert answer.status_code == 200
+    assert answer.json()["tokens_per_step"] == 1
+
+
 def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:
     body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
     answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]

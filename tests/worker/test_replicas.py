@@ -337,7 +337,7 @@ def flip_at(step: int) -> None:
     arm("train.step", before_step)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("saved_while_training", "parallelism"),
     [

@@ -19,7 +19,7 @@ from trainyard.service.clock import utc_now
 from trainyard.service.corpora import presenters, registry
 from trainyard.service.corpora.files import delete_corpus_files, delete_run_directory, is_open
 from trainyard.service.db.models import CorpusRow
-from trainyard.service.errors import CorpusInUse, Forbidden, RequestInvalid, SpecInvalid, with_problems
+from trainyard.service.errors import CorpusInUse, CorpusNotFound, Forbidden, RequestInvalid, SpecInvalid, with_problems
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.schemas import Page, TokenizedCorpus
 
@@ -85,9 +85,9 @@ def delete_corpus(state: StateDep, caller: PrincipalDep, corpus_id: str) -> None
     if before is not None and is_open(settings.corpus_cache, PreparedCorpus.model_validate(before)):
         raise CorpusInUse("A process has it open.")
     with state.database.write() as session:
-        registry.find(session, corpus_id)
         row = registry.lock(session, corpus_id)
-        assert row is not None
+        if row is None or row.deleted:
+            raise CorpusNotFound()
         registry.require_unused(session, row)
         if row.status == CorpusStatus.PREPARING:
             # The scheduler stops the process, and deletes the rest when it has ended.

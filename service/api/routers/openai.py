@@ -136,7 +136,7 @@ def list_openai_models(state: StateDep) -> OpenAIModels:
         return OpenAIModels(data=list(list_models(session)))
 
 
-@router.get("/models/{model}", dependencies=[READ])
+@router.get("/models/{model:path}", dependencies=[READ])
 def get_openai_model(state: StateDep, model: Annotated[str, InPath(max_length=300)]) -> OpenAIModel:
     """Return one model, `<job id or name>@<step or latest>`, in OpenAI's format."""
     with state.database.read() as session:
