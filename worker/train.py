@@ -193,6 +193,8 @@ def train(
         heartbeat=heartbeat,
         stop=stop,
         limits=limits,
+        # A run that ends by time has about 100 points too.
+        max_log_seconds=min(60.0, 0.6 * spec.limits.max_minutes) if spec.limits.max_minutes is not None else 60.0,
         phases=phases,
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),

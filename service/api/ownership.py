@@ -17,8 +17,8 @@ def require_own_job(state: StateDep, caller: PrincipalDep, job_id: str) -> None:
         owner = queries.owner_of(connection, job_id)
     if owner != caller.name:
         raise Forbidden(
-            f"The job belongs to {owner}. To act on it, the token {caller.name} needs the scope {Scope.OPERATE}, and it"
-            f" has {caller.scope}. A fork of the job would be its own."
+            f"The job belongs to {owner}. The token {caller.name} has the scope {caller.scope}, which changes only its"
+            f" own jobs. Use a token with the scope {Scope.OPERATE}, or fork the job: a fork is {caller.name}'s."
         )
 
 

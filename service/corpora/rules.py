@@ -46,7 +46,7 @@ def after_preparation(
         restarts: attempts after a crash so far.
         fruitless: consecutive attempts before this one that made no progress.
         made_progress: this one did. Its work is kept, so the next attempt may start at once.
-        max_restarts: attempts without progress, after which the preparation is given up.
+        max_restarts: attempts without progress after which the preparation fails.
         timing: delays before a restart.
     """
     if report.outcome == "completed":

@@ -323,9 +323,9 @@ class MetricRow(Base):
     bpb: Mapped[float | None]
     eval_bpb: Mapped[float | None]
     eval: Mapped[dict[str, Any] | None]
+    train_seconds: Mapped[float | None]
     step_seconds_max_rank: Mapped[int | None]
     step_seconds_spread: Mapped[float | None]
-    train_seconds: Mapped[float | None]
 
 
 class MetricRollupRow(Base):

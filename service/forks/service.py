@@ -78,7 +78,8 @@ def _find_checkpoint(session: Session, job: JobRow, request: ForkRequest) -> Che
     # A step may have both kinds: "full" sorts first.
     row = session.scalar(query.order_by(CheckpointRow.step.desc(), CheckpointRow.kind).limit(1))
     if row is None:
-        raise StepUnavailable("The job has no checkpoint of this step." if request.step is not None else None)
+        which = "full checkpoint yet" if request.step is None else f"checkpoint of step {request.step:,}"
+        raise StepUnavailable(f"The job has no {which}.")
     if row.kind != "full" and request.data == "keep":
         raise StepUnavailable(WEIGHTS_ONLY)
     return row

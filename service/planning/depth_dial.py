@@ -28,7 +28,7 @@ ALTERNATIVES = {
     "max_tokens": ("max_tokens", "max_steps", "epochs"),
     "decay_fraction": ("decay_fraction", "decay_steps"),
 }
-"""Field -> fields of which a given one stands for it."""
+"""Field -> fields of which one, if the client sets it, takes its place."""
 
 NANOCHAT, POWER_LINES = "nanochat, scripts/base_train.py", "arXiv 2505.13738"
 GPT3, COOLDOWN, QWEN3 = "arXiv 2005.14165, table 2.1", "arXiv 2405.18392", "Qwen3, arXiv 2505.09388"

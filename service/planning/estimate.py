@@ -103,9 +103,10 @@ def plan_sources(
     sources = spec.data.training_sources
     weights = sum(source.weight or 0.0 for source in sources)
     for source, count, size in zip(sources, files, sizes, strict=True):
-        share = passes = None
+        share = None if source.weight is None else source.weight / weights
+        passes = None
         if size is not None and total is not None:
-            share = source.weight / weights if source.weight is not None else size.targets / total.targets
+            share = size.targets / total.targets if share is None else share
             passes = share * total.trained_tokens / size.targets
         documents, tokens = (None, None) if size is None else (size.documents, size.tokens)
         yield PlannedSource(source.name, count, documents, tokens, share, passes)

@@ -6,6 +6,7 @@ from typing import Any
 
 from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.tokenizer_info import BYTE, BYTE_VOCABULARY, special_tokens_warning
+from trainyard.contract.units import counted
 from trainyard.service.planning.estimate import PlannedSource, RunSize
 
 GB = 1e9
@@ -152,10 +153,11 @@ def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
 def _intervals(spec: JobSpec, size: RunSize) -> Iterator[str]:
     warmup, steps = spec.training.warmup_steps, size.steps
     if warmup >= steps:
-        yield f"warmup_steps {warmup:,} is not shorter than the run ({steps:,} steps): the full rate is never reached"
+        run = counted(steps, "step")
+        yield f"warmup_steps {warmup:,} is not shorter than the run ({run}): the full rate is never reached"
     if spec.checkpoint.save_interval > steps and spec.checkpoint.save_minutes is None:
         yield (
-            f"save_interval {spec.checkpoint.save_interval:,} is longer than the run ({steps:,} steps): "
+            f"save_interval {spec.checkpoint.save_interval:,} is longer than the run ({counted(steps, 'step')}): "
             "the only checkpoint is that of the end"
         )
     verify_every = spec.training.verify_every
@@ -163,7 +165,7 @@ def _intervals(spec: JobSpec, size: RunSize) -> Iterator[str]:
         yield f"verify_every {verify_every:,} is longer than the run ({steps:,} steps): no step is verified"
     log_interval = spec.reporting.log_interval
     if log_interval is not None and log_interval > steps:
-        yield f"log_interval {log_interval:,} is longer than the run ({steps:,} steps)"
+        yield f"log_interval {log_interval:,} is longer than the run ({counted(steps, 'step')})"
 
 
 def _gb(value: int) -> str:

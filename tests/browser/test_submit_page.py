@@ -75,7 +75,7 @@ def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness,
     assert made["spec"]["checkpoint"]["save_interval"] == 7
 
 
-def test_settings_that_fit_are_one_press_away(tmp_path: Path, page: Page) -> None:
+def test_a_button_applies_the_settings_that_fit(tmp_path: Path, page: Page) -> None:
     gpu = Device("cuda:0", "cuda", memory_bytes=1 << 30)
     rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", devices=[gpu])
     with served(rig) as (host, port):

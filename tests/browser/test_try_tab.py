@@ -1,4 +1,4 @@
-"""The try tab: a text is continued while one looks, and can be stopped."""
+"""The try tab: a text is shown while it is generated, and can be stopped."""
 
 import pytest
 

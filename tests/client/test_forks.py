@@ -32,7 +32,8 @@ def test_fork_sends_what_is_to_be_different(run: Run, service: FakeService) -> N
         },
     }
     assert "at step 400" in err
-    assert "job_fork" in out + err
+    assert out.startswith("job_fork ")
+    assert err.endswith("next:  trainyard watch job_fork\n"), "of the fork, not of its parent"
 
 
 def test_a_decay_branch_ends_its_steps_after_the_checkpoint(run: Run, trainyard: Client, service: FakeService) -> None:
@@ -52,6 +53,14 @@ def test_a_decay_branch_ends_its_steps_after_the_checkpoint(run: Run, trainyard:
     assert body_of(service.requests[-1]) == {"step": newest, "data": "keep", "overrides": {"training": training}}
     assert run("fork", job_id, "--decay", "50", "--restart-data")[0] == 2
     assert run("fork", job_id, "--decay", "50", "--set", "training.seed=1")[0] == 2
+
+
+@pytest.mark.parametrize(("before", "hinted"), [(5e-4, False), (5e-5, True)])
+def test_a_decay_branch_prints_the_rates(run: Run, service: FakeService, before: float, hinted: bool) -> None:
+    service.jobs["job_7f3kq9"]["plan"] = {"learning_rate_before": before, "learning_rate_after": 3.99e-4}
+    _, _, err = run("fork", "pre-12", "--step", "400", "--decay", "50")
+    assert f"learning rate: {before:.3g} at the checkpoint, 0.000399 at the next step" in err
+    assert ("the rate had already decayed" in err) == hinted
 
 
 def test_fork_as_json_and_wrong_usage(run: Run, service: FakeService) -> None:

@@ -131,7 +131,7 @@ def test_whether_it_fits_in_memory(device: str, ranks: int, limit: int, said: st
     assert said in "\n".join(plan_page({**facts, "memory_limit_bytes": limit}))
 
 
-def test_a_depth_gives_a_spec_for_a_file_and_the_reasons_beside_it(run: Run, service: FakeService) -> None:
+def test_a_depth_prints_the_spec_and_the_reasons_separately(run: Run, service: FakeService) -> None:
     code, out, err = run("plan", "--depth", "12", "--batch_size", "4")
     assert (code, json.loads(out)) == (0, PROPOSAL["spec"])
     assert body_of(service.requests[-1]) == {"depth": 12, "spec": {"training": {"batch_size": 4}}}

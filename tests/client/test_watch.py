@@ -260,6 +260,14 @@ def test_a_line_is_key_value() -> None:
     )
 
 
+def test_a_line_has_the_progress_of_the_preparation() -> None:
+    preparation = {"percent": 7.504, "eta_seconds": 86.2}
+    made = job(status="preparing", phase="preparing_data", preparation=preparation)
+    state = WatchState("pre-12", URL, made)
+    assert " percent=7.5 " in log_line(state, NOW, {})
+    assert " eta_seconds=86 " in log_line(state, NOW, {})
+
+
 def test_json_is_one_document_a_line(service: FakeService) -> None:
     service.curve = [metric(12300), metric(12400, None)]
 

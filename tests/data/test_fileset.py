@@ -220,7 +220,7 @@ def test_a_link_that_leads_nowhere_is_named(folder: Path, tmp_path: Path) -> Non
         built(folder, tmp_path / "cache")
 
 
-def test_a_corpus_of_empty_files_says_what_is_needed(tmp_path: Path) -> None:
+def test_a_corpus_of_empty_files_is_rejected_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for name in "ab":
         (tmp_path / "data" / f"{name}.jsonl").write_text("\n")

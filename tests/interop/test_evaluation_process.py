@@ -15,9 +15,11 @@ import torch
 from tests.interop.conftest import Make
 from trainyard.contract.allowed_paths import format_roots
 from trainyard.contract.evaluation import EvaluationRequest
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.sidecar import DESCRIPTOR, encode_message
 from trainyard.contract.spec import TaskSpec
 from trainyard.contract.task_files import read_task_file
+from trainyard.model.decoder import Decoder
 from trainyard.service.launch.environment import IMPORT_ROOT
 from trainyard.worker import evaluation
 from trainyard.worker.data.tokenizers import load_tokenizer
@@ -57,9 +59,14 @@ def facts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def request_of(make: Make, tokenizer_directory: Path) -> Callable[..., EvaluationRequest]:
+def trained(make: Make, tokenizer_directory: Path) -> tuple[RunDir, Decoder]:
+    return make(str(tokenizer_directory), use_moe=True, num_experts=4)
+
+
+@pytest.fixture
+def request_of(trained: tuple[RunDir, Decoder], tokenizer_directory: Path) -> Callable[..., EvaluationRequest]:
     def made(**tasks: Path) -> EvaluationRequest:
-        run, _ = make(str(tokenizer_directory), use_moe=True, num_experts=4)
+        run, _ = trained
         return EvaluationRequest(
             checkpoint=str(run.artifacts(None).checkpoint(3)),
             step=3,
@@ -74,7 +81,11 @@ def request_of(make: Make, tokenizer_directory: Path) -> Callable[..., Evaluatio
 
 
 def test_scores_are_those_of_training(
-    request_of: Callable[..., EvaluationRequest], make: Make, tmp_path: Path, tokenizer_directory: Path, facts: Path
+    request_of: Callable[..., EvaluationRequest],
+    trained: tuple[RunDir, Decoder],
+    tmp_path: Path,
+    tokenizer_directory: Path,
+    facts: Path,
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"context": ""}\n')
@@ -84,7 +95,7 @@ def test_scores_are_those_of_training(
         "bad.jsonl has 1 bad line: line 1: 'choices' must be a list of at least 2 strings"
     )
     assert of_none["message"].endswith("none.jsonl cannot be read: No such file or directory")
-    _, model = make(str(tokenizer_directory), use_moe=True, num_experts=4)
+    _, model = trained
     tokenizer = load_tokenizer(str(tokenizer_directory))
     task = tokenize_task("facts", "choice", read_task_file(facts, "choice"), tokenizer, 32768)
     ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""The text of the service's process is that of transformers on the export. Skipped where it is missing."""
+"""The side process generates the text that transformers generates from the export. Skipped without transformers."""
 
 import warnings
 from pathlib import Path

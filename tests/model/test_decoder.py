@@ -286,7 +286,7 @@ def test_cache_filled_in_parts_gives_the_same_logits() -> None:
 
 
 @BOTH
-def test_rows_of_different_lengths_come_and_go_in_a_batch(changes: dict[str, Any]) -> None:
+def test_rows_of_different_lengths_are_added_to_and_removed_from_a_batch(changes: dict[str, Any]) -> None:
     model = small_decoder(seed=2, **changes)
     prompts = [random_ids(1, length, seed=length) for length in (5, 2, 70, 9)]
     alone = [model.generate(prompt, max_new_tokens=20)[0, prompt.shape[1] :].tolist() for prompt in prompts]

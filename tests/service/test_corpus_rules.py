@@ -55,7 +55,7 @@ def end(
     )
 
 
-def test_a_completed_preparation_is_ready_also_if_nobody_waits() -> None:
+def test_a_completed_preparation_is_ready_also_if_no_job_waits() -> None:
     assert [end("completed", wanted=wanted).status for wanted in (True, False)] == [CorpusStatus.READY] * 2
 
 
@@ -145,7 +145,7 @@ def actions(snapshot: Snapshot, kind: type) -> list[Any]:
     return [action for action in plan(snapshot, NOW).actions if isinstance(action, kind)]
 
 
-def test_a_job_without_its_corpus_gets_no_device_and_the_one_behind_it_does() -> None:
+def test_a_job_without_its_corpus_gets_no_device_and_the_next_one_does() -> None:
     snapshot = Snapshot(queued=[job(1, "c1", 2), job(2)], devices=cpu_slots(2), preparations=[preparation("c1")])
     decision = plan(snapshot, NOW)
     assert actions(snapshot, Start) == [Start("job_2", ("cpu:0",))]
@@ -153,7 +153,7 @@ def test_a_job_without_its_corpus_gets_no_device_and_the_one_behind_it_does() ->
     assert decision.waiting == {"job_1": "the preparation of its corpus"}
 
 
-def test_a_preparation_starts_beside_runs_on_all_slots() -> None:
+def test_a_preparation_starts_even_if_runs_use_all_slots() -> None:
     snapshot = Snapshot(
         queued=[job(1, "c1")], devices=cpu_slots(1), leases={"cpu:0": "job_9"}, preparations=[preparation("c1")]
     )
@@ -171,7 +171,7 @@ def test_gpus_wait_for_nothing_and_free_slots_become_tokenizers() -> None:
     assert actions(snapshot, Prepare) == [Prepare("c1", 8), Prepare("c2", 4)]
 
 
-def test_so_many_at_once_and_the_others_wait_in_order() -> None:
+def test_a_limited_number_starts_and_the_others_wait_in_order() -> None:
     names = [f"c{number}" for number in range(1, 8)]
     snapshot = Snapshot(
         queued=[job(number, f"c{number}") for number in range(1, 8)],

@@ -70,7 +70,7 @@ def state_of(rig: ServiceHarness) -> AppState:
 
 
 def run_all(rig: ServiceHarness) -> None:
-    """Start what waits, and wait for its end."""
+    """Start pending evaluations, and wait for their end."""
     evaluations = state_of(rig).evaluations
     for _ in range(10):
         evaluations.round()
@@ -181,7 +181,7 @@ def test_a_failure_has_its_reason_and_keeps_earlier_scores(evaluator: ServiceHar
     assert not (rig.home / "runs" / job_id / "evaluations").exists()
 
 
-def test_a_checkpoint_that_is_removed_meanwhile_is_evaluated_all_the_same(evaluator: ServiceHarness) -> None:
+def test_a_checkpoint_that_is_removed_meanwhile_is_still_evaluated(evaluator: ServiceHarness) -> None:
     rig = evaluator
     job_id, _ = saved(rig, 10, 20)
     asked = evaluate(rig, job_id, 10, tasks=tasks(rig, "a"))
@@ -269,7 +269,7 @@ def test_a_gpu_is_used_if_it_is_free_and_given_back_to_a_job(
 
 
 @pytest.mark.parametrize("missing", ["torch", "room"])
-def test_a_service_without_torch_or_room_says_so(
+def test_a_service_without_torch_or_processes_rejects_evaluations(
     make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     rig = make_rig(sqlite_url, TRAINYARD_EVALUATION_PROCESSES="0" if missing == "room" else "1")

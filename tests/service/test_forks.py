@@ -60,7 +60,8 @@ def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: ServiceHarnes
     job_id, attempt = rig.running()
     said = {a["action"]: a["why_not"] for a in rig.job(job_id)["allowed_actions"]}
     assert said["fork"] == "there is no checkpoint to fork"
-    assert fork(rig, job_id, status=409)["code"] == "step_unavailable"
+    refused = fork(rig, job_id, status=409)
+    assert (refused["code"], refused["detail"]) == ("step_unavailable", "The job has no full checkpoint yet.")
     write_checkpoint(rig.checkpoint(job_id, attempt, 4))
     rig.ship(attempt)
     assert next(a for a in rig.job(job_id)["allowed_actions"] if a["action"] == "fork")["allowed"]
@@ -135,7 +136,7 @@ def test_the_plan_of_a_fork_counts_what_is_left(rig: ServiceHarness) -> None:
     assert anew["flops"] == pytest.approx(kept["flops"])
     refused = planned(422, overrides={"training": {"seed": 1}})
     assert [found["pointer"] for found in refused["errors"]] == ["/overrides/training/seed"]
-    assert planned(409, step=7)["code"] == "step_unavailable"
+    assert planned(409, step=7)["detail"] == "The job has no checkpoint of step 7."
     assert len(rig.get("/jobs")["data"]) == 1
     made = fork(rig, job_id, {"step": 400, "overrides": {"training": training}})
     assert made["progress"]["percent"] == 40.0

@@ -1,4 +1,4 @@
-"""Text over HTTP, with a program in place of the model: who gets a place, who waits, and what ends it."""
+"""Text over HTTP, with a program in place of the model: which requests get a process or wait, and what ends them."""
 
 import contextlib
 import http.client
@@ -185,7 +185,7 @@ def test_what_is_not_there_is_404_with_the_reason(any_rig: ServiceHarness) -> No
     until(lambda: generation(any_rig).processes == 0)  # its checkpoint is gone, so it ends without waiting
 
 
-def test_a_checkpoint_that_cannot_be_used_says_why(rig: ServiceHarness) -> None:
+def test_a_checkpoint_that_cannot_be_used_has_its_reason(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     directory = rig.home / "runs" / job_id / "checkpoints" / "step-00000010"
     (directory / "state.json").write_bytes(b"damaged")
@@ -401,7 +401,7 @@ def test_the_command_prints_the_text_and_says_who_wrote_it(rig: ServiceHarness) 
         assert (code, "Not finite. [generation_failed]" in err) == (1, True)
 
 
-def test_the_python_client_gives_a_text_up_if_its_iterator_is_closed(rig: ServiceHarness) -> None:
+def test_the_python_client_cancels_a_text_if_its_iterator_is_closed(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     with live(rig) as (host, port), Client(f"http://{host}:{port}") as client:
         assert client.generate(job_id, "hi", step=10)["text"] == "\u4e2dHI"
@@ -415,7 +415,7 @@ def test_the_python_client_gives_a_text_up_if_its_iterator_is_closed(rig: Servic
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_a_client_that_leaves_frees_its_place(rig: ServiceHarness, stream: bool) -> None:
+def test_a_client_that_disconnects_frees_its_place(rig: ServiceHarness, stream: bool) -> None:
     job_id, _ = saved(rig, 10)
     with live(rig) as address:
         leaving = post(address, job_id, prompt="slow", stream=stream)
@@ -431,7 +431,7 @@ def test_a_client_that_leaves_frees_its_place(rig: ServiceHarness, stream: bool)
         staying.close()
 
 
-def test_too_many_clients_are_asked_to_come_back(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_clients_get_retry_after(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "MAX_REQUESTS", 3)
     job_id, _ = saved(rig, 10)
     with live(rig) as address:

@@ -53,8 +53,8 @@ def test_a_job_of_another_owner_is_not_changed(any_rig: ServiceHarness) -> None:
         answer = any_rig.client.request(method, path + below, json=body, headers=bearer(bob))
         assert (answer.status_code, answer.json()["code"]) == (403, "forbidden"), (method, below)
         assert answer.json()["detail"] == (
-            "The job belongs to alice. To act on it, the token bob needs the scope operate, and it has submit. "
-            "A fork of the job would be its own."
+            "The job belongs to alice. The token bob has the scope submit, which changes only its own jobs. "
+            "Use a token with the scope operate, or fork the job: a fork is bob's."
         )
     assert any_rig.client.get(path, headers=bearer(bob)).json() == job, "reading is for all, and nothing was changed"
     assert any_rig.client.patch(path, json={"name": "theirs"}, headers=bearer(operator)).status_code == 200
@@ -63,7 +63,7 @@ def test_a_job_of_another_owner_is_not_changed(any_rig: ServiceHarness) -> None:
     assert missing.status_code == 404
 
 
-def test_a_fork_belongs_to_who_forked(any_rig: ServiceHarness) -> None:
+def test_a_fork_belongs_to_the_token_that_forked(any_rig: ServiceHarness) -> None:
     bob = created(any_rig, "bob", scope="submit", max_jobs=1)
     job_id, _ = saved(any_rig, 400, training={"max_steps": 1000})
     fork = any_rig.client.post(f"/jobs/{job_id}/fork", json={}, headers=bearer(bob))

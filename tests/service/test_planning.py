@@ -259,6 +259,7 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, bad_lines=10), HERE, {}, "9.1 % of the lines cannot be read and max_bad_lines allows 1.0 %"),
         (replace(SIZE, samples=10), HERE, {}, "one step takes 256 rows and the corpus has about 10"),
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
+        (replace(SIZE, steps=1), HERE, {}, "save_interval 1,000 is longer than the run (1 step)"),
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
         (
             replace(SIZE, steps=99),
@@ -497,6 +498,16 @@ def test_the_plan_offers_float32_on_a_cpu_that_is_slow_in_bfloat16(
     assert (expected in texts) == warned
     exact = validate_spec(rig.spec(training={"dtype": "float32"}), host)
     assert not any("bfloat16" in text for text in make_preview(state, exact, host).warnings)
+
+
+def test_the_shares_of_weights_are_known_without_the_sizes(any_rig: ServiceHarness) -> None:
+    (any_rig.home / "book.txt").write_text("one\n\ntwo\n")
+    names = {"web": str(any_rig.corpus), "book": str(any_rig.home / "book.txt")}
+    data = {
+        "sources": [{"name": name, "path": path, "weight": 3 - at} for at, (name, path) in enumerate(names.items())]
+    }
+    found = plan(any_rig, data=data, training={"max_steps": 9})["sources"]
+    assert [(source["share"], source["passes"]) for source in found] == [(0.6, None), (0.4, None)]
 
 
 def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kernels are chosen for the device: newer flash attention where it works, and TF32 by choice."""
+"""Kernels are chosen for the device: newer flash attention if it works, and TF32 by choice."""
 
 import json
 from types import SimpleNamespace

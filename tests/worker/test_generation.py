@@ -1,4 +1,4 @@
-"""Text of many tasks at once: what each is does not depend on the others, and no part of it breaks a character."""
+"""Text of many tasks at once: no text depends on the others, and no part of it breaks a character."""
 
 import json
 from collections.abc import Iterator
@@ -201,7 +201,7 @@ def test_what_cannot_be_done_is_rejected_with_its_field(model: Decoder) -> None:
     assert lines.end("fits")[1] <= 3
 
 
-def test_a_task_is_given_up_wherever_it_is(model: Decoder) -> None:
+def test_a_task_can_be_cancelled_at_any_point(model: Decoder) -> None:
     made, lines = engine(model)
     for n in range(MAX_ROWS + 3):
         made.submit(GenerationTask(id=f"{n}", prompts=["p"], max_new_tokens=500, seed=1 if n % 2 else None))
@@ -290,7 +290,7 @@ FAILING = ["{{ raise_exception('roles') }}", "{% if %}", "{{ 1 / 0 }}", "{{ mess
 
 
 @pytest.mark.parametrize("template", FAILING)
-def test_a_template_that_fails_says_so(model: Decoder, template: str) -> None:
+def test_a_template_that_fails_is_reported(model: Decoder, template: str) -> None:
     with pytest.raises(TemplateFailed):
         render(template, TURNS, "", "")
     made, lines = engine(model, template=template)
@@ -331,7 +331,7 @@ def test_a_checkpoint_is_loaded_as_it_was_saved(make: Make) -> None:
         assert lines.text("t") == reference(trained, "p", 12)
 
 
-def test_a_checkpoint_that_cannot_be_used_says_why(make: Make, tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_used_has_its_reason(make: Make, tmp_path: Path) -> None:
     run, _ = make()
     path = run.artifacts(None).checkpoint(3)
     train_tokenizer(["text"], 260, tmp_path / "other")

@@ -96,7 +96,7 @@ def last(run: RunDir) -> MetricEvent:
     return rank_runner.metrics(run)[6]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_set_is_as_computed_by_hand_on_one_rank_and_on_two(data: Path, tmp_path: Path) -> None:
     texts = {"chinese": texts_of(CHINESE, 23, 2), "code": texts_of(CODE, 5, 3), "one": ["\U0001f600"]}
     cut = texts_of(["word "], 40, 4)
@@ -134,7 +134,7 @@ def test_each_set_is_as_computed_by_hand_on_one_rank_and_on_two(data: Path, tmp_
         assert results[1][name].bpb == pytest.approx(one.bpb, rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_training_loss_in_bits_per_byte(data: Path, tmp_path: Path) -> None:
     """One epoch in one step: its bytes are those of the corpus."""
     run = rank_runner.new_run(tmp_path / "run", described(data, 1))
@@ -150,7 +150,7 @@ def test_the_training_loss_in_bits_per_byte(data: Path, tmp_path: Path) -> None:
     assert line.bpb == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_within_a_window_has_the_same_bits_per_byte(data: Path, tmp_path: Path) -> None:
     runs = []
     for name in ("untouched", "broken"):
@@ -165,7 +165,7 @@ def test_a_run_killed_within_a_window_has_the_same_bits_per_byte(data: Path, tmp
     assert rank_runner.metrics(runs[1], 2)[6].bpb == last(runs[0]).bpb
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fraction_is_held_out_of_every_source_and_counts_duplicates(data: Path, tmp_path: Path) -> None:
     texts = {"a": texts_of(CHINESE, 40, 5), "b": texts_of(CODE, 30, 6)}
     texts["a"] += texts["a"][:9]
@@ -187,7 +187,7 @@ def test_a_fraction_is_held_out_of_every_source_and_counts_duplicates(data: Path
     assert all(result.loss and result.bpb for result in results.values())
 
 
-def test_a_tokenizer_without_fixed_bytes_is_said_and_bits_per_byte_are_null(tmp_path: Path) -> None:
+def test_a_tokenizer_without_fixed_bytes_is_reported_and_bits_per_byte_are_null(tmp_path: Path) -> None:
     tokenizer = tokenizers.Tokenizer(WordLevel({"<s>": 0, "</s>": 1, "the": 2, "cat": 3}, unk_token="<s>"))
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

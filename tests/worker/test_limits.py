@@ -85,7 +85,7 @@ def test_the_time_of_all_attempts_is_read_from_what_each_has_left(tmp_path: Path
 
 def limited(text: Path, path: Path, world: int = 1, **limits: Any) -> RunDir:
     described = rank_runner.spec(text, training={"max_steps": 100_000}, reporting={"log_interval": 1}, limits=limits)
-    described["checkpoint"] = {"save_interval": 10, "keep_last": 3}
+    described["checkpoint"] = {"save_interval": 2, "keep_last": 3}
     if world > 1:
         described["resources"] = {"device": "cpu", "nproc_per_node": world}
     return rank_runner.new_run(path, described)
@@ -132,7 +132,7 @@ def counted(run: RunDir) -> list[tuple[int, float]]:
     return [(e.step, e.train_seconds) for e in events if isinstance(e, MetricEvent) and e.train_seconds is not None]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kills", "seconds"),
     [(1, 4.0), pytest.param(5, 12.0, marks=pytest.mark.long), pytest.param(5, 60.0, marks=pytest.mark.soak)],
@@ -156,8 +156,8 @@ def test_killed_on_the_way_it_ends_within_a_step_of_the_limit(
     assert lines == sorted(lines, key=lambda line: line[1]), "the count never falls"
     begun = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Started)]
     assert abs(begun[0].train_seconds - max(s for n in range(1, kills + 1) for _, s in of_attempt(run, n))) < pace
-    # Each step is on the curve once or more, and always with the same values.
-    assert sorted(rank_runner.curve(run)) == list(range(1, outcome.step + 1))
+    # The curve has each step, always with the same values. What a kill has thrown away may be beyond the last one.
+    assert [step for step in sorted(rank_runner.curve(run)) if step <= outcome.step] == [*range(1, outcome.step + 1)]
     assert run.artifacts(None).checkpoint(outcome.step).is_dir()
     ended = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Finished)]
     assert ended[0].train_seconds == pytest.approx(run.train_seconds(), abs=0.2)
@@ -167,7 +167,7 @@ def of_attempt(run: RunDir, number: int) -> list[tuple[int, float]]:
     return [(step, line.train_seconds or 0.0) for step, line in rank_runner.metrics(run, number).items()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 def test_the_last_step_is_logged_evaluated_and_saved(world: int, text: Path, tmp_path: Path) -> None:
     run = limited(text, tmp_path / "run", world, max_minutes=1.5 / 60)
@@ -196,7 +196,7 @@ def test_the_last_step_is_logged_evaluated_and_saved(world: int, text: Path, tmp
     assert run.train_seconds() >= 2.4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_that_is_used_up_before_the_first_save_is_no_success(text: Path, tmp_path: Path) -> None:
     run = limited(text, tmp_path / "run", max_minutes=1 / 60)
     described = json.loads(run.spec.read_text())
@@ -209,9 +209,9 @@ def test_a_limit_that_is_used_up_before_the_first_save_is_no_success(text: Path,
     assert "no checkpoint was saved" in str(outcome.message)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_smoothed_loss_ends_the_run_at_its_target_over_a_pause(text: Path, tmp_path: Path) -> None:
-    """The average goes along with the checkpoint: a paused run ends at the step of an uninterrupted one."""
+    """The checkpoint stores the average: a paused run ends at the step of an uninterrupted one."""
     runs = [limited(text, tmp_path / name, target_loss=4.2) for name in ("whole", "paused")]
     whole, paused = runs
     outcome = rank_runner.run_to_end(whole)
@@ -229,7 +229,7 @@ def test_the_smoothed_loss_ends_the_run_at_its_target_over_a_pause(text: Path, t
     assert rank_runner.run_to_end(paused).step == outcome.step, "another attempt does not train on"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_held_out_data_its_loss_decides(text: Path, tmp_path: Path) -> None:
     run = limited(text, tmp_path / "run", target_loss=4.2)
     described = json.loads(run.spec.read_text())
@@ -244,7 +244,7 @@ def test_with_held_out_data_its_loss_decides(text: Path, tmp_path: Path) -> None
     assert rank_runner.saves(run)[-1] == outcome.step
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_limit_may_be_set_while_the_run_trains(world: int, text: Path, tmp_path: Path) -> None:
     run = limited(text, tmp_path / "run", world)

@@ -12,7 +12,7 @@ from tests.worker.rank_runner import corpus, new_run, run_to_end
 from trainyard.contract.events import Started
 from trainyard.contract.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,9 @@ def test_a_mixture_has_the_same_samples_on_any_number_of_ranks(data: Path, tmp_p
 def test_a_resume_names_the_file_that_changed(change: str, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "web"
     shutil.copytree(data / "web", folder)
-    run = new_run(tmp_path / "run", rank_runner.spec(folder, checkpoint={"save_interval": 4}))
+    # Long enough that it cannot end before it is killed.
+    described = rank_runner.spec(folder, checkpoint={"save_interval": 4}, training={"max_steps": 10_000})
+    run = new_run(tmp_path / "run", described)
     ranks = rank_runner.start(run)
     ranks.wait_for_step(6)
     ranks.kill()

@@ -40,7 +40,7 @@ def test_a_layout_names_each_element_once() -> None:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_matrices_lie_in_one_region_each_and_the_regions_are_balanced(world: int) -> None:
+def test_matrices_are_in_one_region_each_and_the_regions_are_balanced(world: int) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     sizes = [random.Random(seed).randrange(1, 5000) for _ in range(40)]
@@ -84,7 +84,7 @@ def losses_and_norms(
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("parallelism", SPLIT)
 @pytest.mark.parametrize(
     ("shape", "optimizer", "world"), [(SHAPE, "adamw", 2), (EXPERTS, "muon", 3)], ids=["adamw", "moe-muon"]
@@ -92,7 +92,7 @@ def losses_and_norms(
 def test_steps_are_those_of_ddp(
     shape: ModelConfig, optimizer: str, world: int, parallelism: Parallelism, tmp_path: Path
 ) -> None:
-    """A bad gradient of one rank is in the third step: no rank applies it, and the fourth goes on."""
+    """A bad gradient of one rank is in the third step: no rank applies it, and the fourth step continues."""
     training = {"optimizer": optimizer, "on_nonfinite": "skip", "grad_clip": 0.5, "weight_decay_on": "matrices"}
     work, arguments = losses_and_norms, (training, True)
     expected = on_ranks(world, tmp_path / "ddp", work, shape, "ddp", *arguments)[0]
@@ -113,7 +113,7 @@ def overflow(ranks: DistributedContext, parallelism: Parallelism) -> tuple[bool,
     return metrics.applied, state.loss_scale(), isinstance(state.optimizer, torch.optim.AdamW)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("parallelism", SPLIT)
 def test_an_overflow_lowers_the_scale_of_all_ranks(parallelism: Parallelism, tmp_path: Path) -> None:
     assert on_ranks(2, tmp_path / "ranks", overflow, parallelism) == [(False, 2.0**39, True)] * 2
@@ -136,7 +136,7 @@ def orthogonal(ranks: DistributedContext, shapes: list[tuple[int, int]]) -> list
     return [torch.equal(each, other) for each, other in zip(found, expected, strict=True)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_on_several_ranks_become_orthogonal_as_one_matrix(tmp_path: Path) -> None:
     """Also with rows that are no multiple of the ranks, fewer than them, and an incomplete last batch."""
     shapes = [(6, 4), (7, 5), (2, 9), (1, 3), (5, 5)]
@@ -165,7 +165,7 @@ def collectives(ranks: DistributedContext, parallelism: Parallelism, micro_batch
     return {name: counted.names.count(name) for name in sorted(set(counted.names))}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulation_costs_zero1_no_communication(tmp_path: Path) -> None:
     found = [on_ranks(2, tmp_path / str(count), collectives, "zero1", count)[0] for count in (1, 4)]
     assert found[0] == found[1]
@@ -174,7 +174,7 @@ def test_accumulation_costs_zero1_no_communication(tmp_path: Path) -> None:
     assert set(found[0]) <= {"allreduce_", "_allgather_base_", "broadcast_"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fsdp_gathers_each_layer_twice_a_micro_batch(tmp_path: Path) -> None:
     """Once for each pass; the embedding once. Gradients are split at once: whole ones would need the memory of DDP."""
     for count in (1, 4):
@@ -219,7 +219,7 @@ def bytes_per_rank(
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("parallelism", SPLIT)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("shape", [BIG, BIG_EXPERTS], ids=["dense", "moe"])
@@ -260,7 +260,7 @@ TALL = replace(SHAPE, hidden_size=128, head_dim=32, num_hidden_layers=6, interme
 def test_the_peak_of_a_step_is_the_planned_one(
     recomputes: bool, dtype: Any, parallelism: Parallelism, tmp_path: Path
 ) -> None:
-    """With what is whole for the moment, and with temporary buffers, of which the plan does not know."""
+    """With gathered layers, and with temporary buffers, which the plan does not include."""
     planned = costs.memory_bytes(
         TALL,
         batch_size=8,

@@ -111,7 +111,7 @@ def test_losses_and_samples_are_those_of_one_rank(kind: str, text: Path, tmp_pat
 
 
 def die_at(step: int) -> None:
-    """All ranks end without a word before ``step``, as a host does that loses its power."""
+    """End all ranks without cleanup before ``step``, as if the host had lost its power."""
 
     def die(_: Any, progress: Any) -> None:
         if progress.step + 1 == step:
@@ -215,7 +215,7 @@ def poison_head(rank: int, at: int) -> None:
 
 
 @pytest.mark.long
-def test_without_room_for_the_parts_of_others_the_save_is_given_up(text: Path, tmp_path: Path) -> None:
+def test_without_memory_for_the_parts_of_others_the_save_is_skipped(text: Path, tmp_path: Path) -> None:
     run = new_run(tmp_path / "run", text, "dense-adamw", "zero1", 2)
     failed = rank_runner.run_to_end(run, 2, short_of_memory)
     assert (failed.outcome, failed.reason) == ("failed", "host_out_of_memory")

@@ -337,7 +337,7 @@ def flip_at(step: int) -> None:
     arm("train.step", before_step)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("saved_while_training", "parallelism"),
     [
@@ -349,7 +349,7 @@ def flip_at(step: int) -> None:
 def test_a_run_with_a_flipped_bit_fails_and_resumes_from_the_save_before(
     saved_while_training: bool, parallelism: str, tmp_path: Path
 ) -> None:
-    """The save at step 16 is not required, so training goes on beside it; without one, the last save finds the flip."""
+    """The save at step 16 is not required, so training continues; without one, the last save finds the flip."""
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     interval = 8 if saved_while_training else 100
     described = rank_runner.spec(

@@ -177,7 +177,8 @@ def test_bad_lines_within_the_limit_are_told_with_their_numbers(tmp_path: Path) 
     material(tmp_path, said, data={"max_bad_lines": 0.5})
     warning = next(event for event in said if isinstance(event, WarningEvent))
     assert warning.code == "bad_lines"
-    assert "line 61" in warning.message
+    assert ": 1 bad line: line 61: " in warning.message
+    assert warning.message.endswith("; bad lines are left out")
     assert warning.data["bad_lines"] == 1
     assert warning.data["named"][0][0] == 61
 

@@ -132,7 +132,7 @@ def test_events_come_in_order(finished: RunDir) -> None:
     assert [step for step, _ in finished.artifacts(None).milestones()] == [10]
     losses = {step: line.loss for step, line in rank_runner.metrics(finished).items()}
     assert saved[0].loss == losses[5]
-    assert finished.attempt(1).progress.read_text().strip() == "24"
+    assert finished.attempt(1).progress.read_text().split()[0] == "24"
 
 
 def test_samples_are_written_at_saves(finished: RunDir) -> None:

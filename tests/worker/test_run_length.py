@@ -26,7 +26,7 @@ from trainyard.worker.data.prepare import prepare_data
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.state import initial_model
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from trainyard.contract.events import TaskScored
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

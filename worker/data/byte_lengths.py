@@ -1,4 +1,4 @@
-"""How many bytes of text each token stands for: what bits per byte are counted over.
+"""The number of UTF-8 bytes of text of each token, from which bits per byte are computed.
 
 A table by token id is exact for byte-level vocabularies (GPT-2, Qwen, Llama 3, MiniMind), for those with byte fallback
 (Llama 2, Gemma) and for the byte tokenizer. A tokenizer that drops or inserts characters, or has an unknown token, has
@@ -208,4 +208,4 @@ def _probe(
         for form in forms:
             text = unicodedata.normalize(form, text)  # type: ignore[arg-type]
         if found.of_document([info.bos_id, *ids.tolist(), info.eos_id]) != len(text.encode()):
-            raise BytesUnknown("its tokens stand for other bytes than the text has")
+            raise BytesUnknown("its tokens decode to other bytes than the text has")

@@ -1,7 +1,7 @@
 """Tokenize the files of a corpus into one corpus of the cache: in parallel, and each file once.
 
 The corpus has the files of `worker.data.corpus` and ``files.json``: the counts of each file, in order. The files are
-cut into parts of about ``PART_BYTES``. Processes tokenize the parts; this one appends them in order. A file that a
+cut into parts of up to ``PART_BYTES``. Processes tokenize the parts; this one appends them in order. A file that a
 corpus of the cache already has is copied from there. A killed build continues after the last appended file, and a part
 that was being made continues after its last journal entry. No file stays open, however many there are.
 """

@@ -425,7 +425,7 @@ def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
     stats, name = data.stats, data.spec.data.corpus_name
     if stats.bad_lines:
         details = {"bad_lines": stats.bad_lines, "named": [list(pair) for pair in stats.examples]}
-        message = f"{name} has {stats.describe_bad()}; they are left out"
+        message = f"{name}: {stats.describe_bad()}; bad lines are left out"
         emit(WarningEvent(code="bad_lines", message=message, data=details))
     if warning := read_as_text_warning(data.tokenizer, stats):
         details = {"special_tokens": stats.special_tokens, "special_texts": stats.special_texts}

@@ -82,7 +82,7 @@ def try_promise(promise: Callable[[Trial], Iterator[CheckResult]], trial: Trial)
 
 
 def check_saves(trial: Trial) -> Iterator[CheckResult]:
-    """Save beside training: the checkpoint has the bits of its step, and training hardly waits."""
+    """Save in the background: the checkpoint has the bits of its step, and training hardly waits."""
     sizes = trial.sizes
     bench = SaveBench(
         trial.folder / "saves",
@@ -116,7 +116,7 @@ def judge_saves(ratio: float, steps: int, wrong: list[str]) -> CheckResult:
     if wrong:
         advice = "set checkpoint.save_interval so that no save is needed before the end, and report it with doctor.json"
         return fault("saves", f"a checkpoint holds other weights than its step had: {wrong[0]}", advice, **data)
-    message = f"a save beside training blocks it for {ratio:.0%} of a blocking one; {steps} steps were done meanwhile"
+    message = f"a background save blocks training for {ratio:.0%} of a blocking one; {steps} steps were done meanwhile"
     if ratio > MAX_BLOCKED:
         return warning("saves", message, "save less often, or give the host more cores", **data)
     return ok("saves", f"{message}; its bits are those of its step", **data)

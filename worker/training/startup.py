@@ -121,8 +121,8 @@ def replica_check(
         f"{name} with torch {version}" + (f" and {n} threads" if n else "") for name, version, n in sorted(set(kinds))
     )
     message = (
-        f"the ranks run on unlike devices ({words}), which may round differently. So their weights are not compared at "
-        "saves, and a device that computes wrongly is not found"
+        f"the ranks run on devices of different types ({words}), which may round differently. So their weights "
+        "are not compared at saves, and a device that computes wrongly is not found"
     )
     return None, [WarningEvent(code="weights_not_compared", message=message)]
 

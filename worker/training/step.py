@@ -204,6 +204,7 @@ class TrainStep:
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
         """Run `_accumulate` twice, and raise TrainingError if the bits differ. Keep the second gradient."""
         # Only dropout draws random numbers, and it is seeded for each micro-batch. So both passes draw the same ones.
+        verification.verifier.begin()
         first = self._accumulate(micro_batches, seed_micro_batch, verification.verifier)
         digests = verification.verifier.take_digests(first[0])
         self._clear_gradients()

@@ -37,12 +37,17 @@ class StepVerifier:
     model: nn.Module
     ranks: DistributedContext
     places: Sequence[RankInfo]
+    _weights: Tensor | None = None
     _records: bool = False
     _gradients: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for parameter in self.model.parameters():
             on_accumulated(parameter, self._record)
+
+    def begin(self) -> None:
+        """Take the digests of the weights before the first pass: a low bit may change no loss and no gradient."""
+        self._weights = torch.stack(self._weight_digests())
 
     def record_next(self) -> None:
         """Record the gradients of the next backward pass, which must be the last one of the step."""
@@ -58,25 +63,27 @@ class StepVerifier:
             [
                 *(loss.view(torch.int64).reshape(()) for loss in losses),
                 *(gradients.get(id(parameter), nothing) for parameter in self.model.parameters()),
-                *(tensor_digest(_local(parameter)) for parameter in self.model.parameters()),
+                *self._weight_digests(),
             ]
         )
 
     def require_equal(self, step: int, first: Tensor, second: Tensor) -> None:
-        """Compare the digests of both passes. All ranks call it together.
+        """Compare the digests of both passes, and the weights with those before. All ranks call it together.
 
         Raises TrainingError on every rank if they differ on any one.
         """
-        differing = (first != second).nonzero().reshape(-1).tolist()
+        assert self._weights is not None, "begin was not called"
         parameters = [name for name, _ in self.model.named_parameters()]
         losses = len(first) - 2 * len(parameters)
+        before, after = torch.cat([first, self._weights]), torch.cat([second, second[-len(parameters) :]])
+        differing = (before != after).nonzero().reshape(-1).tolist()
         first_index = differing[0] if differing else -1
         rows = self.ranks.gather([float(len(differing)), float(first_index)])
         wrong = [rank for rank, row in enumerate(rows) if row[0]]
         if not wrong:
             return
         names = ["a loss"] * losses + [
-            f"{what} of {name}" for what in ("the gradient", "the weight") for name in parameters
+            f"{what} of {name}" for what in ("the gradient", "the weight", "the weight") for name in parameters
         ]
         where = " and ".join(str(self.places[rank]) for rank in wrong[:MAX_NAMED])
         count, index = (int(number) for number in rows[wrong[0]])
@@ -86,6 +93,9 @@ class StepVerifier:
             f"same data: {names[index]}{more}; the update was not applied"
         )
         raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0])
+
+    def _weight_digests(self) -> list[Tensor]:
+        return [tensor_digest(_local(parameter)) for parameter in self.model.parameters()]
 
     def _record(self, parameter: Tensor) -> None:
         if self._records and parameter.grad is not None:

@@ -1,5 +1,6 @@
 """The subcommands that change a job: pause, resume, save, fork, export, describe, discard, cancel, kill, delete."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import ABSENT, parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job, ResumedJob
+from trainyard.client.types import Job
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:
@@ -30,15 +31,16 @@ def resume(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.resume(_id(trainyard, args, console), **changes)
     if not args.json and {"epochs", "max_steps", "max_tokens"} & changes.keys():
-        _report_rates(job, console)
+        _report_rates(job, console, " (--schedule continue decays from the current rate instead)")
     return _report(job, args, console)
 
 
-def _report_rates(job: ResumedJob, console: Console) -> None:
-    before, after = job.get("learning_rate_before"), job.get("learning_rate_after")
+def _report_rates(rates: Mapping[str, Any], console: Console, hint_if_higher: str) -> None:
+    """Print the rate at the checkpoint and at the next step. ``rates``: a resumed job or the plan of a fork."""
+    before, after = rates.get("learning_rate_before"), rates.get("learning_rate_after")
     if before is None or after is None:
         return
-    hint = " (--schedule continue decays from the current rate instead)" if after > 1.01 * before else ""
+    hint = hint_if_higher if after > 1.01 * before else ""
     console.error(f"learning rate: {before:.3g} at the checkpoint, {after:.3g} at the next step{hint}")
 
 
@@ -95,7 +97,11 @@ def fork(args: SimpleNamespace, console: Console) -> int:
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
-    return _report(job, args, console)
+        if args.decay is not None:
+            hint = ": the rate had already decayed there; --step takes an earlier checkpoint"
+            _report_rates(job.get("plan") or {}, console, hint)
+    # What is next concerns the fork, not the job that was named.
+    return _report(job, args, console, job["id"])
 
 
 def export(args: SimpleNamespace, console: Console) -> int:
@@ -190,10 +196,10 @@ def _id(trainyard: Client, args: SimpleNamespace, console: Console) -> str:
     return find_job(trainyard, args.job, console)["id"]
 
 
-def _report(job: Job, args: SimpleNamespace, console: Console) -> int:
+def _report(job: Job, args: SimpleNamespace, console: Console, handle: str | None = None) -> int:
     if args.json:
         console.json(job)
         return Exit.SUCCEEDED
     console.data(f"{job['id']} {job['status']}")
-    console.error(f"next:  {next_commands(job, args.job)[0]}")
+    console.error(f"next:  {next_commands(job, handle or args.job)[0]}")
     return Exit.SUCCEEDED

@@ -11,6 +11,7 @@ from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job
 from trainyard.client.cli.formatting import count, fixed, one_line, table
 from trainyard.client.exit_codes import Exit, UsageError
+from trainyard.contract.units import counted
 
 KIND_OF_KEY = {"choices": "choice", "continuation": "continuation"}
 MAX_LINE = 8 << 20
@@ -24,7 +25,7 @@ def evaluate(args: SimpleNamespace, console: Console) -> int:
         job_id = find_job(trainyard, handle, console)["id"]
         evaluation = trainyard.evaluate(job_id, step, tasks)
         if not args.no_wait:
-            what = f"evaluating step {count(evaluation['step'])} on {len(evaluation['results'])} task(s)"
+            what = f"evaluating step {count(evaluation['step'])} on {counted(len(evaluation['results']), 'task')}"
             console.error(f"{what}; it continues on the service if you stop waiting")
             try:
                 evaluation = trainyard.wait_evaluation(evaluation, args.timeout)

@@ -191,11 +191,11 @@ def _separators(plan: Mapping[str, Any]) -> str:
 def _run(plan: Mapping[str, Any]) -> str:
     steps, per_step = plan.get("steps"), plan.get("tokens_per_step")
     if steps is None or per_step is None:
-        return "the number of steps is unknown until the corpus is read" if steps is None else f"{count(steps)} steps"
+        return "the number of steps is unknown until the corpus is read" if steps is None else counted(steps, "step")
     ranks = f" on {plan['world_size']} {plan.get('device')} ranks" if (plan.get("world_size") or 1) > 1 else ""
     work = f", {plan['flops']:.2g} FLOPs" if plan.get("flops") else ""
     total = f"{compact_number(steps * per_step)} tokens{work}"
-    return f"{count(steps)} steps of {compact_number(per_step)} tokens{ranks}: {total}"
+    return f"{counted(steps, 'step')} of {compact_number(per_step)} tokens{ranks}: {total}"
 
 
 def _memory(plan: Mapping[str, Any]) -> str:

@@ -91,6 +91,8 @@ def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]
     """
     job, progress, saved = state.job, state.progress, state.job.get("checkpoint") or {}
     evaluation = state.curve.last_eval or {}
+    # While the corpus is prepared, the progress is that of the preparation.
+    advance = job.get("preparation") or progress
     pairs = {
         "at": utc(now),
         "job": job.get("id"),
@@ -99,7 +101,7 @@ def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]
         "attempt": job.get("attempt"),
         "step": progress.get("step"),
         "steps": progress.get("steps"),
-        "percent": _short(progress.get("percent"), 1),
+        "percent": _short(advance.get("percent"), 1),
         "loss": _short(state.newest("loss"), 4),
         "ema": _short(state.curve.ema, 4),
         "bpb": _short(state.newest("bpb"), 4),
@@ -108,7 +110,7 @@ def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]
         "lr": None if state.newest("learning_rate") is None else f"{state.newest('learning_rate'):.6g}",
         "grad_norm": _short(state.newest("grad_norm"), 4),
         "tokens_per_second": _short(state.newest("tokens_per_second"), 0),
-        "eta_seconds": _short(progress.get("eta_seconds"), 0),
+        "eta_seconds": _short(advance.get("eta_seconds"), 0),
         "checkpoint": saved.get("step"),
         **{key: "; ".join(chosen) or None for key, chosen in texts.items()},
         "connection": None if state.connection_error is None else "lost",

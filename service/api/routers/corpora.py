@@ -126,7 +126,7 @@ def _unknown(name: str) -> Problem:
 def ensure_corpus(state: AppState, spec: JobSpec, caller: Principal, requested: bool = False) -> str | None:
     """Return the id of the spec's corpus, which waits to be prepared unless it is in the cache.
 
-    None if corpora are not prepared by this service, or if a file is gone: then the run itself finds out. Reads files,
+    None if corpora are not prepared by this service, or if a file is missing: then the run reports it. Reads files,
     so it runs outside of the transaction that queues the job.
     """
     if not state.scheduler.prepares:
