@@ -107,7 +107,8 @@ def lr_at(step: int, steps: int, peak: float, min_ratio: float = 0.1, warmup: in
     """
     if step < warmup:
         return peak * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    # A length that is an estimate may be too short: after its end the rate stays at its last value.
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
     match kind:
         case "cosine":
             return peak * (min_ratio + (1 - min_ratio) / 2 * (1 + math.cos(math.pi * done)))

@@ -38,6 +38,7 @@ SILENT_SECONDS = 900.0
 
 DIED = "the process ended before it was done; perhaps the host had too little memory. The service's log has more"
 HUNG = f"the process has reported nothing for {SILENT_SECONDS / 60:g} minutes"
+BROKEN = "internal error of the service; see its log"
 GONE = "the weights are missing: the directory of the evaluation was removed"
 
 log = logging.getLogger("trainyard")
@@ -145,7 +146,7 @@ class EvaluationRunner:
         except Exception:
             log.exception("an evaluation failed", extra={"evaluation": evaluation_id})
             with suppress(Exception):
-                self._fail(evaluation_id, "internal error of the service; see its log")
+                self._fail(evaluation_id, BROKEN)
         finally:
             with self._lock:
                 del self._active[evaluation_id]
@@ -155,13 +156,26 @@ class EvaluationRunner:
         directory = None
         while (work := self._begin(evaluation_id)) is not None:
             directory = work.directory
-            reason = self._run_process(evaluation_id, work) if directory.is_dir() else GONE
+            reason = self._try(evaluation_id, work)
             if self._stopping.is_set():
                 return  # It stays running in the database: the next service continues it.
             if reason is not None:
                 self._fail(evaluation_id, reason)
         if directory is not None:
             release_weights(directory, self._settings.writable_roots)
+
+    def _try(self, evaluation_id: str, work: _Work) -> str | None:
+        """Run the process. Return why the evaluation failed, or None."""
+        if not work.directory.is_dir():
+            return GONE
+        try:
+            return self._run_process(evaluation_id, work)
+        except LeadershipLost:
+            raise
+        except Exception:
+            # The caller records it, and releases the weights, which would stay on the disk.
+            log.exception("an evaluation failed", extra={"evaluation": evaluation_id})
+            return BROKEN
 
     def _begin(self, evaluation_id: str) -> _Work | None:
         """Mark the tasks that have no result as running, and return them; None if all have one."""

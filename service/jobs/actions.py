@@ -348,7 +348,8 @@ def _require_time(job: JobRow, spec: JobSpec) -> None:
 
 def _require_another_target(job: JobRow, spec: JobSpec) -> None:
     """Raise SpecInvalid if the loss that has ended the run would end it again."""
-    minutes, reached = job.spec["limits"]["max_minutes"], job.spec["limits"]["target_loss"]
+    limits = job.spec.get("limits", {})  # a stored spec of 0.1 has none
+    minutes, reached = limits.get("max_minutes"), limits.get("target_loss")
     if reached is None or spec.limits.target_loss is None:
         return  # a PATCH after the end may have removed the limit that ended the run
     ended_by_loss = minutes is None or train_seconds(job) < 60 * minutes

@@ -38,6 +38,7 @@ class HostCapacity:
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
     """Return the warnings, the most serious first."""
     sentences = [*_memory(host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
+    sentences += _without_effect(spec)
     if size is None and host.other_format is not None:
         return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
@@ -125,6 +126,14 @@ def _epochs(spec: JobSpec) -> Iterator[str]:
         yield epochs_ignored(spec.training)
 
 
+def _without_effect(spec: JobSpec) -> Iterator[str]:
+    parallelism, mode = spec.resources.parallelism, spec.training.compile_mode
+    if parallelism != "ddp" and spec.resources.ranks == 1:
+        yield f"parallelism {parallelism} has no effect, because the run has one rank"
+    if mode != "default" and not spec.training.use_compile:
+        yield f"compile_mode {mode} has no effect without use_compile"
+
+
 def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
     lines = size.bad_lines + size.documents
     share = size.bad_lines / lines
@@ -151,6 +160,9 @@ def _intervals(spec: JobSpec, size: RunSize) -> Iterator[str]:
             f"save_interval {spec.checkpoint.save_interval:,} is longer than the run ({counted(steps, 'step')}): "
             "the only checkpoint is that of the end"
         )
+    verify_every = spec.training.verify_every
+    if verify_every is not None and verify_every > steps:
+        yield f"verify_every {verify_every:,} is longer than the run ({steps:,} steps): no step is verified"
     log_interval = spec.reporting.log_interval
     if log_interval is not None and log_interval > steps:
         yield f"log_interval {log_interval:,} is longer than the run ({counted(steps, 'step')})"

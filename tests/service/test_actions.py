@@ -7,6 +7,7 @@ import pytest
 from tests.service.harness import ServiceHarness, in_threads
 from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.jobs import repository
 
 
 def test_a_refusal_says_the_status_and_what_fits(any_rig: ServiceHarness) -> None:
@@ -184,6 +185,14 @@ def test_a_run_at_its_target_continues_with_a_lower_one(rig: ServiceHarness) -> 
 def test_a_target_that_was_removed_after_the_end_may_be_set_again(rig: ServiceHarness) -> None:
     job_id = ended_at_limit(rig, 30, target_loss=3)
     assert rig.client.patch(f"/jobs/{job_id}", json={"target_loss": None}).status_code == 200
+    assert rig.post_action(job_id, "resume", {"target_loss": 2})["spec"]["limits"]["target_loss"] == 2
+
+
+def test_a_limit_that_the_stored_spec_does_not_have(rig: ServiceHarness) -> None:
+    job_id = ended_at_limit(rig, 30)
+    with rig.database.write() as session:
+        job = repository.find(session, job_id)
+        job.spec = {name: group for name, group in job.spec.items() if name != "limits"}  # one of 0.1
     assert rig.post_action(job_id, "resume", {"target_loss": 2})["spec"]["limits"]["target_loss"] == 2
 
 

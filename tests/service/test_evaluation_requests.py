@@ -130,6 +130,23 @@ def test_a_checkpoint_is_evaluated_on_request(evaluator: ServiceHarness) -> None
     assert not (rig.home / "runs" / job_id / "evaluations").exists(), "the links are gone"
 
 
+def test_after_an_internal_error_the_weights_are_released(
+    evaluator: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = evaluator
+    job_id, _ = saved(rig, 10)
+    asked = evaluate(rig, job_id, 10, tasks=tasks(rig, "a"))
+
+    def fail(*_: object) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr(state_of(rig).evaluations, "_store", fail)
+    run_all(rig)
+    failed = again(rig, asked)
+    assert (failed["state"], failed["error"]) == ("failed", runner.BROKEN)
+    assert not (rig.home / "runs" / job_id / "evaluations").exists()
+
+
 def test_without_tasks_those_of_the_spec_are_taken(evaluator: ServiceHarness) -> None:
     rig = evaluator
     job_id, _ = saved(rig, 10, evaluation={"tasks": tasks(rig, "own")})

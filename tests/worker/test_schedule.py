@@ -48,6 +48,11 @@ def test_linear_and_constant() -> None:
         lr_at(1, 2, 1.0, kind="sawtooth")
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "sqrt"])
+def test_after_the_estimated_end_the_rate_is_the_last_one(kind: str) -> None:
+    assert lr_at(15, 10, 1e-3, kind=kind) == lr_at(10, 10, 1e-3, kind=kind) == pytest.approx(1e-4)
+
+
 def test_the_spec_s_schedule() -> None:
     training = spec(training={"learning_rate": 0.01, "warmup_steps": 4, "min_lr_ratio": 0.5}).training
     rate = LRSchedule.from_spec(training, 20)
