@@ -168,7 +168,7 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
     charts = panel.get_by_role("group")
     expect(charts).to_have_count(9)
     panel.get_by_role("button", name="Show all").click()
-    expect(charts).to_have_count(16)
+    expect(charts).to_have_count(17)
     assert panel.locator(".main-svg").count() == 0, "not visible yet, so not drawn"
     last = panel.get_by_role("group", name=re.compile("^Epoch"))
     last.scroll_into_view_if_needed()
@@ -179,7 +179,7 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
     expect(charts.first).to_have_attribute("aria-label", re.compile("now 61.0 GB$"))
     assert "chart=memory" in page.url
     page.get_by_label("Search the charts").fill("")
-    expect(charts).to_have_count(16)
+    expect(charts).to_have_count(17)
     check_both_themes(page, "metrics")
 
 

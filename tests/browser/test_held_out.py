@@ -46,9 +46,11 @@ def test_the_metrics_tab_has_a_line_for_each_set(address: str, jobs: list[str], 
     panel = page.get_by_role("tabpanel")
     losses = panel.get_by_role("group", name=re.compile("^Evaluation loss"))
     expect(losses).to_have_attribute("aria-label", re.compile("now 2.500$"))
+    losses.scroll_into_view_if_needed()
     expect(losses.locator(".scatterlayer .trace")).to_have_count(3)
     bits = panel.get_by_role("group", name=re.compile("^Bits per byte"))
     expect(bits).to_have_attribute("aria-label", re.compile("now 1.750$"))
+    bits.scroll_into_view_if_needed()
     expect(bits.locator(".scatterlayer .trace")).to_have_count(4)
     assert bits.locator(".plot").evaluate("node => node.data.map((one) => [one.uid, one.x.length])") == [
         ["bpb", 100],

@@ -32,7 +32,9 @@ class Table:
     def targets_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         return self.targets[rows]
 
-    def batch(self, part: npt.NDArray[np.int64], min_rows: int) -> npt.NDArray[np.int64]:
+    def batch(
+        self, part: npt.NDArray[np.int64], min_rows: int, *, fixed_offsets: bool = False
+    ) -> npt.NDArray[np.int64]:
         return part
 
 

@@ -25,7 +25,7 @@ from trainyard.worker.checkpoint import resume, retention
 from trainyard.worker.checkpoint.files import RunState
 
 IDENTITY = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
-MAX_LINES = 400
+MAX_LINES = 800
 SHORT = 25
 """Of so many lines one, where not all are tried."""
 

@@ -30,7 +30,7 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "Resume with training.gradient_checkpointing": (Reason.OUT_OF_MEMORY, {"gradient_checkpointing": True}),
     'Resume with resources.parallelism "{}"': (Reason.OUT_OF_MEMORY, {"resources": {"parallelism": "zero1"}}),
     "Resume with more max_minutes": (Reason.LIMIT, {"max_minutes": 5.0}),
-    "Mend the file, then resume": (Reason.SPEC_INVALID, {}),
+    "Correct the file, then resume": (Reason.SPEC_INVALID, {}),
     "Resume with fewer": (Reason.SPEC_INVALID, {"resources": {"nproc_per_node": 1, "device": "cpu"}}),
     "Give the host or its container more memory": (Reason.HOST_OUT_OF_MEMORY, {"resources": {"nproc_per_node": 1}}),
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),
@@ -86,6 +86,7 @@ ELSEWHERE = {
     "Request less `--mem`": "tests/slurm/test_launcher.py",
     " (--schedule continue": "tests/client/test_commands.py",
     "give --kind if only": "tests/client/test_evaluations.py",
+    ": the rate had already decayed": "tests/client/test_forks.py",
     "Ctrl-C detaches": "tests/client/test_watch.py",
 }
 """Start of a hint -> the test in which it is followed, or of what it speaks of."""

@@ -32,7 +32,8 @@ def resume(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.resume(_id(trainyard, args, console), **changes)
     if not args.json and {"epochs", "max_steps", "max_tokens"} & changes.keys():
-        _report_rates(job, console, " (--schedule continue decays from the current rate instead)")
+        hint = " (--schedule continue decays from the current rate instead)"
+        _report_rates(job, console, hint)
     return _report(job, args, console)
 
 
