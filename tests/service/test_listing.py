@@ -139,7 +139,9 @@ def test_the_document_describes_every_route(rig: ServiceHarness) -> None:
     document = rig.get("/openapi.json")
     described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
     itself = ("GET", "/openapi.json")
-    assert described == {route for route, need in NEEDS.items() if need != ATTEMPT} - {itself}
+    # The document has no converters, such as that of a name with slashes.
+    routes = {(method, path.replace(":path}", "}")) for (method, path), need in NEEDS.items() if need != ATTEMPT}
+    assert described == routes - {itself}
     assert "learning_rate" in document["components"]["schemas"]["TrainingSpec"]["properties"]
     assert "summary" in document["components"]["schemas"]["Job"]["properties"]
 
