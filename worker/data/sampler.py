@@ -18,6 +18,9 @@ ROUNDS = 8
 MAX_ROWS_COUNTED = 1 << 18
 """Rows whose tokens are counted at once."""
 
+FIRST_STEPS_COUNTED = 64
+"""Steps that are counted first. Each further chunk has twice as many."""
+
 
 @dataclass(frozen=True)
 class FeistelPermutation:
@@ -106,9 +109,12 @@ class StepSampler:
         self, tokens: int, data_step: int, at_most: int, targets_of: Callable[[Integers], Integers]
     ) -> tuple[int, int]:
         """Return the steps after ``data_step`` that predict ``tokens``, at most ``at_most``, and the tokens left."""
-        done, chunk = 0, max(1, MAX_ROWS_COUNTED // self.global_batch)
+        largest = max(1, MAX_ROWS_COUNTED // self.global_batch)
+        # Small at first: a mixture of small sources needs a permutation for each of their passes in the chunk.
+        done, chunk = 0, min(FIRST_STEPS_COUNTED, largest)
         while tokens > 0 and done < at_most:
             count = min(chunk, at_most - done)
+            chunk = min(2 * chunk, largest)
             rows, sizes = self.rows_of_steps(data_step + done + 1, count)
             sums = np.cumsum(targets_of(rows))[np.cumsum(sizes) - 1]
             if sums[-1] >= tokens:
