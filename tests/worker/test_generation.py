@@ -348,6 +348,7 @@ def test_a_checkpoint_that_cannot_be_used_has_its_reason(make: Make, tmp_path: P
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_it_generates_on_a_gpu(make: Make) -> None:
     run, trained = make()
     lines = Lines()
