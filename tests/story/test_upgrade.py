@@ -18,7 +18,7 @@ from trainyard.contract.rundir import RunDir
 
 RELEASE_0_1 = "3dc47211ad9d41b04c08c5fedc7407a10f598d4f"
 ROOT = Path(__file__).parents[2]
-STEPS = 600
+STEPS = 240
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
