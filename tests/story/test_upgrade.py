@@ -66,6 +66,8 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory, corpus: Path, old_release
 def described(corpus: Path) -> dict[str, Any]:
     wanted = spec(corpus)
     wanted["training"]["max_steps"] = STEPS
+    # In bfloat16 the loss factor is exact since 0.2, so weights differ from those of 0.1 by design.
+    wanted["training"]["dtype"] = "float32"
     wanted["checkpoint"]["save_interval"] = STEPS // 2
     return wanted
 
@@ -87,7 +89,6 @@ def test_a_run_that_an_agent_of_0_1_leads_is_adopted(upgraded: dict[str, Any]) -
     assert final_sha256(served, job_id) == final_sha256(served, upgraded["untouched"])
 
 
-@pytest.mark.xfail(reason="the weights differ from those of 0.1; the cause is not found yet", strict=False)
 def test_a_run_that_0_1_paused_resumes_to_the_same_weights(upgraded: dict[str, Any]) -> None:
     served, job_id = upgraded["service"], upgraded["paused"]
     assert served.job(job_id)["status"] == "paused"
@@ -98,7 +99,6 @@ def test_a_run_that_0_1_paused_resumes_to_the_same_weights(upgraded: dict[str, A
     assert final_sha256(served, job_id) == final_sha256(served, upgraded["untouched"])
 
 
-@pytest.mark.xfail(reason="the weights differ from those of 0.1; the cause is not found yet", strict=False)
 def test_a_new_run_has_the_weights_that_0_1_computed(upgraded: dict[str, Any], corpus: Path) -> None:
     served = upgraded["service"]
     job_id = served.submit(described(corpus))
