@@ -5,14 +5,14 @@ str}. Other keys and blank lines are ignored.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from trainyard.contract.allowed_paths import open_regular_inside
 from trainyard.contract.file_identity import BOM
+from trainyard.contract.json_lines import BadLineError, parse_json_line
 
 TaskKind = Literal["choice", "continuation"]
 
@@ -82,9 +82,9 @@ def parse_examples(content: bytes, kind: TaskKind) -> tuple[list[Example], list[
         if not raw.strip():
             continue
         try:
-            value = _parse_json(raw)
+            value = _parse_object(raw)
             examples.append(_choice(line, value) if kind == "choice" else _continuation(line, value))
-        except _BadLine as error:
+        except BadLineError as error:
             bad.append((line, str(error)))
     return examples, bad
 
@@ -96,36 +96,16 @@ def describe_bad_lines(bad: Sequence[tuple[int, str]]) -> str:
     return f"has {len(bad):,} bad line{'s' if len(bad) != 1 else ''}: {listed}{more}"
 
 
-class _BadLine(ValueError):
-    pass
-
-
-def _parse_json(raw: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(raw.decode(), parse_constant=_reject_constant)
-    except UnicodeDecodeError as error:
-        raise _BadLine(f"not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise _BadLine(f"not JSON at character {error.pos + 1}") from None
-    except RecursionError:
-        raise _BadLine("nested too deep") from None
-    except _BadLine:
-        raise
-    except ValueError:
-        # Python rejects integers of more than 4,300 digits.
-        raise _BadLine("holds a number with too many digits") from None
+def _parse_object(raw: bytes) -> dict[str, Any]:
+    value = parse_json_line(raw)
     if not isinstance(value, dict):
-        raise _BadLine("not a JSON object")
+        raise BadLineError("not a JSON object")
     return value
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise _BadLine(f"not JSON: holds {name}")
 
 
 def _choice(line: int, value: dict[str, Any]) -> Example:
     if "choices" not in value and "continuation" in value:
-        raise _BadLine("has 'continuation' and no 'choices': kind must be \"continuation\"")
+        raise BadLineError("has 'continuation' and no 'choices': kind must be \"continuation\"")
     problems = list(_context_problems(value))
     choices, answer = value.get("choices"), value.get("answer")
     if not isinstance(choices, list) or len(choices) < 2:
@@ -135,17 +115,17 @@ def _choice(line: int, value: dict[str, Any]) -> Example:
         if type(answer) is not int or not 0 <= answer < len(choices):
             problems.append(f"'answer' must be an integer from 0 to {len(choices) - 1}, the index of the right choice")
     if problems:
-        raise _BadLine(", ".join(problems[:MAX_LISTED_LINES]))
+        raise BadLineError(", ".join(problems[:MAX_LISTED_LINES]))
     assert isinstance(choices, list) and isinstance(answer, int)  # noqa: PT018 - for mypy; checked above
     return Example(line, value["context"], tuple(choices), answer)
 
 
 def _continuation(line: int, value: dict[str, Any]) -> Example:
     if "continuation" not in value and "choices" in value:
-        raise _BadLine("has 'choices' and no 'continuation': kind must be \"choice\"")
+        raise BadLineError("has 'choices' and no 'continuation': kind must be \"choice\"")
     problems = [*_context_problems(value), *_text_problems("continuation", value.get("continuation"))]
     if problems:
-        raise _BadLine(", ".join(problems))
+        raise BadLineError(", ".join(problems))
     return Example(line, value["context"], (value["continuation"],))
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.contract.file_identity import Compression, compression_of
+from trainyard.contract.json_lines import BadLineError
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.jsonl import BadLineError, BadLineGrouper, DataInvalid, ParseStats, text_of
+from trainyard.worker.data.jsonl import BadLineGrouper, DataInvalid, ParseStats, text_of
 from trainyard.worker.data.readers import open_reader
 
 BAD = [

@@ -1,6 +1,5 @@
 """Parse JSONL lines into documents, and count and describe the bad lines."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, NoReturn
 
 from trainyard.contract.corpus_files import shown
 from trainyard.contract.file_identity import MAX_NAME_LENGTH, MAX_NAMES
+from trainyard.contract.json_lines import BadLineError, parse_json_line
 
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a bad line: a document is in memory together with its tokens."""
@@ -20,10 +20,6 @@ OTHER_FIELDS = ", which has "
 
 class DataInvalid(ValueError):
     """The corpus cannot be trained on; the message names the file and lines, the reason, and what to do."""
-
-
-class BadLineError(ValueError):
-    """A line is not a document; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def text_of(raw: bytes | None, text_field: str) -> str:
     """Return the text of one raw line, which is None if the line is too long. Raises BadLineError with the reason."""
     if raw is None:
         raise BadLineError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-    value = _parse(raw)
+    value = parse_json_line(raw)
     if not isinstance(value, dict):
         raise BadLineError(f"not a JSON object but {_type_name(value)}")
     if text_field not in value:
@@ -163,30 +159,10 @@ def text_of(raw: bytes | None, text_field: str) -> str:
     return text
 
 
-def _parse(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode(), parse_constant=_reject_constant)
-    except UnicodeDecodeError as error:
-        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise BadLineError(f"not JSON at character {error.pos + 1}") from None
-    except RecursionError:
-        raise BadLineError("nested too deep") from None
-    except BadLineError:
-        raise
-    except ValueError:
-        # Python rejects integers of more than 4,300 digits.
-        raise BadLineError("holds a number with too many digits") from None
-
-
 def _other_text_fields(value: dict[str, Any]) -> str:
     names = [repr(name) for name, text in value.items() if isinstance(text, str) and name.isprintable()]
     short = [name for name in names if len(name) <= MAX_NAME_LENGTH][:MAX_NAMES]
     return f"{OTHER_FIELDS}{', '.join(short)}" if short else ""
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise BadLineError(f"not JSON: holds {name}")
 
 
 def _type_name(value: object) -> str:

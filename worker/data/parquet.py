@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from trainyard.contract.corpus_files import shown
+from trainyard.contract.json_lines import BadLineError
 from trainyard.worker.data import jsonl
 from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader, import_optional
-from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, ParseStats
+from trainyard.worker.data.jsonl import DataInvalid, Document, ParseStats
 
 BATCH_ROWS = 256
 

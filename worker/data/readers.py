@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol, Self
 
 from trainyard.contract.file_identity import BLANK, BOM, Compression, is_plain_text
+from trainyard.contract.json_lines import BadLineError
 from trainyard.worker.data import jsonl
 from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader
-from trainyard.worker.data.jsonl import BadLineError, Document, ParseStats, text_of
+from trainyard.worker.data.jsonl import Document, ParseStats, text_of
 from trainyard.worker.data.parquet import ParquetReader
 
 SKIPPED_LINES_PER_PROGRESS = 1 << 16

@@ -6,10 +6,8 @@ from pathlib import Path
 import torch
 
 from trainyard.contract.tokenizer_info import TokenizerInvalid
-from trainyard.model.decoder import Decoder
 from trainyard.model.kv_cache import bytes_per_position
-from trainyard.worker.checkpoint.export import ExportError, ExportSource, find_export_source
-from trainyard.worker.checkpoint.files import shared_names
+from trainyard.worker.checkpoint.export import ExportError, find_export_source
 from trainyard.worker.data.tokenizers import load_tokenizer
 from trainyard.worker.generation.chat import read_template
 from trainyard.worker.generation.engine import Emit, Engine
@@ -31,23 +29,8 @@ def load_engine(checkpoint: Path, tokenizer_path: str, cache_bytes: int, emit: E
         if tokenizer.fingerprint != source.state.identity.tokenizer:
             raise CannotGenerate(f"the tokenizer {tokenizer_path} is not the one that the checkpoint was trained with")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(source, device)
+        model = source.load_model(device)
     except (ExportError, TokenizerInvalid, OSError, ValueError) as error:
         raise CannotGenerate(str(error)) from error
     positions = cache_bytes // bytes_per_position(source.model, torch.float32)
     return Engine(model, tokenizer, emit, positions, template)
-
-
-def load_model(source: ExportSource, device: torch.device) -> Decoder:
-    """Return the model of a checkpoint, on ``device``."""
-    # Without memory first: random weights would take longer than loading.
-    with torch.device("meta"):
-        model = Decoder(source.model)
-    model.to_empty(device=device)
-    if source.model.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    tensors = source.tensors()
-    for names in shared_names(model.state_dict()):
-        tensors.update(dict.fromkeys(names, tensors[names[0]]))
-    model.load_state_dict(tensors, strict=True)
-    return model.eval().requires_grad_(False)
