@@ -16,6 +16,7 @@ from trainyard.contract.processes import find_by_marker
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 STARTUP_SECONDS = 5.0
+DOCUMENTS = 400_000
 
 
 @pytest.fixture
@@ -86,7 +87,8 @@ def test_the_second_job_is_prepared_while_the_first_trains(one_slot: Served, tmp
 
 def test_killed_processes_and_services_end_in_the_same_run(one_slot: Served, tmp_path: Path) -> None:
     service = one_slot
-    job_id = service.submit(spec(write_corpus(tmp_path / "a.jsonl", 100_000), 2))
+    # Ten seconds of work on two quick cores, so that it is still being prepared when it is killed.
+    job_id = service.submit(spec(write_corpus(tmp_path / "a.jsonl", DOCUMENTS), 2))
     corpus_id = until(lambda: service.job(job_id)["corpus_id"])
 
     def done() -> int:
@@ -105,5 +107,5 @@ def test_killed_processes_and_services_end_in_the_same_run(one_slot: Served, tmp
     assert statuses(service, job_id)[:3] == ["preparing", "queued", "starting"]
     assert service.get(f"/corpora/{corpus_id}").json()["attempt"] == 2
     report = service.get(f"/corpora/{corpus_id}").json()["report"]
-    assert report["documents"] == 100_000
+    assert report["documents"] == DOCUMENTS
     assert [source["name"] for source in report["sources"]] == ["data"]
