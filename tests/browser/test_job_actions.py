@@ -18,6 +18,7 @@ from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import MODEL
 from tests.service.test_exports import exporter
 from trainyard.service.exports import subprocess as export_process
+from trainyard.service.jobs import repository
 
 __all__ = ["exporter"]
 
@@ -27,6 +28,13 @@ def job_named(rig: ServiceHarness, name: str) -> dict[str, Any]:
     [found] = rig.get("/jobs", name=name)["data"]
     job: dict[str, Any] = found
     return job
+
+
+def one_epoch_of(rig: ServiceHarness, job_id: str, steps: int) -> None:
+    """Store that an epoch of the job has ``steps`` steps, as its schedule needs."""
+    with rig.database.write() as session:
+        row = repository.find(session, job_id)
+        row.facts = {**row.facts, "steps_per_epoch": steps}
 
 
 def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: ServiceHarness, page: Page) -> None:
@@ -63,6 +71,7 @@ def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: Service
 
 def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "fast")["id"]
+    one_epoch_of(rig, job_id, steps=60)
     page.goto(f"{service}/jobs/{job_id}")
     again = page.get_by_role("button", name="resume with")
     again.click()
@@ -83,7 +92,7 @@ def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig
     assert rig.job(job_id)["spec"]["training"]["max_steps"] == 100
     messages = [event["message"] for event in rig.data(job_id, "events") if event["data"].get("changes")]
     said = "asked to resume; goes back to step 20; newer checkpoints are set aside"
-    assert messages == [f"{said}; the learning rate is 0.001 before and 0.000906 after"]
+    assert messages == [f"{said}; the learning rate is 0.000775 before and 0.000906 after"]
 
 
 @pytest.mark.soak
