@@ -43,7 +43,13 @@ def main() -> int:
     """Run the benchmarks one after the other: in parallel they would disturb each other."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(BENCHMARKS))
-    chosen = parser.parse_args().only
+    options, rest = parser.parse_known_args()
+    chosen = options.only
+    if rest and chosen != "optimizers":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if chosen == "optimizers":
+        optimizers.main(rest)
+        return 0
     for name, benchmark in BENCHMARKS.items():
         if chosen in (None, name):
             print(f"\n== {name}", flush=True)
