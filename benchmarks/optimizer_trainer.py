@@ -1,14 +1,15 @@
-"""Hugging Face's Trainer with AdamW in the optimizer benchmark, in its own process: prints a result as JSON.
+"""Hugging Face's Trainer with AdamW in the optimizer benchmark, in its own process: prints a JSON object for each run.
 
-Started as ``python -m benchmarks.optimizer_trainer FOLDER SEED RATE [FIELDS]``. With FIELDS, fields of our spec as
-JSON, one step of ours runs after each step of Trainer, and the result has the CPU times of both.
+Started as ``python -m benchmarks.optimizer_trainer FOLDER RUNS [FIELDS]``, where RUNS is a JSON list of [seed, learning
+rate]. With FIELDS, a JSON list of settings of our spec, one step of ours with each of them runs after each step of
+Trainer, and the result has all CPU times.
 """
 
 import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from trainyard.model.config import ModelConfig
 from trainyard.worker.data.prepare import TrainingData
 from trainyard.worker.training.state import TrainState
 
-TIMED_STEPS = 40
-EVERY = 20
+TIMED_STEPS = 30
+EVERY = 25
 
 
 class InOrder(Trainer):  # type: ignore[misc]
@@ -42,12 +43,11 @@ class InOrder(Trainer):  # type: ignore[misc]
 
 
 class Measurement(TrainerCallback):  # type: ignore[misc]
-    """The CPU time of each step and the held-out loss every `EVERY` steps; ``own_step`` runs between the steps."""
+    """The CPU time of each step and the held-out loss every `EVERY` steps; ``own`` run between the steps."""
 
-    def __init__(self, data: TrainingData, model: Qwen3ForCausalLM, own_step: "OwnStep | None") -> None:
-        self._data, self._model, self._own_step = data, model, own_step
+    def __init__(self, data: TrainingData, model: Qwen3ForCausalLM, own: "list[OwnStep]") -> None:
+        self._data, self._model, self._own = data, model, own
         self.step_seconds: list[float] = []
-        self.own_seconds: list[float] = []
         self.curve: list[tuple[float, float]] = []
         self._began = 0.0
 
@@ -56,25 +56,25 @@ class Measurement(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, _arguments: Any, state: Any, *_: Any, **__: Any) -> None:
         self.step_seconds.append(time.process_time() - self._began)
-        if self._own_step is not None:
-            self.own_seconds.append(self._own_step.run(state.global_step))
-        elif state.global_step % EVERY == 0 or state.global_step == state.max_steps:
+        for each in self._own:
+            each.run(state.global_step)
+        if not self._own and (state.global_step % EVERY == 0 or state.global_step == state.max_steps):
             self.curve.append((float(state.global_step), trained_loss(self._data, self._model)))
 
 
 class OwnStep:
-    """One step of ours at a time, with the settings ``training``."""
+    """One step of ours at a time, with the settings ``training``. ``seconds``: CPU time of each."""
 
     def __init__(self, data: TrainingData, seed: int, training: Mapping[str, Any]) -> None:
         trial = Trial("timed", TIMED_STEPS, training)
         self._state, self._rate = new_state(data, trial.spec, seed), trial.spec.learning_rate
         self._loader = loader_of(data, seed, trial.sizes())
+        self.seconds: list[float] = []
 
-    def run(self, step: int) -> float:
-        """Return its CPU time."""
+    def run(self, step: int) -> None:
         began = time.process_time()
         self._state.train_step.run(self._loader.microbatches(step), self._rate, lambda _: None).read()
-        return time.process_time() - began
+        self.seconds.append(time.process_time() - began)
 
 
 def new_qwen3(config: ModelConfig, state: TrainState) -> Qwen3ForCausalLM:
@@ -134,13 +134,13 @@ def require_same_loss(model: Qwen3ForCausalLM, data: TrainingData, state: TrainS
         raise RuntimeError(f"the first loss of Qwen3 is {theirs:.6f}, and ours is {ours:.6f}")
 
 
-def measure(folder: Path, seed: int, rate: float, fields: Mapping[str, Any] | None) -> dict[str, Any]:
+def measure(folder: Path, seed: int, rate: float, fields: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     data = prepare_docstrings(folder)
     state = new_state(data, Trial("initial", 1).spec, seed)
     model = new_qwen3(data.spec.model, state)
     require_same_loss(model, data, state, seed)
-    measurement = Measurement(data, model, OwnStep(data, seed, fields) if fields is not None else None)
-    steps = STEPS if fields is None else TIMED_STEPS
+    own = [OwnStep(data, seed, each) for each in fields]
+    measurement, steps = Measurement(data, model, own), TIMED_STEPS if own else STEPS
     arguments = TrainingArguments(
         output_dir=str(folder / "hf"),
         max_steps=steps,
@@ -159,11 +159,17 @@ def measure(folder: Path, seed: int, rate: float, fields: Mapping[str, Any] | No
     return {
         "curve": measurement.curve,
         "step_seconds": statistics.median(measurement.step_seconds),
-        "own_step_seconds": statistics.median(measurement.own_seconds) if measurement.own_seconds else None,
+        "own_step_seconds": [statistics.median(each.seconds) for each in own],
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
-    given = json.loads(sys.argv[4]) if len(sys.argv) > 4 else None
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), given)))
+    folder, runs, *given = sys.argv[1:]
+    fields = json.loads(given[0]) if given else []
+    for seed, rate in json.loads(runs):
+        print(json.dumps(measure(Path(folder), seed, rate, fields)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,11 +26,11 @@ from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
-ROWS, LENGTH, DOCUMENTS, HELD_OUT = 8, 256, 100_000, 0.02
-SHAPE = ModelConfig(hidden_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+ROWS, LENGTH, DOCUMENTS, HELD_OUT = 8, 128, 100_000, 0.02
+SHAPE = ModelConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 
-STEPS = 240
+STEPS = 300
 """Steps of AdamW. `ROWS` sequences are one step; see `Trial.sizes`."""
 
 

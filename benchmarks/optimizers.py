@@ -14,28 +14,29 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.drawing import Line, chart
-from benchmarks.optimizer_trials import STEPS, Result, Trial, prepare_docstrings, run_trial
+from benchmarks.optimizer_trials import SHAPE, STEPS, Result, Trial, prepare_docstrings, run_trial
 from trainyard.contract.recipes import fill_recipe
 from trainyard.worker.data.prepare import TrainingData
 
-RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
 """Learning rates of the baseline; the best one counts."""
 
 THIRD = STEPS // 3
 """Steps of a trial."""
 
-LENGTHS = tuple(range(40, STEPS + 1, 10))
+LENGTHS = tuple(range(20, STEPS + 1, 5))
 """Lengths of a run of which the shortest that reaches the baseline's loss is sought."""
 
-EVERY = 20
+EVERY = 25
 
-MUON: dict[str, Any] = {"optimizer": "muon", "learning_rate": 1e-2, "warmup_steps": THIRD // 20}
+MUON: dict[str, Any] = {"optimizer": "muon", "learning_rate": 2e-2, "warmup_steps": THIRD // 20}
 """Muon as it was before the recipe: the rate with which it was best, a cosine, and a short warm-up."""
 
 DECAYED: dict[str, Any] = {**MUON, "lr_scheduler": "wsd", "min_lr_ratio": 0.0}
@@ -43,7 +44,8 @@ DECAYED: dict[str, Any] = {**MUON, "lr_scheduler": "wsd", "min_lr_ratio": 0.0}
 
 def fast() -> dict[str, Any]:
     """Return what ``recipe: fast`` fills in."""
-    filled: dict[str, Any] = fill_recipe({"training": {"recipe": "fast"}})["training"]
+    spec = {"training": {"recipe": "fast"}, "model": {"hidden_size": SHAPE.hidden_size}}
+    filled: dict[str, Any] = fill_recipe(spec)["training"]
     return filled
 
 
@@ -51,27 +53,24 @@ def trials() -> list[Trial]:
     """Return each idea alone, on top of the first trial, and all that were kept together."""
     ideas: dict[str, dict[str, Any]] = {
         "muon": {},
-        "muon, rate 0.005": {"learning_rate": 5e-3},
-        "muon, rate 0.02": {"learning_rate": 2e-2},
-        "no warm-up": {"warmup_steps": 0},
-        "wsd, decay 0.2": {**DECAYED, "decay_fraction": 0.2},
-        "wsd, decay 0.5": {**DECAYED, "decay_fraction": 0.5},
-        "wsd, decay 0.5, linear": {**DECAYED, "decay_fraction": 0.5, "decay_shape": "linear"},
-        "wsd, decay 1.0, linear": {**DECAYED, "decay_fraction": 1.0, "decay_shape": "linear"},
-        "cosine to 0": {"min_lr_ratio": 0.0},
+        "rate 0.01": {"learning_rate": 1e-2},
+        "rate 0.04": {"learning_rate": 4e-2},
         "zero projections": {"zero_init_projections": True},
-        "weight decay 0.1": {"weight_decay": 0.1},
+        "wsd to 0, linear over half": {**DECAYED, "decay_fraction": 0.5, "decay_shape": "linear"},
+        "embedding x 0.5": {"embedding_lr_multiplier": 0.5},
+        "embedding x 2": {"embedding_lr_multiplier": 2.0},
+        "norms x 0.5": {"norm_lr_multiplier": 0.5},
         "weight decay 0.1, cautious": {"weight_decay": 0.1, "cautious_weight_decay": True},
-        "weight decay 0.1, decaying": {"weight_decay": 0.1, "weight_decay_schedule": "learning_rate"},
-        "embedding x 3": {"embedding_lr_multiplier": 3.0},
-        "embedding x 0.3": {"embedding_lr_multiplier": 0.3},
-        "norms x 3": {"norm_lr_multiplier": 3.0},
-        "norms x 0.3": {"norm_lr_multiplier": 0.3},
+        "weight decay 0.1, cautious, decaying": {
+            "weight_decay": 0.1,
+            "cautious_weight_decay": True,
+            "weight_decay_schedule": "learning_rate",
+        },
+        "weight decay 0.1": {"weight_decay": 0.1},
         "betas 0.9, 0.95": {"betas": (0.9, 0.95)},
-        "no clipping": {"grad_clip": 0.0},
     }
     found = [Trial(name, THIRD, {**MUON, **changes}) for name, changes in ideas.items()]
-    return [*found, Trial("batch from 2", THIRD, MUON, first_rows=2), Trial("recipe fast", THIRD, fast())]
+    return [*found, Trial("batch from 4", THIRD, MUON, first_rows=4), Trial("recipe fast", THIRD, fast())]
 
 
 @dataclass(frozen=True)
@@ -100,39 +99,43 @@ class Bench:
     def trial(self, trial: Trial, seed: int, every: int | None = None) -> Result:
         return self.result(trial.name, seed, trial.steps, lambda: run_trial(self.data, trial, seed, every))
 
-    def baseline(self, rate: float, seed: int) -> Result:
-        """Return the result of Trainer's AdamW, or of ours if transformers is not installed."""
-        name = f"{baseline_name()}, {rate:g}"
+    def baselines(self, runs: Sequence[tuple[int, float]]) -> list[Result]:
+        """Return the results of Trainer's AdamW, or of ours without transformers, for each (seed, learning rate)."""
         if not has_trainer():
-            fields = {"learning_rate": rate, "min_lr_ratio": 0.0, "warmup_steps": STEPS // 20, "weight_decay": 0.0}
-            return self.trial(Trial(name, STEPS, fields), seed, EVERY)
+            fields = {"min_lr_ratio": 0.0, "warmup_steps": STEPS // 20, "weight_decay": 0.0}
+            named = [(Trial(_named(rate), STEPS, {**fields, "learning_rate": rate}), seed) for seed, rate in runs]
+            return [self.trial(trial, seed, EVERY) for trial, seed in named]
+        stored = {(each.name, each.seed) for each in self.results() if each.steps == STEPS}
+        missing = [(seed, rate) for seed, rate in runs if (_named(rate), seed) not in stored]
+        measured = iter(self.trainer(missing) if missing else [])
 
-        def run() -> Result:
-            measured = self.trainer(seed, rate)
-            return Result(name, seed, STEPS, measured["curve"], measured["step_seconds"], {"learning_rate": rate})
+        def next_result(seed: int, rate: float) -> Result:
+            found = next(measured)
+            return Result(_named(rate), seed, STEPS, found["curve"], found["step_seconds"], {"learning_rate": rate})
 
-        return self.result(name, seed, STEPS, run)
+        return [self.result(_named(rate), seed, STEPS, partial(next_result, seed, rate)) for seed, rate in runs]
 
     def best_baseline(self, seeds: Iterable[int]) -> list[Result]:
         """Return the results of all seeds with the rate that is best for the first seed."""
         first, *others = seeds
-        runs = {rate: self.baseline(rate, first) for rate in RATES}
-        best = min(runs, key=lambda rate: runs[rate].held_out)
-        return [runs[best], *(self.baseline(best, seed) for seed in others)]
+        runs = self.baselines([(first, rate) for rate in RATES])
+        best = min(range(len(RATES)), key=lambda number: runs[number].held_out)
+        return [runs[best], *self.baselines([(seed, RATES[best]) for seed in others])]
 
-    def trainer(self, seed: int, rate: float, fields: dict[str, Any] | None = None) -> dict[str, Any]:
-        command = [sys.executable, "-m", "benchmarks.optimizer_trainer", str(self.folder), str(seed), str(rate)]
-        command += [json.dumps(fields)] if fields is not None else []
+    def trainer(self, runs: Sequence[tuple[int, float]], fields: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+        """Return what `optimizer_trainer` measures."""
+        command = [sys.executable, "-m", "benchmarks.optimizer_trainer", str(self.folder), json.dumps(runs)]
+        command += [json.dumps(fields)] if fields else []
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return measured
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"curve"')]
 
     def shortest(self, name: str, training: dict[str, Any], seed: int, target: float) -> Result | None:
         """Return the shortest run of `LENGTHS` that ends with a held-out loss of at most ``target``, by bisection."""
         low, high, found = 0, len(LENGTHS), None
         while low < high:
-            middle = (low + high) // 2 if found or low else min(6, high - 1)
+            # Until one is long enough, lengths grow: short runs cost little.
+            middle = (low + high) // 2 if found else min(max(6, 2 * low), high - 1)
             result = self.trial(Trial(name, LENGTHS[middle], training), seed, EVERY)
             if result.held_out <= target:
                 high, found = middle, result
@@ -145,8 +148,9 @@ def has_trainer() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", "accelerate"))
 
 
-def baseline_name() -> str:
-    return "Trainer's AdamW" if has_trainer() else "AdamW"
+def _named(rate: float) -> str:
+    owner = "Trainer's AdamW" if has_trainer() else "AdamW"
+    return f"{owner}, {rate:g}"
 
 
 @dataclass(frozen=True)
@@ -169,22 +173,22 @@ class Reached:
 def compare(bench: Bench, seeds: Sequence[int]) -> tuple[list[Result], list[Reached]]:
     """Return the baseline of each seed, and what Muon and the recipe need to its last loss."""
     baseline = bench.best_baseline(seeds)
+    compared = {"muon": MUON, "recipe fast": fast()}
+    ratios = step_ratios(bench, list(compared.values()))
     found = []
-    for name, training in (("muon", MUON), ("recipe fast", fast())):
+    for (name, training), slower in zip(compared.items(), ratios, strict=True):
         runs = [bench.shortest(name, training, each.seed, each.held_out) for each in baseline]
-        slower = _slower(bench, training, baseline)
         found.append(Reached(name, [run for run in runs if run is not None], slower))
     return baseline, found
 
 
-def _slower(bench: Bench, training: dict[str, Any], baseline: Sequence[Result]) -> float:
-    """Return the CPU time of a step with ``training``, divided by the baseline's: both in turn, in one process."""
+def step_ratios(bench: Bench, settings: list[dict[str, Any]]) -> list[float]:
+    """Return the CPU time of a step with each of ``settings``, divided by the baseline's."""
     if has_trainer():
-        measured = bench.trainer(baseline[0].seed, 1e-3, training)
-        return float(measured["own_step_seconds"] / measured["step_seconds"])
-    own = run_trial(bench.data, Trial("timed", 20, training), 1).step_seconds
-    adamw = run_trial(bench.data, Trial("timed", 20), 1).step_seconds
-    return own / adamw
+        [measured] = bench.trainer([(1, RATES[0])], settings)
+        return [seconds / measured["step_seconds"] for seconds in measured["own_step_seconds"]]
+    seconds = [run_trial(bench.data, Trial("timed", 20, each), 1).step_seconds for each in [{}, *settings]]
+    return [own / seconds[0] for own in seconds[1:]]
 
 
 def comparison_table(baseline: Sequence[Result], found: Sequence[Reached]) -> list[str]:

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from trainyard.contract.parsing import parse_spec
-from trainyard.contract.recipes import RECIPES
+from trainyard.contract.recipes import RECIPES, muon_rate
 from trainyard.contract.spec import TrainingSpec
 
 DATA = {"data": {"data_path": "/data/pretrain.jsonl"}}
-FAST = {setting.field: setting.value for setting in RECIPES["fast"]}
+FAST = RECIPES["fast"]({}, {})
 
 
 def training_of(model: dict[str, Any] | None = None, **training: Any) -> TrainingSpec:
@@ -43,6 +43,13 @@ def test_a_given_field_wins_even_with_its_default(given: dict[str, Any]) -> None
     training = training_of(recipe="fast", **given)
     assert {name: getattr(training, name) for name in given} == given
     assert training.optimizer == "muon"
+
+
+def test_the_rate_falls_with_the_root_of_the_width() -> None:
+    assert training_of({"hidden_size": 64}, recipe="fast").learning_rate == pytest.approx(0.014)
+    assert training_of({"hidden_size": 512}, recipe="fast").learning_rate == pytest.approx(0.005)
+    assert training_of(recipe="fast").learning_rate == muon_rate(512)
+    assert muon_rate("wide") == muon_rate(-1) == muon_rate(512), "the validation reports it"
 
 
 def test_an_alias_counts_as_given() -> None:

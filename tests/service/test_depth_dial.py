@@ -60,7 +60,7 @@ def test_each_number_follows_its_rule(rig: ServiceHarness, depth: int) -> None:
 
 def test_the_settings_of_a_recipe_stay(rig: ServiceHarness) -> None:
     proposal, settings = propose(rig, 4, training={"recipe": "fast"})
-    filled = {f"/training/{setting.field}" for setting in RECIPES["fast"]}
+    filled = {f"/training/{name}" for name in RECIPES["fast"]({}, {})}
     assert not filled & settings.keys()
     assert "/training/max_tokens" in settings
     assert proposal["spec"]["training"]["recipe"] == "fast"

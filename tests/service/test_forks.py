@@ -163,7 +163,7 @@ def test_a_fork_and_a_resume_keep_what_the_recipe_filled_in(rig: ServiceHarness)
     job_id, _ = saved(rig, 400, training=given)
     training = rig.job(job_id)["spec"]["training"]
     assert (training["optimizer"], training["weight_decay"]) == ("muon", 0.03)
-    with mock.patch.dict(recipes.RECIPES, fast=(recipes.Setting("learning_rate", 7.0),)):
+    with mock.patch.dict(recipes.RECIPES, fast=lambda *_: {"learning_rate": 7.0}):
         made = fork(rig, job_id, {"overrides": {"training": {"max_steps": 2000}}})
     assert made["spec"]["training"] == {**training, "max_steps": 2000}
 
