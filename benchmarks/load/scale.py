@@ -43,6 +43,9 @@ AT_ONCE = 5_000
 ROUNDS = 10
 REQUESTS = 30
 
+NOW = datetime.now(UTC)
+"""The time of the scheduler, which stands still: no attempt becomes silent during the rounds."""
+
 REPORTING = 16
 POINTS_PER_REPORT = 500
 REPORT_SECONDS = 15.0
@@ -186,7 +189,7 @@ def _add_jobs(opened: Database, template: dict[str, Any]) -> None:
                 "score": 2 + number % 997 / 997,
                 "created_at": now,
                 "queued_at": now - timedelta(seconds=JOBS - number),
-                "heard_at": now + timedelta(days=1),  # no attempt becomes silent while this runs
+                "heard_at": NOW,
             }
             for number in range(first, first + AT_ONCE)
         ]
@@ -212,7 +215,7 @@ def _add_attempts(opened: Database, numbers: Sequence[int]) -> None:
                 "acked_seq": 0,
                 "created_at": now,
                 "launched_at": now,
-                "heard_at": now + timedelta(days=1),
+                "heard_at": NOW,
                 "launcher": "local",
             }
             attempts.append(attempt)
@@ -277,7 +280,7 @@ def _size(opened: Database) -> int:
 def _rounds(name: str, opened: Database) -> Iterator[Figure]:
     """Run rounds of the scheduler: the first inspects every attempt, the others are those of a steady state."""
     devices = tuple(Device(f"cuda:{number}", "cuda") for number in range(RUNNING * DEVICES_PER_JOB))
-    scheduler = Scheduler(opened, AliveLauncher(), LeasedInventory(devices))
+    scheduler = Scheduler(opened, AliveLauncher(), LeasedInventory(devices), clock=lambda: NOW)
     took = []
     for _ in range(ROUNDS):
         began = time.thread_time()
