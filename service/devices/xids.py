@@ -193,9 +193,9 @@ def clear(session: Session, gpu_uuid: str, now: datetime) -> int:
 
 def marked(devices: Sequence[Device], errors: Mapping[str, Sequence[XidError]]) -> tuple[Device, ...]:
     """Return the devices, each with its errors. A device whose errors are the same is the same object."""
-    return tuple(_with_errors(device, tuple(e.xid for e in errors.get(device.uuid or "", ()))) for device in devices)
-
-
-def _with_errors(device: Device, found: tuple[int, ...]) -> Device:
     # Most devices of most rounds have none: a copy of each would be the largest part of a round of many devices.
-    return device if device.xid_errors == found else replace(device, xid_errors=found)
+    found = {uuid: tuple(error.xid for error in each) for uuid, each in errors.items()}
+    return tuple(
+        device if device.xid_errors == (now := found.get(device.uuid or "", ())) else replace(device, xid_errors=now)
+        for device in devices
+    )

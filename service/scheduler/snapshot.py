@@ -22,6 +22,8 @@ PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()  # null in 
 LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()  # null: this host
 
 
+LEASES = select(DeviceLeaseRow.device, DeviceLeaseRow.job_id, DeviceLeaseRow.sidecar)
+
 LIVE_ATTEMPTS = (
     select(
         AttemptRow.id,
@@ -45,7 +47,7 @@ LIVE_ATTEMPTS = (
     .where(AttemptRow.ended_at.is_(None))
     .order_by(AttemptRow.created_at)
 )
-"""Plain rows: objects of the ORM would take most of the time of a round with thousands of attempts."""
+"""Executed on the connection: the ORM would take most of the time of a round with thousands of attempts."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def load_snapshot(
     awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
     waiting = _waiting_jobs(session)
-    leases = session.execute(select(DeviceLeaseRow.device, DeviceLeaseRow.job_id, DeviceLeaseRow.sidecar)).all()
+    leases = session.connection().execute(LEASES).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
@@ -227,7 +229,7 @@ def _queued(session: Session) -> list[QueuedJob]:
 
 
 def _live(session: Session, memory: SchedulerMemory) -> list[LiveAttempt]:
-    rows = session.execute(LIVE_ATTEMPTS).all()
+    rows = session.connection().execute(LIVE_ATTEMPTS).all()
     return [
         LiveAttempt(
             id=row.id,
