@@ -67,6 +67,10 @@ def _breaking_in_table(name: str, old: Table, new: Table | None) -> Iterator[str
     for column, has in new.columns.items():
         if column not in old.columns and not has["nullable"] and has["default"] is None:
             yield f"{name}.{column} is new, NOT NULL and without a server default"
+    yield from _stricter_keys(name, old, new)
+
+
+def _stricter_keys(name: str, old: Table, new: Table) -> Iterator[str]:
     if not old.primary_key <= new.primary_key:
         yield f"{name}: the primary key is stricter"
     old_columns = set(old.columns)
