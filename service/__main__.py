@@ -142,6 +142,8 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
+        # Here, because an error while it is written becomes one line on stderr.
+        state.service_key  # noqa: B018 - creates the file
         app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
