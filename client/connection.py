@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
-from trainyard.client.local_peer import distrust
+from trainyard.client.local_peer import UntrustedListener, require_service
 from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
 
 CONNECT_SECONDS = 10.0
@@ -160,10 +160,14 @@ class Connection:
         if name != "connection.connect_tcp.complete":
             return
         stream = details["return_value"]
-        why = distrust(stream.get_extra_info("socket"))
-        if why is not None:
+        try:
+            require_service(stream.get_extra_info("socket"), self.url)
+        except UntrustedListener as error:
             stream.close()
-            raise ServiceUnreachable(self.url, why)
+            raise ServiceUnreachable(self.url, str(error)) from None
+        except OSError as error:
+            stream.close()
+            raise httpx2.ConnectError(str(error)) from error
 
     def _send(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._retries.pauses()
