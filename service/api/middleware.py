@@ -39,6 +39,7 @@ from trainyard.service.settings import Settings
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
+DOCUMENTATION = ("/llms.txt", "/docs/")
 INTERNAL = "/internal/"
 MAX_BODY_BYTES = 1 << 20
 MAX_REPORT_BYTES = 64 << 20
@@ -65,7 +66,7 @@ PERIODIC_ROUTES = frozenset(
 """Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
-UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions")
+UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions", "/mcp")
 """Ends of routes whose duration is not measured: it depends on the client, or on what it asks for."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
@@ -186,9 +187,12 @@ class RequestMiddleware:
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
-    """Return whether no user token is needed: for health checks, agents (they have their own) and the dashboard."""
+    """Return whether no user token is needed.
+
+    That is for health checks, agents (they have their own), the documentation and the dashboard.
+    """
     method, path = scope["method"], scope["path"]
-    if path in OPEN_PATHS or path.startswith(INTERNAL):
+    if path in OPEN_PATHS or path.startswith(INTERNAL) or (method in ("GET", "HEAD") and path.startswith(DOCUMENTATION)):
         return True
     return is_page(method, path, headers.get("accept", "")) or is_file(method, path)
 
