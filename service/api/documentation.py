@@ -49,7 +49,9 @@ def index() -> str:
         lines += ["", f"## {title}", ""]
         for page in pages().values():
             if _folder(page.name) == folder:
-                lines.append(f"- [{page.title}](/docs/{page.name}.md)" + f": {page.description}" * bool(page.description))
+                lines.append(
+                    f"- [{page.title}](/docs/{page.name}.md)" + f": {page.description}" * bool(page.description)
+                )
     return "\n".join([*lines, ""])
 
 

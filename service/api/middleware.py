@@ -192,7 +192,11 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
     That is for health checks, agents (they have their own), the documentation and the dashboard.
     """
     method, path = scope["method"], scope["path"]
-    if path in OPEN_PATHS or path.startswith(INTERNAL) or (method in ("GET", "HEAD") and path.startswith(DOCUMENTATION)):
+    if (
+        path in OPEN_PATHS
+        or path.startswith(INTERNAL)
+        or (method in ("GET", "HEAD") and path.startswith(DOCUMENTATION))
+    ):
         return True
     return is_page(method, path, headers.get("accept", "")) or is_file(method, path)
 

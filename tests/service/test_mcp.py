@@ -20,6 +20,7 @@ from tests.service.test_auth import ADMIN_TOKEN, bearer, created
 from tests.service.test_checkpoints import write_checkpoint
 from trainyard.client.cli.commands.mcp import ClientApi
 from trainyard.client.connection import Connection, RetryPolicy
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.scopes import Scope
 from trainyard.mcp_tools.acting import ACTING
 from trainyard.mcp_tools.reading import READING
@@ -266,7 +267,7 @@ def test_lists_and_logs_go_on_at_the_cursor(rig: ServiceHarness, url: str) -> No
     attempt = rig.launcher.of(ids[0])
     attempt.started()
     rig.ship(attempt)
-    log = attempt.launch.run_dir.attempt(1)
+    log = RunDir(rig.settings.runs / ids[0]).attempt(1)
 
     async def drive() -> None:
         async with agent(url) as me:

@@ -41,9 +41,7 @@ class ClientApi:
     ) -> Any:
         """See `RestApi.call`."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return await _in_thread(
-            partial(self._connection.call, method, path, params=params, body=body, headers=headers)
-        )
+        return await _in_thread(partial(self._connection.call, method, path, params=params, body=body, headers=headers))
 
     async def text(self, path: str) -> str:
         """See `RestApi.text`."""
