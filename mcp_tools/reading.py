@@ -19,8 +19,18 @@ from trainyard.mcp_tools.answers import (
     full_job,
     is_idle,
 )
-from trainyard.mcp_tools.tool import Answer, Cursor, JobHandle, JsonObject, McpTool, RestApi, ToolError
-from trainyard.mcp_tools.tool import find_id, find_job, job_path  # fmt: skip
+from trainyard.mcp_tools.tool import (
+    Answer,
+    Cursor,
+    JobHandle,
+    JsonObject,
+    McpTool,
+    RestApi,
+    ToolError,
+    find_id,
+    find_job,
+    job_path,
+)
 
 POLL_SECONDS = 1.0
 MAX_WAIT_SECONDS = 50
@@ -191,9 +201,9 @@ class PlanJob(McpTool):
     needs: ClassVar[Scope] = Scope.SUBMIT
 
     spec: JsonObject = Field(
-        description='Job spec. Only data.data_path is required, an absolute path on the host of the service, e.g. {"data": '
-        '{"data_path": "/data/corpus.jsonl"}, "limits": {"max_minutes": 30}}. All fields: read_documentation with page '
-        "reference/spec."
+        description="Job spec. Only data.data_path is required, an absolute path on the host of the service, e.g. "
+        '{"data": {"data_path": "/data/corpus.jsonl"}, "limits": {"max_minutes": 30}}. All fields: read_documentation '
+        "with page reference/spec."
     )
 
     async def run(self, api: RestApi) -> Answer:

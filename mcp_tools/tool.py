@@ -110,8 +110,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=255,
         pattern=r"^[\x21-\x7e]+$",
-        description="Any text of your choice without spaces, a new one for each new run. If an answer is lost, repeat the "
-        "call with the same key and arguments: it returns the job and starts no second one.",
+        description="Any text of your choice without spaces, a new one for each new run. If an answer is lost, repeat "
+        "the call with the same key and arguments: it returns the job and starts no second one.",
     ),
 ]
 Cursor = Annotated[str | None, Field(max_length=300, description="`cursor` of the previous answer, for the next page.")]

@@ -16,10 +16,14 @@ SECTIONS = {
 }
 """Folder -> title of its section, in the order of the index."""
 
-SUMMARY = "Trainyard is a REST-controlled pretraining service: POST a job spec, get a run that is watched, paused and resumed exactly."
-HOW = """\
+INTRODUCTION = """\
+# Trainyard
+
+> Trainyard pretrains language models over REST: POST a job spec, and watch, pause and resume the run exactly.
+
 Agents call tools: `POST /mcp` of the service (Model Context Protocol), or `trainyard mcp` over stdio.
-A job spec is described in [reference/spec](/docs/reference/spec.md); an OpenAPI document is at [/openapi.json](/openapi.json)."""
+All fields of a job spec are in [reference/spec](/docs/reference/spec.md). The OpenAPI document is at
+[/openapi.json](/openapi.json)."""
 MAX_DESCRIPTION = 200
 
 
@@ -44,7 +48,7 @@ def pages() -> Mapping[str, DocumentationPage]:
 @cache
 def index() -> str:
     """Return the index of all pages, in the format of https://llmstxt.org."""
-    lines = ["# Trainyard", "", f"> {SUMMARY}", "", HOW]
+    lines = [INTRODUCTION]
     for folder, title in SECTIONS.items():
         lines += ["", f"## {title}", ""]
         for page in pages().values():
@@ -68,7 +72,7 @@ def _page(name: str, text: str) -> DocumentationPage:
     heading = re.search(r"^# (.+)$", body, re.MULTILINE)
     # Markdown paragraphs are separated by blank lines; one that begins with a letter is text.
     paragraphs = (part.strip() for part in re.split(r"\n\s*\n", body))
-    first = next((part for part in paragraphs if re.match(r"[A-Za-z`*]", part)), "")
+    first = next((part for part in paragraphs if re.match(r"(?!```)[A-Za-z`*]", part)), "")
     return DocumentationPage(name, _plain(heading[1]) if heading else name, _first_sentence(_plain(first)), text)
 
 

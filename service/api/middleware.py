@@ -66,7 +66,8 @@ PERIODIC_ROUTES = frozenset(
 """Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
-UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions", "/mcp")
+MCP = "/mcp"
+UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions", MCP)
 """Ends of routes whose duration is not measured: it depends on the client, or on what it asks for."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
@@ -83,6 +84,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._authenticator = authenticator
         self._running = 0
+        self._running_mcp = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -154,19 +156,27 @@ class RequestMiddleware:
 
     @contextlib.contextmanager
     def _request_slot(self, scope: Scope) -> Iterator[None]:
-        """Count the request while it runs. Raises Overloaded if too many run. Streams have a limit of their own."""
+        """Count the request while it runs. Raises Overloaded if too many run. Streams have a limit of their own.
+
+        A request to /mcp may wait for a minute, and it sends requests of its own: those get at most half of the slots.
+        """
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith(INTERNAL) or path.endswith(STREAM):
             yield
             return
+        is_mcp = path == MCP
         if self._running >= descriptors.max_requests():
             descriptors.warn("requests are rejected")
             raise Overloaded(headers={"Retry-After": "5"})
+        if is_mcp and self._running_mcp >= descriptors.max_requests() // 2:
+            raise Overloaded(headers={"Retry-After": "5"})
         self._running += 1
+        self._running_mcp += is_mcp
         try:
             yield
         finally:
             self._running -= 1
+            self._running_mcp -= is_mcp
 
     async def _send_error(
         self, exception: Exception, scope: Scope, receive: Receive, response: "_ResponseSender"

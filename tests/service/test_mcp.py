@@ -25,6 +25,7 @@ from trainyard.contract.scopes import Scope
 from trainyard.mcp_tools.acting import ACTING
 from trainyard.mcp_tools.reading import READING
 from trainyard.mcp_tools.server import TOOLS, build_server
+from trainyard.service import descriptors
 
 HTTP, HANDSHAKE, COMMAND = "http", "http with the older handshake", "the command's server"
 ACCEPT = {"accept": "application/json, text/event-stream"}
@@ -311,7 +312,26 @@ def test_agents_that_wait_block_nobody(rig: ServiceHarness, url: str) -> None:
         assert slowest < 5, "another request was answered meanwhile"
 
     def all_started(rig: ServiceHarness) -> bool:
-        return counted_requests(rig, f"/jobs/{{job_id}}") >= 40
+        return counted_requests(rig, "/jobs/{job_id}") >= 40
+
+    asyncio.run(drive())
+
+
+def test_agents_that_wait_leave_room_for_others(rig: ServiceHarness, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "max_requests", lambda: 8)
+    job_id, attempt = rig.running()
+
+    async def drive() -> None:
+        async with httpx2.AsyncClient(base_url=url, headers=ACCEPT, timeout=20) as http:
+            wait = call("wait_for_job", job=job_id, timeout_seconds=20)
+            waits = [asyncio.create_task(http.post("/mcp", json=wait)) for _ in range(4)]
+            while counted_requests(rig, "/jobs/{job_id}") < 4:
+                await asyncio.sleep(0.01)
+            refused = await http.post("/mcp", json=wait)
+            assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+            assert (await http.get("/jobs")).status_code == 200
+            await asyncio.to_thread(rig.exit, attempt, "completed", step=10)
+            assert {answer.status_code for answer in await asyncio.gather(*waits)} == {200}
 
     asyncio.run(drive())
 
