@@ -101,9 +101,10 @@ class ReadCurve(McpTool):
 
     async def run(self, api: RestApi) -> Answer:
         """Return ``columns``, ``rows`` and ``resolution``."""
-        params = {"max_points": self.points, "after_step": self.after_step, "until_step": self.until_step}
         # Without names the API returns the columns of the buckets only.
-        params["fields"] = ",".join(name for name in self.columns if name not in BUCKET_COLUMNS) or None
+        fields = ",".join(name for name in self.columns if name not in BUCKET_COLUMNS) or None
+        steps = {"after_step": self.after_step, "until_step": self.until_step}
+        params = {"max_points": self.points, "fields": fields, **steps}
         page = await api.call("GET", job_path(await find_id(api, self.job), "metrics"), params=params)
         return {**as_table(page["data"], ["step", *self.columns]), "resolution": page["resolution"]}
 

@@ -13,12 +13,22 @@ def job(name: str, status: str = "succeeded", metric: str | None = "bpb", **more
 
 
 def test_what_is_unknown_is_left_out_and_numbers_are_short() -> None:
-    given = {"a": None, "b": "", "c": [], "d": {}, "e": 0, "f": False, "g": 1 / 3, "h": 123456789.5, "i": 123456789}
+    given: dict[str, Any] = {
+        "a": None,
+        "b": "",
+        "c": [],
+        "d": {},
+        "e": 0,
+        "f": False,
+        "g": 1 / 3,
+        "h": 123456789.5,
+        "i": 123456789,
+    }
     assert compact(given) == {"e": 0, "f": False, "g": 0.33333, "h": 1.2346e8, "i": 123456789}
 
 
 def test_a_table_has_no_column_without_a_value() -> None:
-    rows = [{"step": 1, "loss": 2.123456, "mfu": None}, {"step": 2, "loss": None}]
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 2.123456, "mfu": None}, {"step": 2, "loss": None}]
     table = as_table(rows, ["step", "loss", "mfu", "absent"])
     assert table == {"columns": ["step", "loss"], "rows": [[1, 2.1235], [2, None]]}
     assert as_table([], ["step"]) == {"columns": [], "rows": []}
