@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(ser
                 assert not is_error, answer
                 return answer
 
+            async def ended(job_id: str) -> dict[str, Any]:
+                deadline = time.monotonic() + 300
+                while not (job := await call("wait_for_job", job=job_id, timeout_seconds=30))["reached"]:
+                    assert time.monotonic() < deadline, job
+                return job
+
             is_error, refused = await ask("cancel_job", job=theirs)
             assert (is_error, refused["error"]["code"]) == (True, "forbidden")
 
@@ -61,11 +68,7 @@ def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(ser
                 jobs.append(await call("launch_job", spec=spec, idempotency_key=spec["name"]))
                 assert (await call("launch_job", spec=spec, idempotency_key=spec["name"]))["id"] == jobs[-1]["id"]
             for job in jobs:
-                for _ in range(10):
-                    ended = await call("wait_for_job", job=job["id"], timeout_seconds=30)
-                    if ended["reached"]:
-                        break
-                assert ended["status"] == "succeeded", ended
+                assert (await ended(job["id"]))["status"] == "succeeded"
 
             compared = await call("compare_jobs", group="rates")
             assert [job["name"] for job in compared["jobs"]] == ["rate-0.003", "rate-1e-05"]
@@ -81,11 +84,8 @@ def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(ser
             assert len((await call("list_jobs", group="rates"))["jobs"]) == 1
             overrides = {"name": "longer", "training": {"max_steps": 40}}
             fork = await call("fork_job", job="rate-0.003", overrides=overrides, idempotency_key="longer")
-            for _ in range(10):
-                ended = await call("wait_for_job", job=fork["id"], timeout_seconds=30)
-                if ended["reached"]:
-                    break
-            assert (ended["status"], ended["step"], ended["owner"]) == ("succeeded", 40, "agent")
+            last = await ended(fork["id"])
+            assert (last["status"], last["step"], last["owner"]) == ("succeeded", 40, "agent")
 
     asyncio.run(loop())
     served.wait(theirs, "succeeded")
