@@ -29,7 +29,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(served: Served, corpus: Path) -> None:
-    created = httpx2.post(f"{served.url}/tokens", json={"name": "agent", "scope": "submit", "max_jobs": 3})
+    created = httpx2.post(f"{served.url}/tokens", json={"name": "agent-7", "scope": "submit", "max_jobs": 3})
     token: str = created.json()["token"]
     theirs = served.submit(story_spec(corpus, nproc_per_node=1))
     environment = {**os.environ, "TRAINYARD_URL": served.url, "TRAINYARD_TOKEN": token}
@@ -85,7 +85,7 @@ def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(ser
             overrides = {"name": "longer", "training": {"max_steps": 40}}
             fork = await call("fork_job", job="rate-0.003", overrides=overrides, idempotency_key="longer")
             last = await ended(fork["id"])
-            assert (last["status"], last["step"], last["owner"]) == ("succeeded", 40, "agent")
+            assert (last["status"], last["step"], last["owner"]) == ("succeeded", 40, "agent-7")
 
     asyncio.run(loop())
     served.wait(theirs, "succeeded")
