@@ -40,6 +40,8 @@ COPY model /model
 COPY worker /worker
 COPY service /service
 COPY client /client
+COPY mcp_tools /mcp_tools
+COPY docs /docs
 COPY migrations /migrations
 
 FROM base AS control

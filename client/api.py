@@ -224,7 +224,14 @@ class Client:
         return cast(Job, self._connection.call("POST", _path(job_id, "fork"), body=body, headers=headers))
 
     def decay(
-        self, job_id: str, steps: int, step: int | None = None, *, shape: str = "sqrt", name: str | None = None
+        self,
+        job_id: str,
+        steps: int,
+        step: int | None = None,
+        *,
+        shape: str = "sqrt",
+        name: str | None = None,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Fork a decay branch: from the checkpoint of ``step``, by default the newest, the rate falls over ``steps``.
 
@@ -237,7 +244,8 @@ class Client:
         base = (job.get("plan") or {}).get("base_step") or 0
         training = {"lr_scheduler": "wsd", "decay_steps": steps, "decay_shape": shape, "max_steps": step - base + steps}
         overrides: dict[str, Any] = {"training": training}
-        return self.fork(job_id, step, overrides if name is None else {**overrides, "name": name})
+        overrides |= {} if name is None else {"name": name}
+        return self.fork(job_id, step, overrides, idempotency_key=idempotency_key)
 
     def cancel(self, job_id: str) -> Job:
         """Request a checkpoint and end the job."""

@@ -418,10 +418,15 @@ class LogChunk(TypedDict):
 
 
 class Version(TypedDict, total=False):
-    """Name and version of the service."""
+    """Name and version of the service. ``caller``, ``scope``: of the token that asked."""
 
     name: str
     version: str
+    api: int
+    python: str
+    database: str
+    caller: NotRequired[str]
+    scope: NotRequired[str]
 
 
 class Webhook(TypedDict):

@@ -109,6 +109,12 @@ class TooManyWebhooks(ServiceError):
     status, code = 409, "too_many_webhooks"
 
 
+class PageNotFound(ServiceError):
+    """The documentation has no such page. /llms.txt lists its pages."""
+
+    status, code = 404, "page_not_found"
+
+
 class LogNotFound(ServiceError):
     """The attempt has no such log yet."""
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
-from trainyard.contract.scopes import NAME
+from trainyard.contract.scopes import NAME, Scope
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
@@ -599,13 +599,15 @@ class Health(ResponseModel):
 
 
 class Version(ResponseModel):
-    """Versions of the service, the API and Python, and the kind of database."""
+    """Versions of the service, the API and Python, the kind of database, and who calls with which scope."""
 
     name: str
     version: str
     api: int
     python: str
     database: str
+    caller: str
+    scope: Scope
 
 
 class Metric(ResponseModel):

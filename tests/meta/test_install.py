@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("client", "contract", "migrations", "model", "service", "worker")
+PACKAGES = ("client", "contract", "mcp_tools", "migrations", "model", "service", "worker")
 
 
 def run(*arguments: str, cwd: Path, path: str = "") -> str:
@@ -38,7 +38,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in (*PACKAGES, "src"):
+    for name in (*PACKAGES, "docs", "src"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
@@ -86,6 +86,8 @@ def test_the_wheel_has_the_packages_below_one_name(wheel: Path) -> None:
     assert {f"trainyard/{package}/__init__.py" for package in PACKAGES} < names
     assert {"trainyard/__init__.py", "trainyard/py.typed", "trainyard/migrations/script.py.mako"} < names
     assert any(name.startswith("trainyard/service/dashboard/static/") for name in names)
+    pages = {f"trainyard/{page.relative_to(ROOT)}" for page in (ROOT / "docs").rglob("*.md")}
+    assert {name for name in names if name.startswith("trainyard/docs/")} == pages
 
 
 def test_the_wheel_has_the_license_that_it_names(wheel: Path) -> None:

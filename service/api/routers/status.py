@@ -10,6 +10,7 @@ from trainyard.service.api import readiness
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import OPEN, READ
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.errors import DatabaseUnavailable, NotReady
 from trainyard.service.maintenance.disk_monitor import Disk, DiskState
 from trainyard.service.schemas import DiskUsage, Health, Readiness, ServiceStatus, Version
@@ -65,14 +66,16 @@ def _to_response(disk: Disk) -> DiskUsage:
 
 
 @router.get("/version", dependencies=[READ])
-def get_version(state: StateDep) -> Version:
-    """Return the version of the service, of the API and of Python."""
+def get_version(state: StateDep, caller: PrincipalDep) -> Version:
+    """Return the version of the service, of the API and of Python, and the name and the scope of the token."""
     return Version(
         name="trainyard",
         version=package_version(),
         api=API_VERSION,
         python=platform.python_version(),
         database=state.database.engine.dialect.name,
+        caller=caller.name,
+        scope=caller.scope,
     )
 
 
