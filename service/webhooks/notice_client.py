@@ -150,6 +150,9 @@ class NoticeProcess:
                 if waiting is not None:
                     waiting.set_result(answer)
         process.wait()
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
         with self._lock:
             if self._process not in (None, process):
                 return  # what is pending now is asked of its successor
