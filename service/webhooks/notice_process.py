@@ -122,7 +122,9 @@ class Exchanges:
 
     def record(self) -> None:
         """Start to record. Redirects are not followed from now on, whatever the URL says."""
-        send = requests.adapters.HTTPAdapter.send
+        transport: Any = requests.adapters.HTTPAdapter
+        session: Any = requests.Session
+        send = transport.send
 
         def recorded(adapter: requests.adapters.HTTPAdapter, *arguments: Any, **options: Any) -> requests.Response:
             self.response = self.error = None
@@ -133,8 +135,8 @@ class Exchanges:
                 raise
             return self.response
 
-        requests.adapters.HTTPAdapter.send = recorded  # type: ignore[method-assign]
-        requests.Session.get_redirect_target = lambda _session, _response: None  # type: ignore[method-assign]
+        transport.send = recorded
+        session.get_redirect_target = lambda _session, _response: None
         logger = logging.getLogger("apprise")
         logger.setLevel(logging.WARNING)
         logger.addFilter(self._keep)
@@ -158,7 +160,7 @@ class Exchanges:
 
 def main() -> int:
     """Answer requests until stdin is closed."""
-    NotificationManager().schemas()  # loads all plugins
+    _kinds()  # loads all plugins
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel removes forks that ended
     answers = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a plugin that prints must not write among the answers
@@ -189,13 +191,22 @@ def _answer(request: Mapping[str, Any], answers: int) -> None:
         else:
             guard.allow(None if _is_mail(plugin) else networks)
             answer(_send(plugin, request, guard, answer))
+    except Exception as error:
+        reason = f"Apprise failed: {type(error).__name__}"
+        failed = {"status": None, "seconds": 0.0, "succeeded": False} if "notice" in request else {}
+        answer({"error": reason, **failed})
     finally:
         os._exit(1)
 
 
+def _kinds() -> list[str]:
+    manager: Any = NotificationManager
+    return sorted(manager().schemas())
+
+
 def _plugin(url: str, networks: Sequence[Network], guard: Guard) -> tuple[apprise.NotifyBase | None, str | None]:
     """Return (plugin, None), or (None, what is wrong with the URL). ``guard`` is installed."""
-    kind, kinds = url.partition("://")[0].lower(), sorted(NotificationManager().schemas())
+    kind, kinds = url.partition("://")[0].lower(), _kinds()
     sys.addaudithook(guard)
     if kind not in kinds:
         near = nearest(kind, tuple(kinds))
@@ -206,7 +217,8 @@ def _plugin(url: str, networks: Sequence[Network], guard: Guard) -> tuple[appris
         return None, f"is no complete {kind}:// URL; see https://appriseit.com/services/"
     if not (_is_mail(plugin) or _uses_http(plugin)):
         return None, f"{kind}:// sends neither by HTTP nor by mail, and only these two are supported"
-    if not _is_mail(plugin) and any("{host}" in template for template in plugin.templates):
+    templates: Sequence[str] = plugin.templates
+    if not _is_mail(plugin) and any("{host}" in template for template in templates):
         error = host_error((plugin.host or "").strip("[]"), networks)
         return (None, error) if error is not None else (plugin, None)
     return plugin, None

@@ -63,7 +63,8 @@ class Mailbox:
     async def handle_DATA(  # noqa: N802 - the library's name
         self, server: SMTP, session: Session, envelope: Envelope
     ) -> str:
-        parsed = email.message_from_bytes(envelope.content or b"", policy=email.policy.default)
+        assert isinstance(envelope.content, bytes)
+        parsed = email.message_from_bytes(envelope.content, policy=email.policy.default)
         assert isinstance(parsed, EmailMessage)
         self.messages.append(parsed)
         return "250 kept"

@@ -149,7 +149,8 @@ def fakes_names(fakes: Path) -> list[str]:
 
 
 def test_going_back_within_an_attempt_repeats_no_point_in_trackio(tmp_path: Path, fakes: Path) -> None:
-    trackers = Trackers(wanted("trackio"), tmp_path / "job_1", [].append)
+    said: list[Event] = []
+    trackers = Trackers(wanted("trackio"), tmp_path / "job_1", said.append)
     trackers.start_at(0)
     for step in (1, 2, 3):
         trackers.log(metric(step))
