@@ -430,7 +430,7 @@ class Version(TypedDict, total=False):
 
 
 class Webhook(TypedDict):
-    """A webhook. ``secret`` is there only if it is new."""
+    """A webhook. ``secret`` is there only if it is new; None for a URL of Apprise's kinds."""
 
     object: str
     id: str
@@ -449,7 +449,7 @@ class Webhook(TypedDict):
     old_secret_until: str | None
     created_at: str
     updated_at: str
-    secret: NotRequired[str]
+    secret: NotRequired[str | None]
 
 
 class Delivery(TypedDict):

@@ -160,6 +160,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=TimeoutH11Protocol,
+            loop="asyncio",  # what is tested; uvicorn would take uvloop, which trackio installs
             backlog=ACCEPTS_PER_ROUND,
             # uvicorn would trust every peer on loopback; `service.proxies` trusts only the configured proxies.
             proxy_headers=False,
