@@ -13,13 +13,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote
 
 import httpx2
 
-from trainyard.client.connection import PAGE, AsyncConnection, Connection, RetryPolicy, normalize_url
+from trainyard.client.connection import PAGE, Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint, download_export
 from trainyard.client.errors import (
     AmbiguousName,
@@ -55,17 +56,19 @@ from trainyard.client.types import (
 from trainyard.client.webhooks import Webhooks
 from trainyard.contract.status import CorpusStatus
 
+if TYPE_CHECKING:
+    from trainyard.client.async_connection import AsyncConnection
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 METRICS_PAGE = 1000
 GENERATION_SECONDS = 600.0
-QUIET_SECONDS = 2.0
-"""If a stream of `follow` is silent for this long, it looks whether the job is still live."""
+RECONNECT_SECONDS = 0.5
 
 
 class ClientBase:
     """What both clients share: the settings, and the conversations of several requests."""
 
-    _connection: Connection | AsyncConnection
+    _connection: "Connection | AsyncConnection"
 
     def __init__(self, url: str | None, token: str | None) -> None:
         self.url = normalize_url(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
@@ -159,14 +162,19 @@ class ClientBase:
         return fields
 
     def _wait_for_corpus(
-        self, corpus_id: str, timeout: float | None, interval: float, on_progress: Callable[[TokenizedCorpus], None]
+        self,
+        corpus_id: str,
+        timeout: float | None,
+        interval: float,
+        on_progress: Callable[[TokenizedCorpus], None] | None,
     ) -> Flow[TokenizedCorpus]:
         deadline = None if timeout is None else time.monotonic() + timeout
         corpus: TokenizedCorpus | None = None
         while True:
             try:
                 corpus = cast(TokenizedCorpus, (yield from self._connection.call("GET", _corpus(corpus_id))))
-                on_progress(corpus)
+                if on_progress is not None:
+                    on_progress(corpus)
                 if corpus["status"] not in (CorpusStatus.QUEUED, CorpusStatus.PREPARING):
                     return corpus
             except ServiceUnreachable:
@@ -199,20 +207,15 @@ class ClientBase:
         fields: Mapping[str, Any] | None = None
         position = _Position()
         path, params = _path(job_id, "metrics", "stream"), {"after_step": after_step}
-        while not position.ended:
+        while True:
             # First the job, then its points: so all points of an idle job are read.
             fields = yield from self._poll(job_id, fields)
-            silent = False
-            try:
-                yield from self._connection.events(
-                    path, params, position.last_id, timeout=QUIET_SECONDS, accept=position.point_of
-                )
-            except ServiceUnreachable:
-                silent = True
-            if is_idle(fields):
+            with suppress(ServiceUnreachable):  # or silent for ``interval``
+                last_id, accept = position.last_id, position.point_of
+                yield from self._connection.events(path, params, last_id, timeout=interval, accept=accept)
+            if position.ended or is_idle(fields):
                 return
-            if silent:
-                yield Sleep(interval)
+            yield Sleep(RECONNECT_SECONDS)
 
 
 class _Position:
@@ -450,7 +453,7 @@ class Client(ClientBase):
         corpus_id: str,
         timeout: float | None = None,
         interval: float = 0.5,
-        on_progress: Callable[[TokenizedCorpus], None] = lambda _: None,
+        on_progress: Callable[[TokenizedCorpus], None] | None = None,
     ) -> TokenizedCorpus:
         """Poll until the corpus is ``ready``, ``failed`` or ``stopped``, and return it. Waits for the service too.
 
@@ -484,12 +487,13 @@ class Client(ClientBase):
         """
         return self._connection.each(self._metric_pages(job_id, after_step, attempt, lineage))
 
-    def follow(self, job_id: str, *, after_step: int = 0, interval: float = 0.5) -> Iterator[Metric]:
+    def follow(self, job_id: str, *, after_step: int = 0, interval: float = 5.0) -> Iterator[Metric]:
         """Yield the points of the curve after ``after_step``, and then each new one, until the job is idle.
 
-        Reconnects if the connection breaks, and waits for a service that restarts: no point is lost or repeated, and
-        after a break the next try is made after ``interval`` seconds. If a restarted run goes back to an earlier step,
-        its points follow with a higher ``attempt``; those of the earlier attempt after that step are void.
+        Points come within a second, from a stream. If it breaks it is opened again, also after a restart of the
+        service: no point is lost or repeated. If it is silent for ``interval`` seconds, the job is read to see whether
+        it is idle. If a restarted run goes back to an earlier step, its points follow with a higher ``attempt``; those
+        of the earlier attempt after that step are void.
 
         Raises:
             StreamUnsupported: the service is older than its streams.

@@ -15,7 +15,8 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar, cast, overload
 import httpx2
 
 from trainyard.client.api import Client, ClientBase, Job
-from trainyard.client.connection import AsyncConnection, RetryPolicy
+from trainyard.client.async_connection import AsyncConnection
+from trainyard.client.connection import RetryPolicy
 from trainyard.client.job import JobFields, job_html, of_job
 from trainyard.client.pages import AsyncPages, Pages
 from trainyard.client.types import CurvePoint

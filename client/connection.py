@@ -1,10 +1,9 @@
 """HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
-import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, aclosing, closing
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -14,7 +13,7 @@ import httpx2
 from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
 from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
 from trainyard.client.local_peer import distrust
-from trainyard.client.pages import AsyncPages, Pages
+from trainyard.client.pages import Pages
 from trainyard.client.sse import OPENED, EventParser, StreamEvent, StreamUnsupported
 
 CONNECT_SECONDS = 10.0
@@ -58,6 +57,22 @@ class Exchange:
     def __init__(self, url: str, retries: RetryPolicy) -> None:
         self.url = url.rstrip("/")
         self._retries = retries
+
+    def _settings(self, token: str | None, timeout: float) -> dict[str, Any]:
+        return {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "timeout": timeout,
+            # A proxy from the environment cannot reach this machine's own loopback address.
+            "trust_env": urlsplit(self.url).hostname not in LOOPBACK,
+        }
+
+    def _checks_peers(self, token: str | None) -> bool:
+        # With https the certificate says whose program answers.
+        return bool(token) and self.url.startswith("http:")
+
+    def _call(self, method: str, path: str, parse: Callable[[Any], T], content: Mapping[str, Any]) -> Flow[T]:
+        return parse((yield from self.call(method, path, **content)))
 
     def call(
         self,
@@ -257,8 +272,8 @@ class Connection(Exchange):
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         super().__init__(url, retries)
-        self._http = httpx2.Client(transport=transport, **_settings(self.url, token, timeout))
-        if _may_meet_strangers(self.url, token):
+        self._http = httpx2.Client(transport=transport, **self._settings(token, timeout))
+        if self._checks_peers(token):
             self._http.event_hooks = {"request": [self._check_new_connections]}
 
     def close(self) -> None:
@@ -272,7 +287,7 @@ class Connection(Exchange):
 
     def request(self, method: str, path: str, parse: Callable[[Any], Any] = lambda body: body, **content: Any) -> Any:
         """Run a `call` and return ``parse`` of its result."""
-        return self.run(_parsed(self.call(method, path, **content), parse))
+        return self.run(self._call(method, path, parse, content))
 
     def each(self, flow: ItemFlow[list[T]]) -> Pages[T]:
         """Run a flow that gives pages, and return their rows."""
@@ -323,109 +338,6 @@ class Connection(Exchange):
         if error is not None:
             details["return_value"].close()
             raise error
-
-
-class AsyncConnection(Exchange):
-    """Runs flows with an asynchronous HTTP client. What `Connection` returns is awaited or iterated with async here."""
-
-    _http: httpx2.AsyncClient
-
-    def __init__(
-        self,
-        url: str,
-        token: str | None,
-        timeout: float,
-        retries: RetryPolicy,
-        transport: httpx2.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__(url, retries)
-        self._http = httpx2.AsyncClient(transport=transport, **_settings(self.url, token, timeout))
-        if _may_meet_strangers(self.url, token):
-            self._http.event_hooks = {"request": [self._check_new_connections]}
-
-    async def close(self) -> None:
-        """Close the open connections."""
-        await self._http.aclose()
-
-    async def run(self, flow: Flow[T]) -> T:
-        """Run a flow and return its result."""
-        async with aclosing(self.iterate(as_item(flow))) as items:
-            return await anext(items)
-
-    def request(
-        self, method: str, path: str, parse: Callable[[Any], Any] = lambda body: body, **content: Any
-    ) -> Coroutine[Any, Any, Any]:
-        """Run a `call` and return ``parse`` of its result."""
-        return self.run(_parsed(self.call(method, path, **content), parse))
-
-    def each(self, flow: ItemFlow[list[T]]) -> AsyncPages[T]:
-        """Run a flow that gives pages, and return their rows."""
-        return AsyncPages(self.iterate(flow))
-
-    async def iterate(self, flow: ItemFlow[T]) -> AsyncGenerator[T, None]:
-        """Run a flow and yield its items."""
-        async with AsyncExitStack() as opened:
-            step = flow.send
-            result: Any = None
-            while True:
-                try:
-                    wanted = step(result)
-                except StopIteration:
-                    return
-                if isinstance(wanted, Item):
-                    step, result = flow.send, None
-                    yield wanted.value
-                    continue
-                try:
-                    step, result = flow.send, await self._do(wanted, opened)
-                except Exception as error:
-                    step, result = flow.throw, error
-
-    async def _do(self, step: Step, opened: AsyncExitStack) -> Any:
-        match step:
-            case Send(request):
-                return await self._http.send(request)
-            case Open(request, parts):
-                await opened.aclose()
-                response = await self._http.send(request, stream=True)
-                opened.push_async_callback(response.aclose)
-                if response.status_code >= 400:
-                    await response.aread()
-                return Body(response, response.aiter_lines() if parts == "lines" else response.aiter_bytes())
-            case Next(body):
-                return await anext(body.parts, None)  # type: ignore[arg-type]  # made by `Open` above
-            case Sleep(seconds):
-                return await asyncio.sleep(seconds)
-            case Work(function):
-                return await asyncio.to_thread(function)
-
-    async def _check_new_connections(self, request: httpx2.Request) -> None:
-        request.extensions["trace"] = self._on_transport_event
-
-    async def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
-        error = self._distrust(name, details)
-        if error is not None:
-            await details["return_value"].aclose()
-            raise error
-
-
-def _settings(url: str, token: str | None, timeout: float) -> dict[str, Any]:
-    return {
-        "base_url": url,
-        "headers": {"Authorization": f"Bearer {token}"} if token else {},
-        "timeout": timeout,
-        # A proxy from the environment cannot reach this machine's own loopback address.
-        "trust_env": urlsplit(url).hostname not in LOOPBACK,
-    }
-
-
-def _may_meet_strangers(url: str, token: str | None) -> bool:
-    # With https the certificate says whose program answers.
-    return bool(token) and url.startswith("http:")
-
-
-def _parsed(flow: Flow[Any], parse: Callable[[Any], T]) -> Flow[T]:
-    return parse((yield from flow))
 
 
 FIELD_OF = {

@@ -2,7 +2,7 @@
 
 A flow is a generator. It yields a step, such as `Send`, and receives the result of the step, or its exception. So all
 rules (retries, pages, waiting, downloads) are written once. `connection.Connection` runs flows with a blocking HTTP
-client and `connection.AsyncConnection` with an asynchronous one.
+client and `async_connection.AsyncConnection` with an asynchronous one.
 """
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator

@@ -1,18 +1,21 @@
 """The webhook routes of the service, as `Client.webhooks`."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
-from trainyard.client.connection import AsyncConnection, Connection
+from trainyard.client.connection import Connection
 from trainyard.client.pages import Pages
 from trainyard.client.types import Delivery, Webhook
+
+if TYPE_CHECKING:
+    from trainyard.client.async_connection import AsyncConnection
 
 
 class WebhookRequests:
     """What the webhooks of both clients share."""
 
-    def __init__(self, connection: Connection | AsyncConnection) -> None:
+    def __init__(self, connection: "Connection | AsyncConnection") -> None:
         self._connection = connection
 
     def _webhook(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Webhook:
