@@ -343,9 +343,7 @@ def test_a_stranger_gets_no_token_of_an_asynchronous_client(stranger: Stranger, 
                 lambda: anext(client.metric_stream("job_a")),
             ]
             for call in calls:
-                with pytest.raises(
-                    ServiceUnreachable, match="so the token was not sent"
-                ):
+                with pytest.raises(ServiceUnreachable, match="so the token was not sent"):
                     await call()
 
     asyncio.run(run())
