@@ -337,7 +337,11 @@ class Client(ClientBase):
         return self._connection.each(self._connection.list_pages("/jobs", params, limit, self._job))
 
     def job(self, job_id: str) -> "Job":
-        """Return the job with this id."""
+        """Return the job with this id.
+
+        Raises:
+            NotFound: there is none.
+        """
         return cast(Job, self._connection.request("GET", _path(job_id), parse=self._job))
 
     def find(self, id_or_name: str) -> "Job":
@@ -354,15 +358,26 @@ class Client(ClientBase):
 
         ``log_interval``, ``save_interval`` and ``keep_last`` reach a live run. ``discarded=True`` hides the job from
         lists, and False shows it again.
+
+        Raises:
+            InvalidSpec: ``errors`` lists all problems of the changes.
         """
         return cast(Job, self._connection.request("PATCH", _path(job_id), body=changes, parse=self._job))
 
     def pause(self, job_id: str) -> "Job":
-        """Request a checkpoint and a stop. The job can be resumed."""
+        """Request a checkpoint and a stop. Returns at once; the job can be resumed when it is ``paused``.
+
+        Raises:
+            InvalidState: the job has ended, or is ending.
+        """
         return cast(Job, self._act(job_id, "pause"))
 
     def save(self, job_id: str) -> "Job":
-        """Request a checkpoint at the next step. The run continues."""
+        """Request a checkpoint at the next step. Returns at once; the run continues.
+
+        Raises:
+            InvalidState: the job is not running.
+        """
         return cast(Job, self._act(job_id, "save"))
 
     def resume(self, /, job_id: str, **changes: Any) -> "Job":
@@ -372,6 +387,10 @@ class Client(ClientBase):
         ``resources``, ``gradient_checkpointing`` and ``save_dir`` (the checkpoints and weights are moved there).
         ``schedule`` of a longer run: "extend" (as if it had this length from the start) or "continue" (decays from the
         current learning rate).
+
+        Raises:
+            InvalidState: the job is live, or has no valid checkpoint; ``problem`` lists the allowed actions.
+            InvalidSpec: a change is not allowed.
         """
         return cast(Job, self._act(job_id, "resume", changes or None))
 
@@ -387,9 +406,11 @@ class Client(ClientBase):
         """Create a job that starts from the checkpoint of ``step``, by default the newest.
 
         ``overrides``: the part of the job spec that differs from the parent's. ``data``: "keep" continues the parent's
-        order of samples, "restart" starts the data and the schedule from the beginning.
+        order of samples, "restart" starts the data and the schedule from the beginning. A retry with the same
+        ``idempotency_key`` never creates a second job.
 
         Raises:
+            InvalidState: the job has no checkpoint.
             InvalidSpec: ``errors`` lists all problems of the spec.
         """
         body = {"step": step, "overrides": overrides or {}, "data": data}
@@ -402,19 +423,34 @@ class Client(ClientBase):
         """Fork a decay branch: from the checkpoint of ``step``, by default the newest, the rate falls over ``steps``.
 
         The branch sees the data that the job would see next. ``shape``: "sqrt", "linear" or "cosine".
+
+        Raises:
+            InvalidState: the job has no checkpoint.
         """
         return cast(Job, self._connection.run(self._decay(job_id, steps, step, shape, name)))
 
     def cancel(self, job_id: str) -> "Job":
-        """Request a checkpoint and end the job."""
+        """Request a checkpoint and end the job. Returns at once.
+
+        Raises:
+            InvalidState: the job has ended.
+        """
         return cast(Job, self._act(job_id, "cancel"))
 
     def kill(self, job_id: str) -> "Job":
-        """End the job now, without a checkpoint."""
+        """End the job now, without a checkpoint. Returns at once.
+
+        Raises:
+            InvalidState: the job has ended.
+        """
         return cast(Job, self._act(job_id, "kill"))
 
     def delete(self, job_id: str) -> None:
-        """Delete a job that has ended, with its files."""
+        """Delete a job that has ended, with its files.
+
+        Raises:
+            InvalidState: the job has not ended.
+        """
         return cast(None, self._connection.request("DELETE", _path(job_id)))
 
     def wait(
@@ -427,9 +463,10 @@ class Client(ClientBase):
     ) -> "Job":
         """Poll until the job has one of the statuses ``until``, or until ``until(job)``; by default until it is idle.
 
-        Waits for the service too if it stops responding after the first response. ``stall_timeout`` is the limit for
-        the time without progress: without a new step, phase, attempt or status. Unlike ``timeout`` it does not depend
-        on the speed of the machine. A job that waits for devices makes no progress.
+        Idle is succeeded, failed, cancelled, paused, or interrupted without a restart. Waits for the service too if it
+        stops responding after the first response. All times are in seconds: ``interval`` between two polls,
+        ``stall_timeout`` without progress: without a new step, phase, attempt or status. Unlike ``timeout`` it does not
+        depend on the speed of the machine. A job that waits for devices makes no progress.
 
         Raises:
             WaitTimedOut: ``timeout`` seconds passed, or ``stall_timeout`` seconds without progress.
@@ -457,6 +494,8 @@ class Client(ClientBase):
     ) -> TokenizedCorpus:
         """Poll until the corpus is ``ready``, ``failed`` or ``stopped``, and return it. Waits for the service too.
 
+        ``on_progress`` is called with the corpus after each poll, every ``interval`` seconds.
+
         Raises:
             WaitTimedOut: ``timeout`` seconds passed.
         """
@@ -467,11 +506,19 @@ class Client(ClientBase):
         return cast(Pages[TokenizedCorpus], self._pages("/corpora", {}, limit))
 
     def corpus(self, corpus_id: str) -> TokenizedCorpus:
-        """Return the corpus with this id."""
+        """Return the corpus with this id.
+
+        Raises:
+            NotFound: there is none.
+        """
         return cast(TokenizedCorpus, self._connection.request("GET", _corpus(corpus_id)))
 
     def delete_corpus(self, corpus_id: str) -> None:
-        """Delete a corpus from the cache; the files that it was made of stay."""
+        """Delete a corpus from the cache; the files that it was made of stay.
+
+        Raises:
+            InvalidState: a job uses it.
+        """
         return cast(None, self._connection.request("DELETE", _corpus(corpus_id)))
 
     # Metrics, logs, checkpoints and events of a job
@@ -555,8 +602,10 @@ class Client(ClientBase):
     def download(self, job_id: str, step: int, into: str | os.PathLike[str]) -> list[str]:
         """Download a checkpoint into the folder ``into`` and return the names of its files.
 
-        Continues an earlier download that was interrupted. Raises `ChecksumMismatch` if a file differs from the
-        manifest.
+        Continues an earlier download that was interrupted.
+
+        Raises:
+            ChecksumMismatch: a file differs from the manifest. It is deleted.
         """
         path = _path(job_id, "checkpoints", str(step), "files")
         return self._connection.run(download_checkpoint(self._connection, path, Path(into)))
@@ -572,7 +621,8 @@ class Client(ClientBase):
     def download_export(self, export: Export, into: str | os.PathLike[str]) -> list[str]:
         """Download the files of an export, as `export` returns it, into the folder ``into``; return their names.
 
-        Raises `ChecksumMismatch` if a file does not have the size that the service lists.
+        Raises:
+            ChecksumMismatch: a file does not have the size that the service lists. It is deleted.
         """
         path = _path(export["job_id"], "exports", str(export["step"]), export["format"], "files")
         return self._connection.run(download_export(self._connection, path, export["files"], Path(into)))
@@ -596,7 +646,7 @@ class Client(ClientBase):
         A task is ``{"name", "path", "kind"}``; the service reads ``path``. Returns at once, see `wait_evaluation`.
 
         Raises:
-            InvalidRequest: ``errors`` lists the bad lines of the files too.
+            InvalidSpec: ``errors`` lists the bad lines of the files too.
         """
         path = _path(job_id, "checkpoints", str(step), "evaluate")
         body = None if tasks is None else {"tasks": [dict(task) for task in tasks]}
@@ -650,7 +700,10 @@ class Client(ClientBase):
     ) -> Iterator[StreamEvent]:
         """Do the same as `generate`, but yield the events ``start``, ``text`` for each part, and ``end``.
 
-        Closing the iterator ends the generation. Raises `ApiError` also if it fails after its beginning.
+        Closing the iterator ends the generation.
+
+        Raises:
+            ApiError: also if it fails after its beginning.
         """
         body = {**_generation(prompt, messages, options), "stream": True}
         path = _path(job_id, "checkpoints", str(step), "generate")
@@ -659,7 +712,11 @@ class Client(ClientBase):
         )
 
     def delete_checkpoint(self, job_id: str, step: int) -> None:
-        """Delete a full checkpoint with its files. The service rejects this for the last valid one."""
+        """Delete a full checkpoint with its files.
+
+        Raises:
+            InvalidState: it is the last valid one, or in use.
+        """
         return cast(None, self._connection.request("DELETE", _path(job_id, "checkpoints", str(step))))
 
     def events(self, job_id: str) -> Pages[dict[str, Any]]:
@@ -702,7 +759,11 @@ class Client(ClientBase):
         return cast(dict[str, Any], self._connection.request("GET", "/health"))
 
     def ready(self) -> dict[str, Any]:
-        """Return the state of the service's components. Raises `ApiError` if it cannot run jobs."""
+        """Return the state of the service's components.
+
+        Raises:
+            ApiError: it cannot run jobs; ``problem`` has the components.
+        """
         return cast(dict[str, Any], self._connection.request("GET", "/ready"))
 
     def version(self) -> Version:
