@@ -96,7 +96,9 @@ class ClientBase:
         for discarded in (None, "true"):
             params = {"name": id_or_name, "limit": PAGE, "discarded": discarded}
             page = yield from self._connection.call("GET", "/jobs", params=params)
-            matches = matches or [self._job(job) for job in page["data"] if job["name"] == id_or_name]
+            matches = [self._job(job) for job in page["data"] if job["name"] == id_or_name]
+            if matches:
+                break
         if not matches:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(matches) > 1:
