@@ -1,5 +1,6 @@
 """A token goes only to a program of a trusted user: another one may listen on the port of a dead service."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from tests.unprivileged import NOBODY, drop_root, public_tmp_dir
 from trainyard.client import local_peer
 from trainyard.client.api import Client
+from trainyard.client.async_client import AsyncClient
 from trainyard.client.cli import job_names
 from trainyard.client.connection import RetryPolicy
 from trainyard.client.errors import ServiceUnreachable
@@ -203,6 +205,20 @@ def test_the_service_of_the_home_gets_the_token_after_its_proof(listener: Listen
     listener.key = KEY
     assert refusal(listener) is None
     assert [path for path, _ in listener.asked] == ["/health", "/version"]
+
+
+def test_the_asynchronous_client_checks_the_same(listener: Listener, home: Path) -> None:
+    async def ask() -> None:
+        async with AsyncClient(listener.url, TOKEN, retries=RetryPolicy(seconds=0)) as client:
+            await client.version()
+
+    listener.key = bytes(32)
+    with pytest.raises(ServiceUnreachable, match=r"does not have the key .* token was not sent"):
+        asyncio.run(ask())
+    assert listener.tokens == []
+    listener.key = KEY
+    asyncio.run(ask())
+    assert listener.tokens == [f"Bearer {TOKEN}"]
 
 
 @pytest.mark.parametrize("what", ["another key", "no proof", "a proof that was passed on from another port"])
