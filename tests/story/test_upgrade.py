@@ -27,7 +27,7 @@ STEPS = 240
 LONG_STEPS = 2400
 """Enough for three starts of a service on a busy host."""
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, mixed_release:
 @pytest.fixture(scope="module")
 def mixed_untouched(mixed: Served, corpus: Path) -> str:
     job_id = mixed.submit(described(corpus))
-    mixed.wait(job_id, "succeeded", seconds=300)
+    mixed.wait(job_id, "succeeded", seconds=600)
     return job_id
 
 
@@ -167,7 +167,7 @@ def test_a_service_of_0_1_pauses_and_resumes_the_run_of_an_agent_of_this_release
     assert mixed.post(f"/jobs/{job_id}/pause").status_code == 202
     mixed.wait(job_id, "paused")
     assert mixed.post(f"/jobs/{job_id}/resume").status_code == 202
-    assert mixed.wait(job_id, "succeeded", seconds=300)["attempt"] == 2
+    assert mixed.wait(job_id, "succeeded", seconds=600)["attempt"] == 2
     assert [row["step"] for row in mixed.metrics(job_id)] == list(range(1, STEPS + 1))
     assert final_sha256(mixed, job_id) == final_sha256(mixed, mixed_untouched)
 
@@ -214,7 +214,7 @@ def test_a_service_of_0_1_refuses_the_database_of_this_release_and_continues_wit
     shutil.copyfile(backup, home / "trainyard.db")
     old.start()
     step_at_return = run.read_step() or 0
-    job = old.wait(job_id, "succeeded", seconds=300)
+    job = old.wait(job_id, "succeeded", seconds=600)
     old.stop()
     assert step_at_return < LONG_STEPS, "the run has ended before 0.1 was back: make it longer"
     assert job["attempt"] == 1
