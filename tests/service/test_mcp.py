@@ -340,7 +340,7 @@ def counted_requests(rig: ServiceHarness, route: str) -> float:
     """Requests of a route that are done, by the service's own count."""
     samples = [sample for metric in rig.app.state.app_state.metrics.requests.collect() for sample in metric.samples]
     found = [s.value for s in samples if s.name.endswith("_count") and s.labels["route"] == route]
-    return sum(found)
+    return float(sum(found))
 
 
 def test_an_agent_that_waits_does_not_delay_the_end_of_the_service(rig: ServiceHarness, url: str) -> None:
