@@ -8,7 +8,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import Engine
 
@@ -106,9 +106,10 @@ def _two_sessions(engine: Engine) -> Iterator[tuple["psycopg.Connection", "psyco
     """Open two sessions without transactions. An engine begins one at once, which some poolers do not allow."""
     import psycopg
 
-    arguments, options = engine.dialect.create_connect_args(engine.url)
-    # Nothing is prepared: behind a pooler the next execution may be on another connection.
-    options |= {"application_name": APPLICATION, "autocommit": True, "prepare_threshold": None, **KEEPALIVES}
+    arguments, given = engine.dialect.create_connect_args(engine.url)
+    options: dict[str, Any] = {**given, **KEEPALIVES, "application_name": APPLICATION, "autocommit": True}
+    # Behind a pooler, the next execution of a prepared statement may be on a connection that does not know it.
+    options["prepare_threshold"] = None
     try:
         with psycopg.connect(*arguments, **options) as one, psycopg.connect(*arguments, **options) as other:
             yield one, other
