@@ -6,7 +6,8 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, column, func, or_, select, tuple_, values
+from sqlalchemy import BigInteger, ColumnElement, column, func, or_, select, tuple_
+from sqlalchemy import values as value_rows
 from sqlalchemy.orm import Session
 
 from trainyard.contract.events import MetricEvent
@@ -110,7 +111,7 @@ def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width
 
     The database adds them up: millions of points would be slow to read.
     """
-    bounds = values(column("first", BigInteger), column("last", BigInteger), name="bounds").data([*ranges]).cte()
+    bounds = value_rows(column("first", BigInteger), column("last", BigInteger), name="bounds").data([*ranges]).cte()
     found = MetricRow.loss.is_not(None)
     query = (
         select(func.min(MetricRow.step), func.max(MetricRow.step), func.count(), func.sum(MetricRow.loss))

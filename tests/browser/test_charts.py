@@ -102,7 +102,7 @@ def test_loss_chart_shows_the_events_of_a_run(run: Run, page: Page) -> None:
     )
     known = {uid: points for uid, _, points in lines}
     assert {kind for _, kind, _ in lines} == {"scatter"}
-    assert (known["ema"], known["eval"], known["bad"], known["old-1"]) == (80, 4, 1, 20)
+    assert (known["smoothed"], known["eval"], known["bad"], known["old-1"]) == (80, 4, 1, 20)
     assert chart.locator(".js-plotly-plot").first.evaluate("node => node.layout.shapes.length") == 3
     expect(figure(page, "Gradient norm")).to_contain_text("1 not shown on a log axis")
     chart.get_by_role("button", name="log").click()
@@ -149,7 +149,7 @@ def test_zoom_survives_updates_and_a_reload(run: Run, page: Page) -> None:
     say(run.attempt, range(81, 121))
     run.rig.ship(run.attempt)
     expect(page.locator(".facts")).to_contain_text("120 of 400")
-    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'ema')")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'smoothed')")
     assert zoomed(page) == before
     assert page.evaluate("[scrollY, document.activeElement.id]") == [120, "tab-config"]
     page.reload()
