@@ -2,7 +2,8 @@
 
 The weight of a point is a Gaussian of its distance in steps. A weighted mean alone would lag at the ends of the curve,
 where all points are on one side: on a falling loss it is above the newest points. A straight line through the points
-(local linear regression) has no such bias: a curve that falls evenly is reproduced up to its last step.
+(local linear regression) has no such bias: a curve that falls evenly is reproduced up to its last step. Half of the
+points would make it twice as noisy there, so at the newest end the kernel is twice as wide.
 
 Only steps count, not pixels, buckets or the log interval, so the line is the same at every zoom. To keep long runs
 fast, the points are summed in cells, which are narrow compared with the kernel and start at multiples of their width.
@@ -48,14 +49,21 @@ def cell_width(width: float) -> int:
     return 1 << max(0, int(math.log2(max(1.0, width / CELLS_PER_WIDTH))))
 
 
-def covered_ranges(steps: Sequence[int], width: float) -> list[tuple[int, int]]:
+def width_at(step: int, last_step: int, width: float) -> float:
+    """Return the width of the kernel at ``step``: it doubles over the last two widths of the curve."""
+    return width * (1 + max(0.0, 1 - (last_step - step) / (2 * width)))
+
+
+def covered_ranges(steps: Sequence[int], width: float, last_step: int) -> list[tuple[int, int]]:
     """Return the ranges of steps, first and last, that the smoothed values at ``steps`` depend on: whole cells.
 
-    ``steps`` are in order. Those of a whole run are far apart, so that a narrow kernel needs few of the points.
+    ``steps`` are in order; ``last_step`` is the last one of the whole curve. The steps of a whole run are far
+    apart, so that a narrow kernel needs few of the points.
     """
-    cell, reach = cell_width(width), math.ceil(REACH * width)
+    cell = cell_width(width)
     ranges: list[tuple[int, int]] = []
     for step in steps:
+        reach = math.ceil(REACH * width_at(step, last_step, width))
         first, last = max(0, step - reach) // cell * cell, ((step + reach) // cell + 1) * cell - 1
         if ranges and first <= ranges[-1][1] + 1:
             first = ranges.pop()[0]
@@ -75,12 +83,18 @@ def to_cells(aggregates: Iterable[Aggregate], width: float) -> list[Cell]:
     return cells
 
 
-def smooth(cells: Sequence[Cell], steps: Iterable[int], width: float) -> list[float | None]:
-    """Return the smoothed loss at each of ``steps``; None if no point is near. ``width``: of the Gaussian, in steps."""
+def smooth(cells: Sequence[Cell], steps: Iterable[int], width: float, last_step: int) -> list[float | None]:
+    """Return the smoothed loss at each of ``steps``; None if no point is near.
+
+    ``width``: of the Gaussian, in steps. ``last_step``: of the whole curve, also if ``cells`` are only a part of it.
+    """
     middles = [cell.middle for cell in cells]
-    reach = REACH * width
-    near = ((step, cells[bisect_left(middles, step - reach) : bisect_right(middles, step + reach)]) for step in steps)
-    return [_fit(found, step, width) if found else None for step, found in near]
+    values: list[float | None] = []
+    for step in steps:
+        own = width_at(step, last_step, width)
+        first, end = bisect_left(middles, step - REACH * own), bisect_right(middles, step + REACH * own)
+        values.append(_fit(cells[first:end], step, own) if first < end else None)
+    return values
 
 
 def _fit(cells: Sequence[Cell], step: int, width: float) -> float:

@@ -17,11 +17,12 @@ NOISE = 0.2
 
 
 def slow(points: list[Aggregate], step: int, width: float) -> float:
-    """Return the weighted least-squares line through all finite points, at ``step``."""
+    """Return the weighted least-squares line through all finite points, at ``step``: up to twice as wide at the end."""
     finite = [point for point in points if point.finite_step is not None]
     steps = np.array([point.step for point in finite], dtype=float)
     losses = np.array([point.loss for point in finite], dtype=float)
-    kernel = np.exp(-0.5 * ((steps - step) / width) ** 2)
+    from_end = (points[-1].step - step) / width
+    kernel = np.exp(-0.5 * ((steps - step) / (width if from_end > 2 else width * (2 - from_end / 2))) ** 2)
     # polyfit squares its weights.
     slope, level = np.polyfit(steps - step, losses, 1, w=np.sqrt(kernel))
     assert math.isfinite(slope)
@@ -38,7 +39,7 @@ def noisy_points(dice: random.Random, count: int, stride: int = 1) -> list[Aggre
 
 
 def smoothed(points: list[Aggregate], steps: list[int], width: float) -> list[float]:
-    values = smooth(to_cells(points, width), steps, width)
+    values = smooth(to_cells(points, width), steps, width, points[-1].step)
     return [value for value in values if value is not None]
 
 
@@ -79,13 +80,13 @@ def test_newest_loss_and_smoothed_loss_agree_at_the_end_of_a_settled_run() -> No
 
 def test_values_that_are_not_finite_are_skipped() -> None:
     points = [aggregate_of(step, 2.0 if step < 50 or step > 150 else None, 1) for step in range(1, 201)]
-    assert smooth(to_cells(points, 10.0), [20, 49, 180], 10.0) == pytest.approx([2.0, 2.0, 2.0])
-    assert smooth(to_cells(points, 10.0), [100], 10.0) == [None], "no point within four widths"
-    assert smooth(to_cells([], 10.0), [1], 10.0) == [None]
-    [single] = smooth(to_cells([aggregate_of(7, 3.5, 1)], 200.0), [7], 200.0)
+    assert smooth(to_cells(points, 10.0), [20, 49, 180], 10.0, 200) == pytest.approx([2.0, 2.0, 2.0])
+    assert smooth(to_cells(points, 10.0), [100], 10.0, 200) == [None], "no point within four widths"
+    assert smooth(to_cells([], 10.0), [1], 10.0, 1) == [None]
+    [single] = smooth(to_cells([aggregate_of(7, 3.5, 1)], 200.0), [7], 200.0, 7)
     assert single == 3.5
     ragged = [aggregate_of(1, 5.0, 1), aggregate_of(2, 4.0, 1), *(aggregate_of(n, None, 1) for n in range(3, 40))]
-    [last] = smooth(to_cells(ragged, 10.0), [39], 10.0)
+    [last] = smooth(to_cells(ragged, 10.0), [39], 10.0, 39)
     assert last == pytest.approx(4.0), "the line is not continued beyond the finite points"
 
 

@@ -127,7 +127,7 @@ def _buckets(session: Session, job: JobRow, query: MetricsQuery, max_points: int
     smoothed: dict[str, Any] = {}
     if query.smooth_width is not None:
         width = smoothing.auto_width(last) if query.smooth_width == "auto" else query.smooth_width
-        _add_smoothed(session, job, query, rows, width)
+        _add_smoothed(session, job, query, rows, width, last)
         smoothed = {"smooth_width": width}
     if query.selected:
         _add_fields(session, job, query, rows)
@@ -144,24 +144,27 @@ def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollu
     return [row for row in bucket_rows(parts, view.width, view.half_life) if row["step"] >= view.begin]
 
 
-def _add_smoothed(session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]], width: float) -> None:
+def _add_smoothed(
+    session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]], width: float, last_step: int
+) -> None:
     """Add `loss_smooth` at the last step of each bucket, and null to buckets without a finite loss."""
     measured = [row for row in rows if row["loss_mean"] is not None]
     values: list[float | None] = [row["loss"] for row in measured]
     if measured and width > 0:
         steps = [row["step"] for row in measured]
-        cells = smoothing.to_cells(_points_near(session, job, query, steps, width), width)
-        values = smoothing.smooth(cells, steps, width)
+        ranges = smoothing.covered_ranges(steps, width, last_step)
+        cells = smoothing.to_cells(_points_within(session, job, query, ranges, smoothing.cell_width(width)), width)
+        values = smoothing.smooth(cells, steps, width, last_step)
     for row in rows:
         row[SMOOTHED] = None
     for row, value in zip(measured, values, strict=True):
         row[SMOOTHED] = value
 
 
-def _points_near(
-    session: Session, job: JobRow, query: MetricsQuery, steps: Sequence[int], width: float
+def _points_within(
+    session: Session, job: JobRow, query: MetricsQuery, ranges: Sequence[tuple[int, int]], cell: int
 ) -> Iterator[Aggregate]:
-    ranges, cell = smoothing.covered_ranges(steps, width), smoothing.cell_width(width)
+    """Yield the points of the ranges, or sums over at most ``cell`` steps. There may be others between the ranges."""
     first, last = ranges[0][0], ranges[-1][1]
     view = rollups.RollupView(cell, HALF_LIFE, first, last)
     if query.attempt is not None:
