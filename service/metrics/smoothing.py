@@ -30,7 +30,7 @@ class Cell(NamedTuple):
     middle: float
     first_step: int
     last_step: int
-    count: int
+    points: int
     loss_sum: float
 
 
@@ -104,7 +104,7 @@ def _fit(cells: Sequence[Cell], step: int, width: float) -> float:
     for cell in cells:
         distance = cell.middle - at
         kernel = math.exp(-0.5 * (distance / width) ** 2)
-        weight = kernel * cell.count
+        weight = kernel * cell.points
         weights += weight
         distances += weight * distance
         squares += weight * distance * distance

@@ -121,7 +121,7 @@ def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width
         .order_by(func.min(MetricRow.step))
     )
     for first, last, count, total in session.connection().execute(query, execution_options={"yield_per": 5000}):
-        yield Aggregate(first, last, 0, count, 0, None, total, None, None, last, 0.0, 0.0)
+        yield Aggregate(first, last, 0, count, 0, None, total or 0.0, None, None, last, 0.0, 0.0)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:

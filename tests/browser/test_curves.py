@@ -144,7 +144,8 @@ def expected_step(rows: list[dict[str, Any]], level: float) -> int:
         if row["loss_smooth"] <= level:
             fall = before["loss_smooth"] - row["loss_smooth"]
             part = (before["loss_smooth"] - level) / fall if fall else 1.0
-            return math.ceil(before["step"] + part * (row["step"] - before["step"]))
+            step: float = before["step"] + part * (row["step"] - before["step"])
+            return math.ceil(step)
         before = row
     raise AssertionError(level)
 

@@ -1,9 +1,9 @@
-// The charts of a job: the loss chart above the tabs, and those of the metrics tab.
+// The charts of a job: those of the overview, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
-import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, smoothedLoss, smoothingQuery, smoothingText, stepRange, supersededRanges, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, smoothedLoss, smoothingQuery, smoothingText, stepRange, supersededRanges, toNumber, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
 import { h } from "../dom.js";
-import { bytes, compactNumber, fewDigits, loss, percent } from "../format.js";
+import { bytes, compactNumber, count, fewDigits, loss, percent } from "../format.js";
 import { throttle } from "../polling.js";
 import { isDark } from "../theme.js";
 
@@ -25,11 +25,9 @@ export const SMALL_CHARTS = [
 ];
 
 /** The charts of the metrics tab. */
-export const ALL_CHARTS = [
-  { name: "Train loss", lines: [{ name: "smoothed", label: "smoothed", of: smoothedLoss, fields: [] }, { name: "loss", label: "last", of: (row) => row.loss, fields: [], faint: true, falls: true }], format: loss },
+export const MORE_CHARTS = [
   { name: "Evaluation loss", lines: [{ ...fieldLine("eval_loss", "evaluation"), sparse: true }], format: loss, ofSet: "loss" },
   { name: "Bits per byte", lines: [fieldLine("bpb", "training"), { ...fieldLine("eval_bpb", "evaluation"), sparse: true }], format: loss, ofSet: "bpb" },
-  ...SMALL_CHARTS,
   { name: "Model FLOPs utilization", lines: [fieldLine("mfu", "MFU")], format: shareText, ticks: PERCENT },
   { name: "Peak memory", lines: [fieldLine("memory_bytes", "bytes")], format: bytes, ticks: SI },
   { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (smoothedLoss(row) === null ? null : Math.exp(smoothedLoss(row))), fields: [] }], format: fewDigits, log: true },
@@ -177,8 +175,9 @@ const MAX_POINTS = 1000;
 const BASE_FIELDS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];
 
 export class JobCharts {
-  constructor(address) {
-    this.address = address;
+  /** `onCheckpoint(step)`: called when a checkpoint was chosen in the loss chart. */
+  constructor(address, onCheckpoint) {
+    Object.assign(this, { address, onCheckpoint });
     this.group = new ChartGroup();
     ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings("step"));
     this.group.onZoom = () => this.refetch();
@@ -191,6 +190,18 @@ export class JobCharts {
     this.superseded = new Map();
     this.scheduleRefetch = throttle(() => this.refetch());
     this.tab = null;
+    this.lossChart.extraActions = (x) => this.checkpointActions(x);
+  }
+
+  /** Items of the loss chart's menu at `x`: the checkpoint that is nearest to this place, or the newest one. */
+  checkpointActions(x) {
+    const { rows = [], attempts, checkpoints = [] } = this.data ?? {};
+    if (!checkpoints.length) return [];
+    const xs = x === null ? [] : xValues(rows, this.group.axis, attempts).map(toNumber);
+    const apart = (i) => Math.abs(xs[i] - toNumber(x));
+    const step = xs.length ? rows[xs.reduce((best, _, i) => (apart(i) < apart(best) ? i : best), 0)].step : Infinity;
+    const nearest = checkpoints.reduce((best, one) => (Math.abs(one.step - step) < Math.abs(best.step - step) || step === Infinity && one.step > best.step ? one : best));
+    return [{ label: `Checkpoint at step ${count(nearest.step)}: fork, decay, resume, evaluate …`, press: () => this.onCheckpoint(nearest.step) }];
   }
 
   controls() {
