@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import DeliveryRow, JobRow, WebhookRow
 from trainyard.service.jobs.event_outbox import PENDING
+from trainyard.service.notice_urls import is_notice_url
 from trainyard.service.webhooks.retry_policy import MAX_CONCURRENT, NextDelivery
 
 RETENTION = timedelta(days=30)
@@ -24,7 +25,7 @@ def next_deliveries(session: Session, now: datetime, sender: str, other_claims_e
     free = or_(row.claimed_by.is_(None), row.claimed_by == sender, true() if other_claims_expired else false())
     position = func.row_number().over(partition_by=row.webhook_id, order_by=row.number).label("position")
     due = (
-        select(row.number, row.webhook_id, WebhookRow.failures, position)
+        select(row.number, row.webhook_id, WebhookRow.failures, WebhookRow.url, position)
         .join(WebhookRow, WebhookRow.id == row.webhook_id)
         .where(
             row.number.in_(first),
@@ -36,7 +37,9 @@ def next_deliveries(session: Session, now: datetime, sender: str, other_claims_e
         .subquery()
     )
     query = select(due).where(due.c.position <= MAX_CONCURRENT).order_by(due.c.number)
-    return [NextDelivery(row.number, row.webhook_id, row.failures) for row in session.execute(query)]
+    return [
+        NextDelivery(row.number, row.webhook_id, row.failures, is_notice_url(row.url)) for row in session.execute(query)
+    ]
 
 
 def sweep(session: Session, now: datetime) -> None:
