@@ -1,6 +1,6 @@
 // Curves of several jobs in the same charts, and the settings in which they differ. A fork's curve starts on its parent's.
 import { ApiError, get, withQuery } from "../api.js";
-import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, rowsAfterPause, smoothedLoss, smoothingQuery, splitInherited, stepRange, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
@@ -19,7 +19,7 @@ const field = (name) => (row) => row[name] ?? null;
 // Most rows have no evaluation. `set`: the chosen held-out set, or "" for all together.
 const evaluated = (whole, unit) => (row, set) => (set ? row.eval?.[set]?.[unit] : row[whole]) ?? null;
 const CHARTS = [
-  { name: "Train loss", of: field("loss_ema"), height: 340, format: loss },
+  { name: "Train loss", of: smoothedLoss, height: 340, format: loss },
   { name: "Gradient norm", of: field("grad_norm"), height: 170, format: fewDigits, log: true },
   { name: "Tokens/s", of: field("tokens_per_second"), height: 170, format: compactNumber, ticks: "~s" },
   { name: "Learning rate", of: field("learning_rate"), height: 170, format: fewDigits },
@@ -38,7 +38,7 @@ class ComparePage {
   constructor(place) {
     this.loaded = new Map();
     this.group = new ChartGroup();
-    ({ axis: this.group.axis, half: this.halfLife } = chartSettings(DEFAULT_AXIS));
+    ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings(DEFAULT_AXIS));
     this.charts = CHARTS.map((chart) => new Chart(chart.name, chart));
     this.group.onTheme = () => this.draw();
     this.group.onZoom = () => this.poller.now();
@@ -71,12 +71,12 @@ class ComparePage {
       this.group.setZoom(null);
       this.draw();
     };
-    const half = (chosen) => {
-      this.halfLife = chosen;
+    const smoothing = (chosen) => {
+      this.smoothing = chosen;
       this.loaded.clear();
       this.poller.now();
     };
-    return chartControls({ axis: this.group.axis, half: this.halfLife }, DEFAULT_AXIS, axis, half);
+    return chartControls({ axis: this.group.axis, smoothing: this.smoothing }, DEFAULT_AXIS, axis, smoothing);
   }
 
   chosen() {
@@ -122,7 +122,7 @@ class ComparePage {
   }
 
   async fetchRows(job, [from, to]) {
-    const wanted = { max_points: MAX_POINTS, ema_half_life: this.halfLife, fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
+    const wanted = { max_points: MAX_POINTS, ...smoothingQuery(this.smoothing), fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
     return (await get(withQuery(`/jobs/${encodeURIComponent(job.id)}/metrics`, wanted))).data;
   }
 
@@ -191,11 +191,12 @@ class ComparePage {
     const shown = name.startsWith("Held-out") && this.set ? `${name} of ${this.set}` : name;
     const traces = runs.flatMap((run, i) => this.lines(run, i, chart, value, runs));
     const label = `${chartLabel(shown, visibleRows(runs[0]), value, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
-    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note: "" };
+    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note: "",
+      runs: name === "Train loss" ? runs.map((run) => ({ name: run.job.name, rows: run.whole, attempts: run.attempts, of: value })) : [] };
   }
 
   /** The traces of a job. A fork starts on its parent's line; what it inherited from jobs that are not shown is a thin dotted line. */
-  lines(run, i, { sparse }, value, runs) {
+  lines(run, i, { name, sparse }, value, runs) {
     const { job, attempts } = run;
     const { axis } = this.group;
     const style = this.style(i);
@@ -205,12 +206,12 @@ class ComparePage {
     // Attempts of the fork do not cover the time of its ancestors.
     const joins = axis === "step" || axis === "tokens";
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
-    const mine = drawn(job.id, own, { line: { width: 1.8, ...style }, main: i === 0, end: job.name, counted: true });
+    const mine = drawn(job.id, own, { line: { width: 1.8, ...style }, main: i === 0, end: job.name, counted: true, falls: name === "Train loss" });
     if (!joins || !inherited.length) return [mine];
     const shown = new Set(runs.map((run) => run.job.id));
     const alone = inherited.filter((row) => !shown.has(row.job_id));
-    const joinMarker = drawn(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
-    const before = drawn(`${job.id}-before`, alone, { line: { width: 1, color: style.color, dash: "dot" } });
+    const joinMarker = drawn(`${job.id}-joint`, own.slice(0, 1), { label: `${job.name}, fork`, mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
+    const before = drawn(`${job.id}-before`, alone, { label: `${job.name}, before the fork`, line: { width: 1, color: style.color, dash: "dot" } });
     return alone.length ? [before, joinMarker, mine] : [joinMarker, mine];
   }
 
