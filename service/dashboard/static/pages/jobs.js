@@ -51,7 +51,7 @@ class Workspace {
     this.sparks = new Map();
     this.devices = [];
     [this.listed, this.lines, this.columns] = [[], [], []];
-    this.open = new Set((getParam("open") ?? "").split("|").filter(Boolean));
+    this.open = new Set((getParam("open") ?? "").split(",").filter(Boolean));
     this.count = h("span", { class: "muted", role: "status" });
     this.fold = h("select", { id: "fold", onchange: () => (setParam("fold", this.fold.value), this.draw(), this.poller.now()) }, Object.entries(FOLDS).map(([value, label]) => h("option", { value }, label)));
     this.fold.value = this.foldMode();
@@ -147,7 +147,7 @@ class Workspace {
 
   toggle(row) {
     if (!this.open.delete(row.key)) this.open.add(row.key);
-    setParam("open", [...this.open].join("|"));
+    setParam("open", [...this.open].join(","));
     this.draw();
   }
 
@@ -184,7 +184,7 @@ class Workspace {
   }
 
   nameOf(key, jobs) {
-    return this.foldMode() === "group" && key.startsWith("fold ") ? jobs[0].group : foldName(jobs);
+    return this.foldMode() === "group" && key.startsWith("fold-") ? jobs[0].group : foldName(jobs);
   }
 
   /** The rows of the table: sorted, folded, and the jobs of an open fold below it. */

@@ -157,7 +157,7 @@ function updateProgress({ parts }, { jobs, name }) {
   const share = known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   const [{ progress }] = jobs;
   const steps = progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE;
-  setText(parts.step, jobs.length === 1 ? steps : `${known.filter((value) => value >= 100).length} of ${jobs.length} complete`);
+  setText(parts.step, jobs.length === 1 ? steps : `${known.filter((value) => value >= 100).length} of ${jobs.length} done`);
   setText(parts.share, share === null ? "" : percent(share));
   setVisible(parts.meter, share !== null);
   setAttr(parts.meter, "value", share ?? 0);

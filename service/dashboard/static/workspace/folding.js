@@ -34,7 +34,14 @@ export function foldJobs(jobs, fold) {
     if (folds.has(key)) folds.get(key).push(job);
     else folds.set(key, [job]);
   }
-  return [...folds].map(([key, members]) => (members.length > 1 ? { key: `fold ${key}`, jobs: members } : { key: members[0].id, jobs: members }));
+  return [...folds].map(([key, members]) => ({ key: members.length > 1 ? `fold-${shortHash(key)}` : members[0].id, jobs: members }));
+}
+
+/** FNV-1a as text: the keys of open folds are in the address. */
+function shortHash(text) {
+  let hash = 0x811c9dc5;
+  for (let i = 0; i < text.length; i += 1) hash = Math.imul(hash ^ text.charCodeAt(i), 0x01000193);
+  return (hash >>> 0).toString(36);
 }
 
 /** The name of a fold: the group, or what the names of its jobs begin with. */

@@ -18,6 +18,7 @@ const MAX_LABEL = 18; // letters
 const SCORES_REFRESH_MS = 30_000;
 const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at,eval_loss,eval_bpb,eval";
 const TIME_AXES = new Set(["active", "clock"]);
+const isNarrow = matchMedia("(max-width: 700px)");
 const field = (name) => (row) => row[name] ?? null;
 // Most rows have no evaluation. `set`: the chosen held-out set, or "" for all together.
 const evaluated = (whole, unit) => (row, set) => (set ? row.eval?.[set]?.[unit] : row[whole]) ?? null;
@@ -171,7 +172,7 @@ export class RunCharts {
     const traces = lines.flatMap((line, i) => (line.runs.length > 1 ? this.foldTraces(line, i === 0, chart, value) : this.jobTraces(line, i === 0, chart, value, drawn)));
     const label = `${chartLabel(shown, visibleRows(runs[0]), value, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
     const folded = lines.some((line) => line.runs.length > 1);
-    const note = folded ? "thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there" : "";
+    const note = folded && chart === CHARTS[0] ? "thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there" : "";
     return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note };
   }
 
@@ -284,8 +285,11 @@ function scoreText({ acc, acc_norm, bpb, step }) {
 /** The rows to draw: the zoomed range if it is loaded. */
 const visibleRows = ({ zoomed, whole }) => zoomed ?? whole;
 
-/** The label at the end of a line: the end of a long name, because the names of a sweep begin alike. */
-const endLabel = (name) => (name.length > MAX_LABEL ? `…${name.slice(1 - MAX_LABEL)}` : name);
+/** The label at the end of a line: the end of a long name, because the names of a sweep begin alike. None on a phone, where it would be wider than the curve. */
+function endLabel(name) {
+  if (isNarrow.matches) return undefined;
+  return name.length > MAX_LABEL ? `…${name.slice(1 - MAX_LABEL)}` : name;
+}
 
 /** "#0072B2" -> a color that lets lines below it shine through. */
 const transparent = (color) => `rgba(${[1, 3, 5].map((at) => parseInt(color.slice(at, at + 2), 16)).join()},.16)`;
