@@ -3,15 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
-from trainyard.contract.scopes import NAME
+from trainyard.contract.scopes import NAME, Scope
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
+from trainyard.service.notice_urls import masked_url
 
 T = TypeVar("T")
 
@@ -599,13 +600,15 @@ class Health(ResponseModel):
 
 
 class Version(ResponseModel):
-    """Versions of the service, the API and Python, and the kind of database."""
+    """Versions of the service, the API and Python, the kind of database, and who calls with which scope."""
 
     name: str
     version: str
     api: int
     python: str
     database: str
+    caller: str
+    scope: Scope
 
 
 class Metric(ResponseModel):
@@ -823,14 +826,15 @@ class ServiceStatus(ResponseModel):
 
 
 class Webhook(ResponseModel):
-    """A webhook. ``failing_since``: no delivery has succeeded since then.
+    """A webhook. A ``url`` of Apprise's kinds is shown as ``KIND://***``.
 
+    ``failing_since``: no delivery has succeeded since then.
     ``old_secret_until``: until then deliveries are also signed with the previous secret.
     """
 
     object: Literal["webhook"] = "webhook"
     id: str
-    url: str
+    url: Annotated[str, AfterValidator(masked_url)]
     description: str
     events: list[str]
     labels: dict[str, str]
@@ -848,9 +852,9 @@ class Webhook(ResponseModel):
 
 
 class WebhookWithSecret(Webhook):
-    """A webhook with its secret, which is shown only once."""
+    """A webhook with its secret, which is shown only once. It is null if ``url`` is of Apprise's kinds."""
 
-    secret: str
+    secret: str | None
 
 
 class DeliveryAttempt(ResponseModel):

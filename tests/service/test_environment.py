@@ -17,7 +17,7 @@ VARIABLE = re.compile(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|CXX|CC|[a-z]+_proxy)(?:=
 NOT_OF_RUNS = {
     "RUN_DIR", "PYTEST_ARGS", "NO_COLOR", "SLURM_CONF", "STRICT_SPREAD", "RAY_JOB_STOP_WAIT_TIME_S",
     "JOB_COMPLETION_INDEX", "TCP_NODELAY", "FLAG_ALIASES", "SLURM_PROCID", "SLURM_LAUNCH_NODE_IPADDR",
-    "SO_PEERCRED", "COMPOSE_FILE", "DATA_DIR", "POSTGRES_PASSWORD", "WORLD_SIZE", "RANK",
+    "SO_PEERCRED", "COMPOSE_PROFILES", "DATA_DIR", "POSTGRES_PASSWORD", "WORLD_SIZE", "RANK",
 }  # fmt: skip
 """Names in the pages that are no variables of a run."""
 
