@@ -66,13 +66,13 @@ def test_the_shortest_run_is_found(shortest: int | None, tmp_path: Path, monkeyp
 
 
 def test_tables_and_figure() -> None:
-    baseline = [result("AdamW", optimizers.STEPS, 3.0, 2.0), result("AdamW", optimizers.STEPS, 3.0, 2.2, seed=2)]
+    baseline = [result("AdamW", optimizer_trials.STEPS, 3.0, 2.0), result("AdamW", optimizer_trials.STEPS, 3.0, 2.2, seed=2)]
     muon = [result("muon", 120, 2.5, 2.0), result("muon", 60, 2.6, 2.1, seed=2)]
     reached = optimizers.Reached("muon", muon, 1.25)
-    assert reached.shares == [120 / optimizers.STEPS * 1.25, 60 / optimizers.STEPS * 1.25]
+    assert reached.shares == [120 / optimizer_trials.STEPS * 1.25, 60 / optimizer_trials.STEPS * 1.25]
     lines = optimizers.comparison_table(baseline, [reached, optimizers.Reached("other", muon[:1], 1.0)])
     assert "loss 2.100" in lines[2]
-    assert lines[3] == f"| muon | 120, 60 | 1.25 x | {90 / optimizers.STEPS * 1.25:.0%} |"
+    assert lines[3] == f"| muon | 120, 60 | 1.25 x | {90 / optimizer_trials.STEPS * 1.25:.0%} |"
     assert lines[4].endswith("| - |"), "one seed has not reached it"
     drawn = ElementTree.fromstring(optimizers.draw(baseline[0], [reached]))
     assert len([part for part in drawn if part.tag.endswith("polyline")]) == 2
