@@ -82,7 +82,7 @@ class Killer:
         victims = self.victims(living, roles)
         if not victims and SERVER not in roles:
             return
-        point = self.point_of((victims or living or [None])[0])
+        point = self.point_of(next(iter(victims or living), None))
         if SERVER in roles:
             self.home.signal(signal.SIGKILL)
         for victim in victims:
