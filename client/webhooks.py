@@ -9,6 +9,9 @@ from trainyard.client.types import Delivery, Webhook
 
 Pages = Callable[..., Iterator[dict[str, Any]]]
 
+CHECK_SECONDS = 90.0
+"""For the service to check a URL. It loads Apprise for the first one of its kinds, which takes long on a busy host."""
+
 
 class Webhooks:
     """One method for each route. Every method raises `ServiceUnreachable` and `ApiError`, as those of `Client`."""
@@ -64,7 +67,9 @@ class Webhooks:
         return cast(Delivery, self._connection.call("POST", path))
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Webhook:
-        return cast(Webhook, self._connection.call(method, path, body=body))
+        return cast(
+            Webhook, self._connection.call(method, path, body=body, timeout=None if body is None else CHECK_SECONDS)
+        )
 
 
 def _path(webhook_id: str, *below: str) -> str:
