@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
-from trainyard.contract.scopes import NAME
+from trainyard.contract.scopes import NAME, Scope
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
@@ -600,13 +600,15 @@ class Health(ResponseModel):
 
 
 class Version(ResponseModel):
-    """Versions of the service, the API and Python, and the kind of database."""
+    """Versions of the service, the API and Python, the kind of database, and who calls with which scope."""
 
     name: str
     version: str
     api: int
     python: str
     database: str
+    caller: str
+    scope: Scope
 
 
 class Metric(ResponseModel):
@@ -650,18 +652,23 @@ class Bucket(ResponseModel):
     loss_min: float | None
     loss_max: float | None
     loss_ema: float | None
+    loss_smooth: float | None = None
     nonfinite_count: int
     nonfinite: bool | None = None
     job_id: str | None = None
 
 
 class MetricPage(ResponseModel):
-    """Points, or with ``max_points`` buckets of ``resolution`` steps. ``lineage`` is set if it was requested."""
+    """Points, or with ``max_points`` buckets of ``resolution`` steps.
+
+    ``lineage`` is set if it was requested; ``smooth_width``, the width of the kernel in steps, if one was requested.
+    """
 
     object: Literal["list"] = "list"
     data: list[Bucket | Metric]
     has_more: bool
     resolution: int | None = None
+    smooth_width: float | None = None
     lineage: list[Any] | None = None
 
 
