@@ -51,7 +51,8 @@ class Trial:
         """Return the number of sequences of each update."""
         if self.first_rows is None:
             return [ROWS] * self.steps
-        sizes, total = [], self.steps * ROWS
+        sizes: list[int] = []
+        total = self.steps * ROWS
         while (done := sum(sizes)) < total:
             size = min(ROWS, self.first_rows * 2 ** (4 * done // total))
             sizes.append(min(size, total - done))

@@ -66,7 +66,10 @@ def test_the_shortest_run_is_found(shortest: int | None, tmp_path: Path, monkeyp
 
 
 def test_tables_and_figure() -> None:
-    baseline = [result("AdamW", optimizer_trials.STEPS, 3.0, 2.0), result("AdamW", optimizer_trials.STEPS, 3.0, 2.2, seed=2)]
+    baseline = [
+        result("AdamW", optimizer_trials.STEPS, 3.0, 2.0),
+        result("AdamW", optimizer_trials.STEPS, 3.0, 2.2, seed=2),
+    ]
     muon = [result("muon", 120, 2.5, 2.0), result("muon", 60, 2.6, 2.1, seed=2)]
     reached = optimizers.Reached("muon", muon, 1.25)
     assert reached.shares == [120 / optimizer_trials.STEPS * 1.25, 60 / optimizer_trials.STEPS * 1.25]
