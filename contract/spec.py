@@ -382,6 +382,9 @@ class LimitsSpec(Group):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]
+
+
 class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
@@ -392,6 +395,10 @@ class ReportingSpec(Group):
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
         default_factory=list, description="prompts that the model continues at each save"
+    )
+    trackers: Annotated[list[TrackerName], Field(max_length=8)] = Field(
+        default_factory=list,
+        description="where else the curve goes: `tensorboard`, `wandb`, `swanlab`, `trackio`, if installed",
     )
     tensorboard: bool = False
     use_wandb: bool = False
