@@ -26,6 +26,15 @@ from trainyard.worker.training.state import TrainState, build_train_state, initi
 
 EXPERTS = ModelConfig(**{**vars(SHAPE), "use_moe": True, "num_experts": 3, "moe_intermediate_size": 24})
 SPLIT: list[Parallelism] = ["zero1", "fsdp"]
+MORE_OPTIONS = {
+    "optimizer": "muon",
+    "weight_decay": 20.0,
+    "cautious_weight_decay": True,
+    "weight_decay_schedule": "learning_rate",
+    "embedding_lr_multiplier": 3.0,
+    "norm_lr_multiplier": 0.5,
+    "matrix_lr_multiplier": 2.0,
+}
 
 
 def test_a_layout_names_each_element_once() -> None:
@@ -87,13 +96,15 @@ def losses_and_norms(
 @pytest.mark.long
 @pytest.mark.parametrize("parallelism", SPLIT)
 @pytest.mark.parametrize(
-    ("shape", "optimizer", "world"), [(SHAPE, "adamw", 2), (EXPERTS, "muon", 3)], ids=["adamw", "moe-muon"]
+    ("shape", "options", "world"),
+    [(SHAPE, {"optimizer": "adamw"}, 2), (EXPERTS, {"optimizer": "muon"}, 3), (SHAPE, MORE_OPTIONS, 2)],
+    ids=["adamw", "moe-muon", "muon-options"],
 )
 def test_steps_are_those_of_ddp(
-    shape: ModelConfig, optimizer: str, world: int, parallelism: Parallelism, tmp_path: Path
+    shape: ModelConfig, options: dict[str, Any], world: int, parallelism: Parallelism, tmp_path: Path
 ) -> None:
     """A bad gradient of one rank is in the third step: no rank applies it, and the fourth step continues."""
-    training = {"optimizer": optimizer, "on_nonfinite": "skip", "grad_clip": 0.5, "weight_decay_on": "matrices"}
+    training = {"on_nonfinite": "skip", "grad_clip": 0.5, "weight_decay_on": "matrices", **options}
     work, arguments = losses_and_norms, (training, True)
     expected = on_ranks(world, tmp_path / "ddp", work, shape, "ddp", *arguments)[0]
     assert [applied for *_, applied in expected] == [True, True, False, True]
