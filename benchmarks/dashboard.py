@@ -128,6 +128,7 @@ def measure_workspace(playwright: Any, browser: Any, service: Served, ids: list[
     at = [open_page(playwright, f"{service.url}/", "text") for _ in range(OPENS)][1:]
     yield Figure(f"{JOBS:,} jobs listed: first rows painted", _median(at, "text"), "ms", 1000)
     page = browser.new_page(viewport=TALL)
+    page.set_default_timeout(120_000)
     page.goto(f"{service.url}/?jobs={','.join(ids)}")
     page.wait_for_function("() => document.querySelectorAll('figure .js-line').length >= 40")
     page.wait_for_function("() => document.querySelector('.runs table').ariaRowCount >= 1001")
