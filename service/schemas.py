@@ -652,18 +652,23 @@ class Bucket(ResponseModel):
     loss_min: float | None
     loss_max: float | None
     loss_ema: float | None
+    loss_smooth: float | None = None
     nonfinite_count: int
     nonfinite: bool | None = None
     job_id: str | None = None
 
 
 class MetricPage(ResponseModel):
-    """Points, or with ``max_points`` buckets of ``resolution`` steps. ``lineage`` is set if it was requested."""
+    """Points, or with ``max_points`` buckets of ``resolution`` steps.
+
+    ``lineage`` is set if it was requested; ``smooth_width``, the width of the kernel in steps, if one was requested.
+    """
 
     object: Literal["list"] = "list"
     data: list[Bucket | Metric]
     has_more: bool
     resolution: int | None = None
+    smooth_width: float | None = None
     lineage: list[Any] | None = None
 
 

@@ -14,12 +14,12 @@ export class ColumnChooser {
   /** `jobs()` returns the jobs whose differing settings are offered. */
   constructor(jobs, onChange) {
     [this.jobs, this.onChange] = [jobs, onChange];
-    this.common = h("div", { class: "menu-list" });
-    this.settings = h("div", { class: "menu-list" });
+    this.common = h("div", { class: "chooser-list" });
+    this.settings = h("div", { class: "chooser-list" });
     this.none = h("p", { class: "muted", hidden: true }, "The listed jobs have the same settings.");
     this.reset = h("button", { type: "button", class: "quiet", onclick: () => this.set(null) }, "Default columns");
-    const panel = h("div", { class: "menu-panel" }, h("h3", {}, "Of the run"), this.common, h("h3", {}, "Settings that differ"), this.none, this.settings, this.reset);
-    this.node = h("details", { class: "menu", ontoggle: () => this.node.open && this.draw() }, h("summary", { class: "button" }, "Columns"), panel);
+    const panel = h("div", { class: "chooser-panel" }, h("h3", {}, "Of the run"), this.common, h("h3", {}, "Settings that differ"), this.none, this.settings, this.reset);
+    this.node = h("details", { class: "chooser", ontoggle: () => this.node.open && this.draw() }, h("summary", { class: "button" }, "Columns"), panel);
     this.node.addEventListener("keydown", (event) => event.key === "Escape" && this.dismiss());
     this.onPress = (event) => this.node.open && !this.node.contains(event.target) && (this.node.open = false);
     document.addEventListener("pointerdown", this.onPress);

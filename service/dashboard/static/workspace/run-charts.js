@@ -1,6 +1,6 @@
 // Curves of several jobs in the same charts, and the settings in which they differ. A fork's curve starts on its parent's; folded jobs are a mean and a band.
 import { get, withQuery } from "../api.js";
-import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, rowsAfterPause, smoothedLoss, smoothingQuery, splitInherited, stepRange, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
@@ -23,7 +23,7 @@ const field = (name) => (row) => row[name] ?? null;
 // Most rows have no evaluation. `set`: the chosen held-out set, or "" for all together.
 const evaluated = (whole, unit) => (row, set) => (set ? row.eval?.[set]?.[unit] : row[whole]) ?? null;
 const CHARTS = [
-  { name: "Train loss", of: field("loss_ema"), height: 340, format: loss },
+  { name: "Train loss", of: smoothedLoss, height: 340, format: loss },
   { name: "Gradient norm", of: field("grad_norm"), height: 170, format: fewDigits, log: true },
   { name: "Tokens/s", of: field("tokens_per_second"), height: 170, format: compactNumber, ticks: "~s" },
   { name: "Learning rate", of: field("learning_rate"), height: 170, format: fewDigits },
@@ -47,7 +47,7 @@ export class RunCharts {
     this.lines = [];
     this.loaded = new Map();
     this.group = new ChartGroup();
-    ({ axis: this.group.axis, half: this.halfLife } = chartSettings(DEFAULT_AXIS));
+    ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings(DEFAULT_AXIS));
     this.charts = CHARTS.map((chart) => new Chart(chart.name, chart));
     this.group.onTheme = () => this.draw();
     this.group.onZoom = onChange;
@@ -71,12 +71,12 @@ export class RunCharts {
       this.group.setZoom(null);
       this.draw();
     };
-    const half = (chosen) => {
-      this.halfLife = chosen;
+    const smoothing = (chosen) => {
+      this.smoothing = chosen;
       this.loaded.clear();
       this.onChange();
     };
-    return chartControls({ axis: this.group.axis, half: this.halfLife }, DEFAULT_AXIS, axis, half);
+    return chartControls({ axis: this.group.axis, smoothing: this.smoothing }, DEFAULT_AXIS, axis, smoothing);
   }
 
   chooseSet(name) {
@@ -105,23 +105,22 @@ export class RunCharts {
     const address = `/jobs/${encodeURIComponent(job.id)}`;
     const known = this.loaded.get(job.id);
     const points = POINTS.find(([most]) => total <= most)[1];
-    const mark = `${job.progress.step} ${job.attempt} ${job.status} ${points} ${this.halfLife}`;
+    const mark = `${job.progress.step} ${job.attempt} ${job.status} ${points} ${this.smoothing}`;
     const run = { ...known, job, points };
     if (known?.mark !== mark) {
       run.whole = await this.fetchRows(run, [null, null]);
       run.mark = mark;
     }
     const state = `${job.attempt} ${job.status}`;
-    if (TIME_AXES.has(this.group.axis) && known?.attemptsOf !== state) [run.attempts, run.attemptsOf] = [(await get(`${address}/attempts`)).data, state];
+    if (known?.attemptsOf !== state) [run.attempts, run.attemptsOf] = [(await get(`${address}/attempts`)).data, state];
     const isOld = performance.now() - (known?.scoredAt ?? -Infinity) > SCORES_REFRESH_MS && known?.mark !== mark;
     if (known?.scoresOf !== state || isOld) [run.scores, run.scoresOf, run.scoredAt] = [(await get(`${address}/evaluations?newest=true`)).data, state, performance.now()];
-    run.attempts ??= [];
     await this.fetchZoomed(run);
     this.loaded.set(job.id, run);
   }
 
   async fetchRows({ job, points }, [from, to]) {
-    const wanted = { max_points: points, ema_half_life: this.halfLife, fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
+    const wanted = { max_points: points, ...smoothingQuery(this.smoothing), fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
     return (await get(withQuery(`/jobs/${encodeURIComponent(job.id)}/metrics`, wanted))).data;
   }
 
@@ -173,7 +172,8 @@ export class RunCharts {
     const label = `${chartLabel(shown, visibleRows(runs[0]), value, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
     const folded = lines.some((line) => line.runs.length > 1);
     const note = folded && chart === CHARTS[0] ? "thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there" : "";
-    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note };
+    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note,
+      runs: chart === CHARTS[0] ? runs.map((run) => ({ name: run.job.name, rows: run.whole, attempts: run.attempts, of: value })) : [] };
   }
 
   drawnRows(run, { sparse }, value) {
@@ -190,11 +190,11 @@ export class RunCharts {
     // Attempts of the fork do not cover the time of its ancestors.
     const joins = !TIME_AXES.has(axis);
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
-    const mine = trace(job.id, own, { line: { width: 1.8, ...style }, main: isMain, end: endLabel(name), counted: true });
+    const mine = trace(job.id, own, { line: { width: 1.8, ...style }, main: isMain, end: endLabel(name), counted: true, falls: chart === CHARTS[0] });
     if (!joins || !inherited.length) return [mine];
     const alone = inherited.filter((row) => !drawn.has(row.job_id));
-    const joinMarker = trace(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
-    const before = trace(`${job.id}-before`, alone, { line: { width: 1, color: style.color, dash: "dot" } });
+    const joinMarker = trace(`${job.id}-joint`, own.slice(0, 1), { label: `${job.name}, fork`, mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
+    const before = trace(`${job.id}-before`, alone, { label: `${job.name}, before the fork`, line: { width: 1, color: style.color, dash: "dot" } });
     return alone.length ? [before, joinMarker, mine] : [joinMarker, mine];
   }
 
@@ -211,7 +211,7 @@ export class RunCharts {
     const fill = transparent(style.color);
     const outline = { mode: "lines", line: { width: 0, color: style.color }, hoverinfo: "skip" };
     const markers = chart.sparse ? { mode: "lines+markers", marker: { size: 5 } } : {};
-    const solid = { uid: key, x, y: mean.map((y, i) => (whole[i] ? y : null)), ...markers, line: { width: 2.4, ...style }, main: isMain, end: endLabel(name), counted: mean };
+    const solid = { uid: key, x, y: mean.map((y, i) => (whole[i] ? y : null)), ...markers, line: { width: 2.4, ...style }, main: isMain, end: endLabel(name), counted: mean, falls: chart === CHARTS[0] };
     const traces = [{ uid: `${key}-low`, x, y: low, ...outline }, { uid: `${key}-high`, x, y: high, ...outline, fill: "tonexty", fillcolor: fill }, solid];
     if (whole.every(Boolean)) return traces;
     // Each dotted part begins and ends on the mean of all.
