@@ -105,7 +105,9 @@ class ClientBase:
             raise AmbiguousName(id_or_name, matches)
         return matches[0]
 
-    def _decay(self, job_id: str, steps: int, step: int | None, shape: str, name: str | None) -> Flow[Any]:
+    def _decay(
+        self, job_id: str, steps: int, step: int | None, shape: str, name: str | None, key: str | None
+    ) -> Flow[Any]:
         job = yield from self._connection.call("GET", _path(job_id))
         if step is None:
             step = yield from self._newest_full_step(job_id)
@@ -113,7 +115,7 @@ class ClientBase:
         training = {"lr_scheduler": "wsd", "decay_steps": steps, "decay_shape": shape, "max_steps": step - base + steps}
         overrides: dict[str, Any] = {"training": training} | ({} if name is None else {"name": name})
         body = {"step": step, "overrides": overrides, "data": "keep"}
-        path, headers = _path(job_id, "fork"), _idempotent(None)
+        path, headers = _path(job_id, "fork"), _idempotent(key)
         return self._job((yield from self._connection.call("POST", path, body=body, headers=headers)))
 
     def _newest_full_step(self, job_id: str) -> Flow[int]:
@@ -420,7 +422,14 @@ class Client(ClientBase):
         return cast(Job, self._connection.request("POST", path, body=body, headers=headers, parse=self._job))
 
     def decay(
-        self, job_id: str, steps: int, step: int | None = None, *, shape: str = "sqrt", name: str | None = None
+        self,
+        job_id: str,
+        steps: int,
+        step: int | None = None,
+        *,
+        shape: str = "sqrt",
+        name: str | None = None,
+        idempotency_key: str | None = None,
     ) -> "Job":
         """Fork a decay branch: from the checkpoint of ``step``, by default the newest, the rate falls over ``steps``.
 
@@ -429,7 +438,7 @@ class Client(ClientBase):
         Raises:
             InvalidState: the job has no checkpoint.
         """
-        return cast(Job, self._connection.run(self._decay(job_id, steps, step, shape, name)))
+        return cast(Job, self._connection.run(self._decay(job_id, steps, step, shape, name, idempotency_key)))
 
     def cancel(self, job_id: str) -> "Job":
         """Request a checkpoint and end the job. Returns at once.

@@ -1,13 +1,15 @@
 """The connection for asyncio. Apart, because the command needs no asyncio and starts faster without it."""
 
 import asyncio
+import os
+import socket
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, aclosing
 from typing import Any, TypeVar
 
 import httpx2
 
-from trainyard.client.connection import Exchange, RetryPolicy
+from trainyard.client.connection import CONNECT_SECONDS, CONNECTED, Exchange, RetryPolicy
 from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
 from trainyard.client.pages import AsyncPages
 
@@ -92,7 +94,14 @@ class AsyncConnection(Exchange):
         request.extensions["trace"] = self._on_transport_event
 
     async def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
-        error = self._distrust(name, details)
+        if name != CONNECTED:
+            return
+        stream = details["return_value"]
+        # In a thread, because the check sends a request and waits for the response. Meanwhile nothing reads the stream.
+        copy = socket.socket(fileno=os.dup(stream.get_extra_info("socket").fileno()))
+        with copy:
+            copy.settimeout(CONNECT_SECONDS)
+            error = await asyncio.to_thread(self._refusal, copy)
         if error is not None:
-            await details["return_value"].aclose()
+            await stream.aclose()
             raise error

@@ -1,6 +1,7 @@
 """HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
 import math
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -12,7 +13,7 @@ import httpx2
 
 from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
 from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
-from trainyard.client.local_peer import distrust
+from trainyard.client.local_peer import UntrustedListener, require_service
 from trainyard.client.pages import Pages
 from trainyard.client.sse import OPENED, EventParser, StreamEvent, StreamUnsupported
 
@@ -21,6 +22,9 @@ STREAM_TIMEOUT_SECONDS = 40.0
 """The service sends a comment every 15 s, so a stream that is silent for longer is broken."""
 
 PAGE = 100
+CONNECTED = "connection.connect_tcp.complete"
+"""The HTTP client's event of a new connection."""
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 T = TypeVar("T")
@@ -249,13 +253,15 @@ class Exchange:
         cause = f"the program there is not a Trainyard service ({response.status_code}, {what})"
         return ServiceUnreachable(self.url, cause)
 
-    def _distrust(self, name: str, details: Mapping[str, Any]) -> ServiceUnreachable | None:
-        """Return the error if this is the event of a new connection to a program that must not get the token."""
-        # The connection is there, and nothing was sent yet.
-        if name != "connection.connect_tcp.complete":
-            return None
-        why = distrust(details["return_value"].get_extra_info("socket"))
-        return None if why is None else ServiceUnreachable(self.url, why)
+    def _refusal(self, connection: socket.socket) -> Exception | None:
+        """Return why a new connection, on which nothing was sent yet, must not be used; None if it may."""
+        try:
+            require_service(connection, self.url)
+        except UntrustedListener as error:
+            return ServiceUnreachable(self.url, str(error))
+        except OSError as error:
+            return httpx2.ConnectError(str(error))
+        return None
 
 
 class Connection(Exchange):
@@ -334,10 +340,13 @@ class Connection(Exchange):
         request.extensions["trace"] = self._on_transport_event
 
     def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
-        error = self._distrust(name, details)
+        if name != CONNECTED:
+            return
+        stream = details["return_value"]
+        error = self._refusal(stream.get_extra_info("socket"))
         if error is not None:
-            details["return_value"].close()
-            raise error
+            stream.close()
+            raise error from None
 
 
 FIELD_OF = {

@@ -390,14 +390,19 @@ class LogChunk(TypedDict):
 
 
 class Version(TypedDict, total=False):
-    """Name and version of the service."""
+    """Name and version of the service. ``caller``, ``scope``: of the token that asked."""
 
     name: str
     version: str
+    api: int
+    python: str
+    database: str
+    caller: NotRequired[str]
+    scope: NotRequired[str]
 
 
 class Webhook(TypedDict):
-    """A webhook. ``secret`` is there only if it is new."""
+    """A webhook. ``secret`` is there only if it is new; None for a URL of Apprise's kinds."""
 
     object: str
     id: str
@@ -416,7 +421,7 @@ class Webhook(TypedDict):
     old_secret_until: str | None
     created_at: str
     updated_at: str
-    secret: NotRequired[str]
+    secret: NotRequired[str | None]
 
 
 class Delivery(TypedDict):

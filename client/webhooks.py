@@ -31,6 +31,8 @@ class Webhooks(WebhookRequests):
     def create(self, /, url: str, **fields: Any) -> Webhook:
         """Create a webhook that sends events to ``url``. The result has its ``secret``.
 
+        A URL of Apprise's kinds, such as ``slack://...``, gets a short text. It is not shown again, and has no secret.
+
         ``fields``: ``events``, ``rules``, ``labels``, ``job_id``, ``description``.
 
         Raises:

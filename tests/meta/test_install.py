@@ -18,7 +18,7 @@ from tests.client.conftest import unused_port as unused_port
 from tests.guides.code_blocks import DOCS, blocks
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("client", "contract", "migrations", "model", "service", "worker")
+PACKAGES = ("client", "contract", "mcp_tools", "migrations", "model", "service", "worker")
 
 
 def run(*arguments: str, cwd: Path, path: str = "") -> str:
@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in (*PACKAGES, "src"):
+    for name in (*PACKAGES, "docs", "src"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
@@ -93,6 +93,8 @@ def test_the_wheel_has_the_packages_below_one_name(wheel: Path) -> None:
     assert {f"trainyard/{package}/__init__.py" for package in PACKAGES} < names
     assert {"trainyard/__init__.py", "trainyard/py.typed", "trainyard/migrations/script.py.mako"} < names
     assert any(name.startswith("trainyard/service/dashboard/static/") for name in names)
+    pages = {f"trainyard/{page.relative_to(ROOT)}" for page in (ROOT / "docs").rglob("*.md")}
+    assert {name for name in names if name.startswith("trainyard/docs/")} == pages
 
 
 def test_the_wheel_has_the_license_that_it_names(wheel: Path) -> None:
@@ -210,7 +212,7 @@ def test_ten_lines_of_python_train_a_first_model(
 ) -> None:
     """The first program of the page on the Python API, as it stands, from the folder of another project."""
     program = next(block.text for block in blocks(DOCS / "guides" / "python.md") if "Popen" in block.text)
-    assert len(program.splitlines()) == 10
+    assert len([line for line in program.splitlines() if line]) == 10
     ending = "finally:\n    service.terminate()\n    service.wait(60)\n"
     script = tmp_path / "first.py"
     script.write_text("try:\n" + textwrap.indent(program, "    ") + "\n" + ending)

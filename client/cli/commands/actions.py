@@ -92,9 +92,10 @@ def fork(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job_id = _id(trainyard, args, console)
         if args.decay is not None:
-            job = trainyard.decay(job_id, args.decay, args.step, name=args.name)
+            job = trainyard.decay(job_id, args.decay, args.step, name=args.name, idempotency_key=args.idempotency_key)
         else:
-            job = trainyard.fork(job_id, args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
+            overrides = with_absolute_paths(overrides, Path.cwd())
+            job = trainyard.fork(job_id, args.step, overrides, data=data, idempotency_key=args.idempotency_key)
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")

@@ -23,7 +23,7 @@ def submit(args: SimpleNamespace, console: Console) -> int:
                 _warn_of_bytes(submission, console)
             elif not _confirmed(submission, trainyard, console):
                 return Exit.REJECTED
-            job = trainyard.submit(submission.spec)
+            job = trainyard.submit(submission.spec, idempotency_key=args.idempotency_key)
         except InvalidSpec as error:
             submission.print_rejection(error, console)
             return Exit.REJECTED
