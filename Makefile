@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Processes the tests are spread over, one more than two cores: most tests wait for a process or a database, not for a core. A module's tests stay
 # together, because many share a service and a finished run.
 WORKERS ?= 3
+# How long make nightly kills.
+MINUTES ?= 480
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,15 +22,17 @@ ifndef SIZE_$(TORCH)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu or TORCH=cuda)
 endif
 
-.PHONY: help setup check format test test-long gpu demo dev bench soak slurm-test clean
+.PHONY: help setup check audit format test test-long gpu demo dev bench soak nightly slurm-test clean
 
 help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
+	@echo "make audit   known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
 	@echo "make test-long    the tests that do not fit into ten minutes: guides, fault processes, two releases"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
+	@echo "make nightly MINUTES=480    random kills of everything for the given time, and their account as JSON"
 	@echo "make gpu     the tests that need a GPU; \`trainyard doctor --gpu\` tries the promises without the repository"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
@@ -66,6 +70,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+audit: setup
+	$(BIN)/python .ci/audit.py
+
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -91,6 +98,9 @@ bench: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s $(PYTEST_ARGS)
+
+nightly: setup
+	TRAINYARD_SOAK_MINUTES=$(MINUTES) $(BIN)/python -m pytest -m soak -s tests/faults/test_kills.py -k given_time $(PYTEST_ARGS)
 
 slurm-test: setup
 	$(BIN)/python -m pytest -m "soak or not soak" tests/slurm $(PYTEST_ARGS)

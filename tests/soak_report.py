@@ -1,18 +1,23 @@
 """The report of ``make soak``: which faults were injected, how often, which invariants held, and measured figures.
 
 A test requests the fixture ``account`` and fills it in. ``make soak`` prints its seed first and all reports at the
-end. TRAINYARD_SOAK_SEED repeats a run.
+end, and writes them as JSON to TRAINYARD_SOAK_REPORT (``soak-report.json``). TRAINYARD_SOAK_SEED repeats a run.
 """
 
+import json
 import os
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 SEED = "TRAINYARD_SOAK_SEED"
+REPORT = "TRAINYARD_SOAK_REPORT"
 
 
 @dataclass
@@ -34,6 +39,15 @@ class SoakReport:
         shown += [f"  {count:>9,} x {what}" for what, count in sorted(self.faults.items())]
         shown += [f"  {what}: {spread(values)}" for what, values in self.figures.items()]
         return shown + [f"  held: {each}" for each in self.invariants if outcome == "passed"]
+
+    def to_json(self, outcome: str) -> dict[str, Any]:
+        return {
+            "test": self.test,
+            "outcome": outcome,
+            "injected": dict(sorted(self.faults.items())),
+            "held": self.invariants if outcome == "passed" else [],
+            "figures": self.figures,
+        }
 
 
 def spread(values: Sequence[float]) -> str:
@@ -60,6 +74,17 @@ def report(accounts: Sequence[SoakReport], outcomes: Mapping[str, str]) -> list[
     return [line for each in accounts for line in each.lines(outcomes.get(each.test, "unknown"))]
 
 
+def as_json(accounts: Sequence[SoakReport], outcomes: Mapping[str, str]) -> str:
+    """All accounts with the seed and the time, and the sum of what was injected."""
+    document = {
+        "seed": seed(),
+        "written_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "injected": sum(sum(each.faults.values()) for each in accounts),
+        "tests": [each.to_json(outcomes.get(each.test, "unknown")) for each in accounts],
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ACCOUNTS] = []
     os.environ.setdefault(SEED, str(random.SystemRandom().randrange(2**31)))
@@ -83,6 +108,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     terminalreporter.section(f"what was injected, how often, and what held (seed {seed()})")
     for line in report(accounts, outcomes):
         terminalreporter.write_line(line)
+    file = Path(os.environ.get(REPORT, "soak-report.json"))
+    file.write_text(as_json(accounts, outcomes))
+    terminalreporter.write_line(f"written to {file.resolve()}")
 
 
 @pytest.fixture

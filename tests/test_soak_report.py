@@ -1,5 +1,6 @@
-"""What `make soak` prints: its seed first, and at the end what was injected, how often, and what held."""
+"""What `make soak` prints and writes: its seed first, and at the end what was injected, how often, and what held."""
 
+import json
 import os
 import subprocess
 import sys
@@ -70,6 +71,13 @@ def test_seed_and_account(tmp_path: Path) -> None:
     assert "test_long.py::test_bad: failed" in told
     assert "nobody may believe this" not in told
     assert "test_silent" not in told
+    written = json.loads((tmp_path / "soak-report.json").read_text())
+    assert (written["seed"], written["injected"]) == (4711, 1201)
+    good, bad = written["tests"]
+    assert (good["outcome"], good["injected"]) == ("passed", {"server killed": 1200})
+    assert good["held"] == ["nothing was lost"]
+    assert good["figures"] == {"away, s": [2.0, 1.0]}
+    assert (bad["outcome"], bad["injected"], bad["held"]) == ("failed", {"agent killed": 1}, [])
 
 
 def test_the_short_form_prints_no_account(tmp_path: Path) -> None:

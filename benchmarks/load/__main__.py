@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, log_tail, readers, requests, scale, submissions, training
+from benchmarks.load import adoption, curve, ingest, log_tail, outage, readers, requests, scale, submissions, training
 from benchmarks.load.tables import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -13,6 +13,7 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "requests": requests.measure,
     "submissions": submissions.measure,
     "ingest": ingest.measure,
+    "outage": outage.measure,
     "curve": curve.measure,
     "readers": readers.measure,
     "tail": log_tail.measure,

@@ -368,7 +368,7 @@ COMMANDS = (
         _token("revoke", "make a token invalid for good", YES)),
     _group("webhook", "URLs that are called when jobs change, and what was delivered",
         _remote("create", "cli.commands.webhooks:create", "send events to a URL; prints the secret, once",
-            _argument("to", "URL", "http or https"),
+            _argument("to", "URL", "http, https, or Apprise's: slack://..., mailto://...; - reads it from stdin"),
             _several("--event", "TYPE", "job.failed, ..., or * (every change of status)"),
             _several("--rule", "RULE", RULES), _several("--label", "K=V", "only for jobs with this label"),
             Option("--job", metavar="JOB", help="only for this job: its id, or a name that only one job has"),

@@ -10,6 +10,9 @@ from trainyard.contract.spec import JobSpec
 from trainyard.service.ids import CORPUS_ID
 from trainyard.service.launch.base import AttemptRef, Launch
 
+MAX_READERS = 10_000
+"""Outboxes whose read position is kept. Beyond it the one that was read longest ago is forgotten."""
+
 
 class AttemptFiles:
     """The attempt directories of one home, and how far each outbox has been read."""
@@ -67,9 +70,11 @@ class AttemptFiles:
 
     def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Return up to ``limit`` outbox lines after ``after_seq``."""
-        reader = self._readers.setdefault(name, OutboxReader(self.attempt(name).outbox))
+        # The reader is kept, also if there are no new lines: it knows the byte after the last stored line. A new one
+        # reads the file from its first byte, and an agent that cannot reach the service is read every few seconds.
+        reader = self._readers.pop(name, None) or OutboxReader(self.attempt(name).outbox)
+        self._readers[name] = reader
+        if len(self._readers) > MAX_READERS:
+            del self._readers[next(iter(self._readers))]
         reader.seek_after(after_seq)
-        lines = reader.read(limit)
-        if not lines:
-            del self._readers[name]
-        return lines
+        return reader.read(limit)

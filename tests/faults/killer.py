@@ -1,5 +1,6 @@
-"""Kill at random, from a seed that is printed, and report what was killed and which invariants held."""
+"""Kill at random, from a seed that is printed, and report what was killed, at which point, and what held."""
 
+import contextlib
 import random
 import signal
 import time
@@ -7,10 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import httpx2
+
 from tests.faults import invariants
 from tests.faults.invariants import Damage, Sampler
 from tests.faults.service_home import Home, Member
 from tests.soak_report import SoakReport
+from trainyard.contract.rundir import SAVING_PREFIX
 
 SERVER = "server"
 TARGETS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -29,7 +33,7 @@ CHECK_EVERY = 25
 
 @dataclass
 class Killer:
-    """Keeps ``at_once`` jobs going in a home and kills what belongs to them."""
+    """Keeps ``at_once`` jobs going in a home and kills what belongs to them. ``done`` counts (victims, point)."""
 
     home: Home
     submit: Callable[[], str]
@@ -37,7 +41,7 @@ class Killer:
     at_once: int
     max_wait: float
     damage: Damage
-    done: Counter[str] = field(default_factory=Counter)
+    done: Counter[tuple[str, str]] = field(default_factory=Counter)
     jobs: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     slowest_start: float = 0.0
@@ -74,22 +78,23 @@ class Killer:
     def kill_something(self) -> None:
         chosen = self.dice.choices(list(TARGETS), [weight for weight, _ in TARGETS.values()])[0]
         roles = TARGETS[chosen][1]
-        victims = self.victims(roles)
+        living = self.home.processes()
+        victims = self.victims(living, roles)
         if not victims and SERVER not in roles:
             return
+        point = self.point_of(next(iter(victims or living), None))
         if SERVER in roles:
             self.home.signal(signal.SIGKILL)
         for victim in victims:
             victim.process.send(signal.SIGKILL)
-        self.done[chosen] += 1
+        self.done[chosen, point] += 1
         if SERVER in roles:
             self.home.wait_down()
             time.sleep(self.dice.choice((0.0, 0.0, 0.2, 1.0)))
             self.slowest_start = max(self.slowest_start, self.home.start())
 
-    def victims(self, roles: tuple[str, ...]) -> list[Member]:
+    def victims(self, living: list[Member], roles: tuple[str, ...]) -> list[Member]:
         """Of one job: each agent and torchrun, and one rank or, where everything dies, all of them."""
-        living = self.home.processes()
         jobs = sorted({member.job for member in living if member.role in roles})
         if not jobs:
             return []
@@ -100,6 +105,24 @@ class Killer:
             return [self.dice.choice(ranks)]
         return found
 
+    def point_of(self, member: Member | None) -> str:
+        """Return how far the member's attempt is, from its files."""
+        if member is None:
+            return "no attempt live"
+        run = self.home.run(member.job)
+        attempt = run.attempt(member.number)
+        if attempt.outcome.exists():
+            return "at the end of the run"
+        if attempt.read_step() is None:
+            return "before the first step"
+        with contextlib.suppress(OSError):
+            # What an earlier attempt has left of a save is older than this attempt.
+            began = attempt.started.stat().st_mtime
+            partial = run.artifacts(None).checkpoint(0).parent.glob(f"{SAVING_PREFIX}*")
+            if any(folder.stat().st_mtime >= began for folder in partial):
+                return "in a save"
+        return "in training"
+
     def finish(self, sampler: Sampler) -> None:
         """Nobody is killed any more: every job comes to its end, and every invariant holds."""
         for job in self.jobs:
@@ -107,13 +130,38 @@ class Killer:
             self.home.wait(job, "succeeded", seconds=180)
         invariants.check(self.home, sampler, self.damage)
 
-    def report(self, account: SoakReport, sampler: Sampler) -> None:
-        """What was injected, how often, and what held."""
-        account.faults.update({f"killed: {what}": count for what, count in self.done.items()})
-        account.figure("slowest start of a server, s", self.slowest_start)
-        attempts = sum(self.home.job(job)["attempt"] for job in self.jobs)
+
+@dataclass
+class KillTotals:
+    """The sum over several killers, each in a home of its own. ``done`` counts (part, victims, point)."""
+
+    done: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    jobs: int = 0
+    attempts: int = 0
+    resumed: int = 0
+    samples: int = 0
+    starts: list[float] = field(default_factory=list)
+
+    def add(self, part: str, killer: Killer, sampler: Sampler) -> None:
+        self.done.update({(part, *key): count for key, count in killer.done.items()})
+        self.jobs += len(killer.jobs)
+        self.resumed += killer.resumed
+        self.samples += sampler.samples
+        self.starts.append(killer.slowest_start)
+        # After a failure the service may be down.
+        with contextlib.suppress(httpx2.TransportError, TypeError, KeyError):
+            self.attempts += sum(killer.home.job(job)["attempt"] for job in killer.jobs)
+
+    def write(self, account: SoakReport) -> None:
+        """What was injected, where and how often, and what held."""
+        for (part, victims, point), count in self.done.items():
+            account.faults[f"{part}: killed {victims}, {point}"] += count
+        for slowest in self.starts:
+            account.figure("slowest start of a server, s", slowest)
+        kills = sum(self.done.values())
         account.invariants += [
-            f"{len(self.jobs)} jobs, {attempts} attempts, all succeeded; {self.resumed} user resumes",
-            f"I1: {sampler.samples} samples of the process table, never two attempts of a job",
+            f"{kills:,} kills, {self.jobs:,} jobs in {self.attempts:,} attempts, all succeeded",
+            f"{self.resumed} times a job that was killed twice before its first step was resumed by its user",
+            f"I1: {self.samples:,} samples of the process table, never two attempts of a job",
             "I2 to I9: no orphan, no metric point missing, every checkpoint valid, weights as of the untouched run",
         ]

@@ -29,16 +29,22 @@ def soak(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "down", [0.0, *(pytest.param(seconds, marks=pytest.mark.soak) for seconds in (1.0, 20.0, 60.0))]
+    "down",
+    [
+        0.0,
+        *(pytest.param(seconds, marks=pytest.mark.soak) for seconds in (1.0, 20.0, 60.0)),
+        pytest.param(900.0, marks=[pytest.mark.soak, pytest.mark.timeout(2400)]),
+    ],
 )
 def test_the_server_killed_and_away_costs_nothing(home: Home, down: float) -> None:
-    steps = 60 if down < 5 else 60 * int(down)
-    job_id = home.submit(steps=str(steps))
+    pace = 0.02 if down < 100 else 0.2  # the curve of a quarter of an hour is read as one page
+    steps = 60 if down < 5 else int(1.2 * down / pace)
+    job_id = home.submit(steps=str(steps), pace=str(pace))
     until(lambda: home.step(job_id) >= 5)
     home.kill()
     time.sleep(down)
     assert home.start() < 5
-    job = home.wait(job_id, "succeeded")
+    job = home.wait(job_id, "succeeded", seconds=60 + down)
     assert job["attempt"] == 1
     assert [row["step"] for row in home.metrics(job_id)] == list(range(1, steps + 1))
     check_weights(home, job_id, steps)

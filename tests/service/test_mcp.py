@@ -18,8 +18,9 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_auth import ADMIN_TOKEN, bearer, created
 from tests.service.test_checkpoints import write_checkpoint
+from trainyard.client.async_connection import AsyncConnection
 from trainyard.client.cli.commands.mcp import ClientApi
-from trainyard.client.connection import Connection, RetryPolicy
+from trainyard.client.connection import RetryPolicy
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.scopes import Scope
 from trainyard.mcp_tools.acting import ACTING
@@ -66,10 +67,10 @@ class Agent:
 @contextlib.asynccontextmanager
 async def agent(url: str, token: str | None = None, how: str = HTTP) -> AsyncIterator[Agent]:
     if how == COMMAND:
-        connection = Connection(url, token or "", 10.0, RetryPolicy(seconds=0.5))
+        connection = AsyncConnection(url, token or "", 10.0, RetryPolicy(seconds=0.5))
         async with Client(build_server(ClientApi(connection))) as client:
             yield Agent(client)
-        connection.close()
+        await connection.close()
         return
     async with httpx2.AsyncClient(headers=bearer(token) if token else {}) as http:
         mode = "legacy" if how == HANDSHAKE else "auto"

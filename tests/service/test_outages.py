@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import shutil
 import sqlite3
 import subprocess
@@ -11,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,13 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads, path_of
 from tests.service.live_server import served
 from tests.soak_report import SoakReport
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.status import JobStatus
 from trainyard.service.db import engine
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import from_exception
+from trainyard.worker.agent.uploader import EventUploader, ReportEndpoint, Unreachable
 
 ENDS: list[When] = ["before", "after"]
 
@@ -46,6 +51,63 @@ def require_503(answer: Any) -> None:
     assert answer.status_code == 503, answer.text
     assert int(answer.headers["retry-after"]) > 0
     assert answer.json()["code"] in ("database_unavailable", "outcome_unknown")
+
+
+# A day without the service
+
+
+@dataclass(frozen=True)
+class RigEndpoint(ReportEndpoint):
+    """Sends the reports of job ``attempt_id`` to the last service of ``rigs``, or nowhere if there is none."""
+
+    rigs: list[ServiceHarness] = field(default_factory=list)
+
+    def post(self, resource: str, body: bytes) -> dict[str, Any]:
+        if not self.rigs:
+            raise Unreachable("the service is away")
+        answer = self.rigs[-1].report(self.rigs[-1].launcher.of(self.attempt_id), resource, body.decode())
+        return dict(answer.json()) if answer.status_code == 200 else {}
+
+
+@pytest.mark.long
+def test_a_day_without_the_service_costs_a_run_nothing(rig: ServiceHarness, tmp_path: Path) -> None:
+    """The real uploader and a virtual clock; the run makes a step a minute, and ends after the service is back."""
+    job_id, fake = rig.running(steps=1442)
+    attempt = RunDir(tmp_path / "run").attempt(1)
+    attempt.path.mkdir(parents=True)
+    seconds, written = 0.0, 0
+    endpoint = RigEndpoint("http://127.0.0.1:1", job_id, fake.launch.token, None, [rig])
+    uploader = EventUploader(attempt, endpoint, lambda: seconds)
+
+    def train_until(end: float) -> None:
+        nonlocal seconds, written
+        while seconds < end:
+            seconds += uploader.poll()
+            if len(fake.lines) - 1 < seconds // 60:
+                fake.metric(len(fake.lines))
+            if written < len(fake.lines):
+                with attempt.outbox.open("a") as outbox:
+                    outbox.writelines(json.dumps(line) + "\n" for line in fake.lines[written:])
+                written = len(fake.lines)
+
+    train_until(60)
+    endpoint.rigs.clear()
+    train_until(60 + 86_400)
+    rig.clock.forward(86_400)
+    later = rig.restart()
+    try:
+        later.reconcile()
+        assert later.status(job_id) is JobStatus.RUNNING, "a run that was silent for a day is alive"
+        endpoint.rigs.append(later)
+        train_until(seconds + 60)
+        steps = len(fake.lines) - 1
+        assert uploader.acked == steps + 1 == 1443
+        later.exit(fake, "completed", step=steps)
+        job = later.job(job_id)
+        assert (job["status"], job["attempt"]) == ("succeeded", 1)
+        assert [point["step"] for point in later.data(job_id, "metrics", limit=10_000)] == list(range(1, steps + 1))
+    finally:
+        later.close()
 
 
 # A full disk

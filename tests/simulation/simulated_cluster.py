@@ -4,15 +4,15 @@ The plan, the lifecycle and the restart policy are the real ones. The executor, 
 memory, kept in step by hand: a change of the real ones must be made here too. The real ones are tested by tests/service
 (test_scheduler.py and test_state_machine.py: executor and ingest on a real database with a fake launcher) and by
 tests/faults and tests/agent (real processes). `SimulatedCluster.step` does one random thing; `SimulatedCluster.check`
-is called after each.
+is called after each. `replay` does a given list of events again.
 """
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tests.simulation.rows import Attempt, Job, Process
 from trainyard.contract.messages import ErrorCard, ExitReport
@@ -32,6 +32,16 @@ Outcome = Literal["completed", "stopped", "failed", "crashed", "killed"]
 MAX_JOBS = 8
 
 
+class Event(NamedTuple):
+    """A method of `SimulatedCluster`, and the seed of everything random in it.
+
+    With a seed of its own an event does the same if an earlier one is left out, as far as there is something to do.
+    """
+
+    name: str
+    seed: int
+
+
 class SimulatedCluster:
     """Jobs, leases, processes and a random number generator. ``history`` lists the events so far."""
 
@@ -39,6 +49,7 @@ class SimulatedCluster:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.dice = random.Random(seed)
         self.rng = random.Random(seed)
         self.now = EPOCH
         self.devices = tuple(Device(f"cpu:{i}", "cpu") for i in range(self.rng.randint(2, 5)))
@@ -49,18 +60,22 @@ class SimulatedCluster:
         self.inspected_at: dict[str, datetime] = {}
         self.notified: dict[str, Desired] = {}
         self.late_launches: list[AttemptRef] = []
-        self.history: list[str] = []
+        self.history: list[Event] = []
         self.counts: Counter[str] = Counter()
         self.submitted = 0
 
     # Events
 
     def step(self) -> None:
-        event, *rest = self.rng.choices(EVENT_TYPES, WEIGHTS)
-        assert not rest
-        self.history.append(event.__name__)
-        self.counts[event.__name__] += 1
-        event(self)
+        """Do one random thing."""
+        (event,) = self.dice.choices(EVENT_TYPES, WEIGHTS)
+        self.do(Event(event.__name__, self.dice.randrange(10_000)))
+
+    def do(self, event: Event) -> None:
+        self.history.append(event)
+        self.counts[event.name] += 1
+        self.rng.seed(event.seed)
+        getattr(self, event.name)()
 
     def submit(self) -> None:
         if len(self.jobs) < MAX_JOBS:
@@ -400,6 +415,7 @@ class SimulatedCluster:
 
     def drain(self) -> None:
         """No more faults: every job ends or becomes idle, no process is left, every device is free."""
+        self.rng.seed(self.seed)
         self.late_launches.clear()
         for _ in range(60):
             self.now += timedelta(seconds=31)
@@ -422,6 +438,16 @@ class SimulatedCluster:
     def is_idle(self) -> bool:
         waiting = any(job.restart_at is not None or job.status is JobStatus.QUEUED for job in self.jobs.values())
         return not self.leases and not waiting
+
+
+def replay(seed: int, events: Iterable[tuple[str, int]]) -> SimulatedCluster:
+    """Do ``events`` in a new cluster of ``seed`` and drain it. Raises AssertionError for a broken invariant."""
+    cluster = SimulatedCluster(seed)
+    for event in events:
+        cluster.do(Event(*event))
+        cluster.check()
+    cluster.drain()
+    return cluster
 
 
 def lost_report(now: datetime, step: int) -> ExitReport:

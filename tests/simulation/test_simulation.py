@@ -1,19 +1,22 @@
 """The plan and the lifecycle under a simulated clock and simulated hosts.
 
-TRAINYARD_SIMULATION_SEED=123 replays one seed.
+TRAINYARD_SIMULATION_SEED=123 replays one seed. A seed that fails is printed as a test of the fewest events that fail.
 """
 
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
 from tests import soak_report
-from tests.simulation.simulated_cluster import SimulatedCluster
+from tests.simulation.shrinking import as_test, failure_of, shrink
+from tests.simulation.simulated_cluster import Event, SimulatedCluster, replay
 from tests.soak_report import SoakReport
 from trainyard.service.jobs import lifecycle
 from trainyard.service.timing import Timing
@@ -24,16 +27,16 @@ LONG_SEEDS = 100_000
 
 
 def simulate(seed: int) -> SimulatedCluster:
-    """Run one cluster from its first event until it is idle. Raises AssertionError with the seed and the history."""
+    """Run one cluster from its first event until it is idle. Raises AssertionError with a test of the fewest events."""
     cluster = SimulatedCluster(seed)
     try:
         for _ in range(EVENTS):
             cluster.step()
             cluster.check()
         cluster.drain()
-    except AssertionError as error:
-        path = " ".join(cluster.history[-40:])
-        raise AssertionError(f"seed {seed}, event {len(cluster.history)}: {error}\n{path}") from error
+    except Exception as error:
+        shortest = as_test(seed, cluster.history, error)
+        raise AssertionError(f"seed {seed}, event {len(cluster.history)}: {error}\n\n{shortest}") from error
     return cluster
 
 
@@ -110,6 +113,46 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
             )
     with pytest.raises(AssertionError, match=VIOLATIONS[rule]):
         simulate_all(range(SHORT_SEEDS))
+
+
+def test_a_failing_seed_is_shrunk_and_printed_as_a_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(lifecycle, "MAX_FRUITLESS_ATTEMPTS", 99)
+        with pytest.raises(AssertionError, match="gets nowhere and is started again") as caught:
+            simulate_all(range(SHORT_SEEDS))
+        code = str(caught.value).partition("\n\n")[2]
+        printed: dict[str, Any] = {}
+        exec(code, printed)
+        (test,) = [printed[name] for name in printed if name.startswith("test_seed_")]
+        with pytest.raises(AssertionError, match="gets nowhere and is started again"):
+            test()
+        events = [Event(name, int(number)) for name, number in re.findall(r'\("(\w+)", (\d+)\),', code)]
+        assert 4 <= len(events) <= 20, code
+        seed = int(test.__name__.removeprefix("test_seed_"))
+        wanted = failure_of(seed, events)
+        for left_out in range(len(events)):
+            rest = events[:left_out] + events[left_out + 1 :]
+            assert failure_of(seed, rest) != wanted, f"event {left_out} is not needed: {code}"
+    test()  # without the fault the same events break nothing
+
+
+def test_shrinking_finds_the_items_that_matter() -> None:
+    tried: list[int] = []
+
+    def fails(items: Sequence[int]) -> bool:
+        tried.append(len(items))
+        return {17, 18, 160} <= set(items)
+
+    assert shrink(range(200), fails) == [17, 18, 160]
+    assert len(tried) < 200
+    assert shrink([1, 2, 3], lambda _: True) == []
+
+
+def test_a_history_is_done_again_event_by_event() -> None:
+    whole = simulate(5)
+    again = replay(5, whole.history)
+    assert again.jobs == whole.jobs
+    assert again.processes == whole.processes
 
 
 VIOLATIONS = {

@@ -1,11 +1,16 @@
-"""From release 0.1 to this one: a home, a paused run and a run that an agent of 0.1 still leads.
+"""From release 0.1 to this one and back, on live runs: the services and the agents of both releases side by side.
 
 Needs the history of this repository: release 0.1 is taken out of it. `make test-long` runs this.
 """
 
+import hashlib
+import os
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,10 @@ from trainyard.contract.rundir import RunDir
 RELEASE_0_1 = "3dc47211ad9d41b04c08c5fedc7407a10f598d4f"
 ROOT = Path(__file__).parents[2]
 STEPS = 240
+LONG_STEPS = 2400
+"""Enough for three starts of a service on a busy host."""
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +111,119 @@ def test_a_new_run_has_the_weights_that_0_1_computed(upgraded: dict[str, Any], c
     job_id = served.submit(described(corpus))
     served.wait(job_id, "succeeded", seconds=240)
     assert final_sha256(served, job_id) == final_sha256(served, upgraded["untouched"])
+
+
+# The way back
+
+
+@pytest.fixture(scope="module")
+def mixed_release(tmp_path_factory: pytest.TempPathFactory, old_release: Path) -> Path:
+    """Return a folder with the code of 0.1, except that its service starts the agents of this release."""
+    folder = tmp_path_factory.mktemp("release-mixed") / "code"
+    shutil.copytree(old_release, folder)
+    shutil.rmtree(folder / "worker")
+    (folder / "worker" / "agent").mkdir(parents=True)
+    (folder / "worker" / "__init__.py").touch()
+    (folder / "worker" / "agent" / "__init__.py").touch()
+    main = "import sys\nfrom trainyard.worker.agent.__main__ import main\nsys.exit(main())\n"
+    (folder / "worker" / "agent" / "__main__.py").write_text(main)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory, corpus: Path, mixed_release: Path) -> Iterator[Served]:
+    """A service of 0.1 whose agents are of this release."""
+    home = tmp_path_factory.mktemp("mixed") / "home"
+    served = Served(home, [corpus.parent], command=[sys.executable, "-m", "service"], path=mixed_release)
+    served.start()
+    yield served
+    served.stop()
+
+
+@pytest.fixture(scope="module")
+def mixed_untouched(mixed: Served, corpus: Path) -> str:
+    job_id = mixed.submit(described(corpus))
+    mixed.wait(job_id, "succeeded", seconds=600)
+    return job_id
+
+
+def test_a_service_of_0_1_takes_the_run_of_an_agent_of_this_release(mixed: Served, mixed_untouched: str) -> None:
+    """It does not know the agent's proof, so it reads the events from the run directory when the run has ended."""
+    assert mixed.job(mixed_untouched)["attempt"] == 1
+    assert [row["step"] for row in mixed.metrics(mixed_untouched)] == list(range(1, STEPS + 1))
+    assert final_sha256(mixed, mixed_untouched)
+    events = mixed.get(f"/jobs/{mixed_untouched}/events?limit=100").json()["data"]
+    assert [each for each in events if "cannot be read" in str(each)] == []
+    agent_log = RunDir(mixed.home / "runs" / mixed_untouched).attempt(1).agent_log.read_text()
+    assert "training continues, the report is kept" in agent_log
+
+
+def test_a_service_of_0_1_pauses_and_resumes_the_run_of_an_agent_of_this_release(
+    mixed: Served, mixed_untouched: str, corpus: Path
+) -> None:
+    job_id = mixed.submit(described(corpus))
+    first = RunDir(mixed.home / "runs" / job_id).attempt(1)
+    until(lambda: (first.read_step() or 0) >= 10)
+    assert mixed.post(f"/jobs/{job_id}/pause").status_code == 202
+    mixed.wait(job_id, "paused")
+    assert mixed.post(f"/jobs/{job_id}/resume").status_code == 202
+    assert mixed.wait(job_id, "succeeded", seconds=600)["attempt"] == 2
+    assert [row["step"] for row in mixed.metrics(job_id)] == list(range(1, STEPS + 1))
+    assert final_sha256(mixed, job_id) == final_sha256(mixed, mixed_untouched)
+
+
+def test_a_service_of_0_1_refuses_the_database_of_this_release_and_continues_with_the_backup(
+    tmp_path: Path, corpus: Path, old_release: Path
+) -> None:
+    """0.1, backup, this release, back to 0.1: one run that an agent of 0.1 leads lives through all of it."""
+    home, backup = tmp_path / "home", tmp_path / "before-upgrade.db"
+    old = Served(home, [corpus.parent], command=[sys.executable, "-m", "service"], path=old_release)
+    old.start()
+    wanted = described(corpus)
+    wanted["training"]["max_steps"] = LONG_STEPS
+    wanted["checkpoint"]["save_interval"] = LONG_STEPS // 4
+    job_id = old.submit(wanted)
+    until(lambda: old.step(job_id) >= 5)
+    old.kill()
+    run = RunDir(home / "runs" / job_id).attempt(1)
+    command = [str(Path(sys.executable).parent / "trainyard"), "db", "backup", str(backup)]
+    subprocess.run(command, check=True, env={**os.environ, "TRAINYARD_HOME": str(home)})
+
+    new = Served(home, [corpus.parent])
+    new.start()
+    seen = new.step(job_id)
+    until(lambda: new.step(job_id) > seen)
+    new.kill()
+
+    before = database_content(home)
+    refused = subprocess.run(
+        [sys.executable, "-m", "service", "--port", "0"],
+        env={**os.environ, "TRAINYARD_HOME": str(home), "PYTHONPATH": str(old_release)},
+        cwd=old_release,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert refused.returncode != 0
+    assert "which this version does not know; nothing was changed. Start the version that made it" in refused.stderr
+    assert "restore the backup from before the upgrade" in refused.stderr
+    assert database_content(home) == before
+
+    for file in home.glob("trainyard.db*"):
+        file.unlink()
+    shutil.copyfile(backup, home / "trainyard.db")
+    old.start()
+    step_at_return = run.read_step() or 0
+    job = old.wait(job_id, "succeeded", seconds=600)
+    old.stop()
+    assert step_at_return < LONG_STEPS, "the run has ended before 0.1 was back: make it longer"
+    assert job["attempt"] == 1
+    with closing(sqlite3.connect(home / "trainyard.db")) as database:
+        steps = database.execute("SELECT step FROM metrics WHERE job_id = ? AND stitched ORDER BY step", [job_id])
+        assert [step for (step,) in steps] == list(range(1, LONG_STEPS + 1))
+
+
+def database_content(home: Path) -> str:
+    """Return a digest of every row and table of the home's database."""
+    with closing(sqlite3.connect(home / "trainyard.db")) as database:
+        return hashlib.sha256("\n".join(database.iterdump()).encode()).hexdigest()

@@ -1,7 +1,9 @@
 """Runs on directories and weighted mixtures: the same samples on any ranks, exact resume, and what has changed."""
 
+import json
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 from tests.worker import rank_runner
 from tests.worker.rank_runner import corpus, new_run, run_to_end
 from trainyard.contract.events import Started
+from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
+from trainyard.worker.data.loader import rank_slice
 
 pytestmark = pytest.mark.long
 
@@ -95,6 +99,66 @@ def test_a_mixture_has_the_same_samples_on_any_number_of_ranks(data: Path, tmp_p
         ranks.kill()
     run_to_end(moved)
     assert losses(moved) == pytest.approx(losses(one), rel=1e-4)
+
+
+KILLS, STEPS, MAX_KILLED_STEP = 20, 80, 60
+Rows = dict[int, list[int]]
+
+
+def record_rows(folder: Path) -> None:
+    """Make this rank write the rows that it takes in each step to ``folder``."""
+
+    def record(trainer: Any, progress: Any) -> None:
+        step, ranks = progress.step + 1, trainer.loader.ranks
+        rows = rank_slice(trainer.loader.rows_of(step + progress.data_offset), ranks.rank, ranks.world)
+        with (folder / f"{ranks.rank}-of-{ranks.world}").open("a") as file:
+            file.write(json.dumps([step, rows.tolist()]) + "\n")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arm("train.step", record)
+
+
+def rows_by_step(folder: Path) -> Rows:
+    """Return the rows of each step of one attempt, over all ranks; without steps that not every rank has begun."""
+    by_rank: list[Rows] = []
+    for file in folder.iterdir():
+        whole = file.read_text().rpartition("\n")[0].splitlines()  # without a line that a kill has cut
+        by_rank.append(dict(json.loads(line) for line in whole))
+    common = set.intersection(*(set(rows) for rows in by_rank)) if by_rank else set()
+    return {step: sorted(row for rows in by_rank for row in rows[step]) for step in common}
+
+
+def test_twenty_kills_of_a_mixture_that_continues_on_one_to_three_ranks(data: Path, tmp_path: Path) -> None:
+    """Every attempt has the losses and the rows of the untouched run, whatever its number of ranks."""
+    described = mixture(data, batch_size=6, accumulation_steps=2, dtype="float32", max_steps=STEPS)
+    described |= {"checkpoint": {"save_interval": 3}, "reporting": {"log_interval": 1}}
+    untouched, broken = (new_run(tmp_path / name, described) for name in ("untouched", "broken"))
+    folder = tmp_path / "rows"
+    assert run_to_end(untouched, patch=partial(record_rows, folder / "untouched")).step == STEPS
+    expected, expected_losses = rows_by_step(folder / "untouched"), losses(untouched)
+    assert sorted(expected) == sorted(expected_losses) == list(range(1, STEPS + 1))
+
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    chooser = random.Random(seed)
+    worlds = [*chooser.choices((1, 2, 3), k=KILLS - 3), 1, 2, 3]
+    for number, world in enumerate(worlds, start=1):
+        saved = max((step for step, _ in broken.artifacts(None).published()), default=0)
+        ranks = rank_runner.start(broken, world, partial(record_rows, folder / str(number)))
+        ranks.wait_for_step(min(saved + chooser.randint(1, 6), MAX_KILLED_STEP))
+        ranks.kill()
+    last = KILLS + 1
+    assert run_to_end(broken, 2, partial(record_rows, folder / str(last))).step == STEPS
+
+    compared = 0
+    for number in range(1, last + 1):
+        found = rows_by_step(folder / str(number))
+        assert found == {step: expected[step] for step in found}, f"attempt {number}"
+        compared += len(found)
+        curve = {step: line.loss for step, line in rank_runner.metrics(broken, number).items()}
+        assert curve == pytest.approx({step: expected_losses[step] for step in curve}, rel=1e-4), f"attempt {number}"
+    assert compared >= STEPS
+    assert sorted(losses(broken)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize("change", ["added", "removed", "renamed", "changed"])

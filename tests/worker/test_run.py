@@ -62,7 +62,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def without_trackers() -> None:
     """As where neither is installed."""
-    sys.modules.update({"tensorboard": None, "wandb": None})  # type: ignore[dict-item]
+    sys.modules.update({"tensorboard": None, "wandb": None, "swanlab": None})  # type: ignore[dict-item]
 
 
 def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:

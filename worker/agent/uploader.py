@@ -72,19 +72,31 @@ class ReportEndpoint:
             connection.close()
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """A request with the lines after line ``after_seq``."""
+
+    after_seq: int
+    body: bytes
+
+
 class EventUploader:
     """Uploads one attempt's lines in order until `finish`. ``desired`` and ``settings`` are the service's last answer.
 
     Without an endpoint it uploads nothing.
     """
 
-    def __init__(self, attempt: AttemptDir, endpoint: ReportEndpoint | None) -> None:
+    def __init__(
+        self, attempt: AttemptDir, endpoint: ReportEndpoint | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.desired = Desired.RUN
         self.settings: RunSettings | None = None
         self.acked = 0
         self._attempt = attempt
         self._endpoint = endpoint
+        self._clock = clock
         self._outbox = OutboxReader(attempt.outbox)
+        self._batch: _Batch | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._retry_seconds = 0.0
@@ -119,8 +131,12 @@ class EventUploader:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._with_backoff(self._upload_or_heartbeat)
-            self._stopping.wait(self._retry_seconds or POLL_SECONDS)
+            self._stopping.wait(self.poll())
+
+    def poll(self) -> float:
+        """Upload the next lines, or send a heartbeat if one is due; return the seconds until the next call."""
+        self._with_backoff(self._upload_or_heartbeat)
+        return self._retry_seconds or POLL_SECONDS
 
     def _with_backoff(self, work: Callable[[], object]) -> bool:
         """Call ``work``; if the service is unreachable, double ``_retry_seconds`` and return False."""
@@ -137,7 +153,7 @@ class EventUploader:
         return True
 
     def _upload_or_heartbeat(self) -> None:
-        if not self._upload() and time.monotonic() >= self._next_heartbeat:
+        if not self._upload() and self._clock() >= self._next_heartbeat:
             step = self._attempt.read_step()
             self._post("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
 
@@ -148,15 +164,21 @@ class EventUploader:
 
     def _upload(self) -> bool:
         """Upload the next lines; return False if there are none. Lines that were not acknowledged are sent again."""
-        self._outbox.seek_after(self.acked)
-        lines = self._outbox.read(BATCH_LINES)
-        if not lines:
-            return False
         before = self.acked
-        self._post("events", json.dumps({"events": lines}).encode())
+        # A retry sends the same bytes and reads no file, so an hour without a service costs what a second does.
+        if self._batch is None or self._batch.after_seq != before:
+            self._batch = self._next_batch()
+        if self._batch is None:
+            return False
+        self._post("events", self._batch.body)
         if self.acked <= before:
             raise Unreachable(f"events: line {before + 1} was not acknowledged")
         return True
+
+    def _next_batch(self) -> _Batch | None:
+        self._outbox.seek_after(self.acked)
+        lines = self._outbox.read(BATCH_LINES)
+        return _Batch(self.acked, json.dumps({"events": lines}).encode()) if lines else None
 
     def _post(self, resource: str, body: bytes) -> bool:
         assert self._endpoint is not None
@@ -167,5 +189,5 @@ class EventUploader:
             self.settings = RunSettings.model_validate(settings) if settings is not None else self.settings
         except (KeyError, ValueError) as error:
             raise Unreachable(f"{resource}: the answer is no acknowledgement: {error}") from error
-        self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
+        self._next_heartbeat = self._clock() + HEARTBEAT_SECONDS
         return True

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job, split_step
@@ -13,7 +13,6 @@ from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import ABSENT, parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job
 from trainyard.contract.units import counted
 
 
@@ -196,7 +195,7 @@ def _named(job: Job) -> str:
 
 
 def _id(trainyard: Client, args: SimpleNamespace, console: Console) -> str:
-    return find_job(trainyard, args.job, console)["id"]
+    return find_job(trainyard, args.job, console).id
 
 
 def _report(job: Job, args: SimpleNamespace, console: Console, handle: str | None = None) -> int:

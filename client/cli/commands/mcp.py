@@ -3,31 +3,31 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from trainyard.client.api import DEFAULT_URL
+from trainyard.client.async_connection import AsyncConnection
 from trainyard.client.cli.console import Console
-from trainyard.client.connection import Connection, RetryPolicy, normalize_url
+from trainyard.client.connection import RetryPolicy, normalize_url
 from trainyard.client.errors import ApiError, ServiceUnreachable
 from trainyard.client.exit_codes import Exit
+from trainyard.client.flows import Flow
 from trainyard.contract.scopes import Scope
 from trainyard.mcp_tools.server import serve_stdio
 from trainyard.mcp_tools.tool import ToolError
 
-T = TypeVar("T")
 TIMEOUT_SECONDS = 30.0
 
 
 class ClientApi:
-    """The REST API of a service, called by the client, in a thread for each request."""
+    """The REST API of a service, called by the client."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: AsyncConnection) -> None:
         self._connection = connection
 
     async def call(
@@ -41,11 +41,13 @@ class ClientApi:
     ) -> Any:
         """See `RestApi.call`."""
         headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
-        return await _in_thread(partial(self._connection.call, method, path, params=params, body=body, headers=headers))
+        with _as_tool_errors():
+            return await self._connection.request(method, path, params=params, body=body, headers=headers)
 
     async def text(self, path: str) -> str:
         """See `RestApi.text`."""
-        return await _in_thread(partial(self._read, path))
+        with _as_tool_errors():
+            return await self._connection.run(self._read(path))
 
     async def scope(self) -> Scope:
         """See `RestApi.scope`."""
@@ -53,15 +55,18 @@ class ClientApi:
         # An older service does not tell. It decides at each call.
         return Scope(answer.get("scope", Scope.ADMIN))
 
-    def _read(self, path: str) -> str:
-        with self._connection.download(path, {}) as response:
-            response.read()
-            return response.text
+    def _read(self, path: str) -> Flow[str]:
+        body = yield from self._connection.download(path, {})
+        text = b""
+        while chunk := (yield from self._connection.chunk(body)):
+            text += chunk
+        return text.decode()
 
 
-async def _in_thread(work: Callable[[], T]) -> T:
+@contextmanager
+def _as_tool_errors() -> Iterator[None]:
     try:
-        return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+        yield
     except ApiError as error:
         raise ToolError.of_response(error.status, error.problem) from None
     except ServiceUnreachable as error:
@@ -77,5 +82,5 @@ def serve(args: SimpleNamespace, console: Console) -> int:
         console.error(f"tools for {url}; an AI agent starts this command and talks to it on stdin. Ctrl-C ends it.")
     # A thread waits for the next line. Python could end only after that.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    anyio.run(serve_stdio, ClientApi(Connection(url, token, TIMEOUT_SECONDS, RetryPolicy())))
+    anyio.run(serve_stdio, ClientApi(AsyncConnection(url, token, TIMEOUT_SECONDS, RetryPolicy())))
     return Exit.SUCCEEDED

@@ -3,8 +3,9 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 
+from trainyard.contract.service_proof import NONCE, NONCE_HEADER, PROOF_HEADER, prove_service
 from trainyard.service.api import readiness
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
@@ -20,8 +21,13 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/health", dependencies=[OPEN])
-async def get_health() -> Health:
+async def get_health(state: StateDep, request: Request, response: Response) -> Health:
     """Return ok if the process responds."""
+    nonce = request.headers.get(NONCE_HEADER, "")
+    if NONCE.fullmatch(nonce):
+        # A client asks whether this is the service of a home that it knows, before it sends a token.
+        address, port = request.scope["server"]
+        response.headers[PROOF_HEADER] = prove_service(state.service_key, nonce, address, port or 0)
     return Health()
 
 
