@@ -36,7 +36,8 @@ PAGE_OPEN_SECONDS = 4.0
 """Waits for the browser to start, and for the page to be complete before a debugger is attached."""
 
 REDRAW = """async () => {
-  const charts = [...document.querySelectorAll('figure')].map((node) => node.chart).filter((chart) => chart.started).slice(0, 6);
+  const all = [...document.querySelectorAll('figure')].map((node) => node.chart);
+  const charts = all.filter((chart) => chart.started).slice(0, 6);
   const moved = (trace) => ({ ...trace, x: [...trace.x], y: trace.y.map((y) => (y === null ? null : y * 1.01)) });
   for (const chart of charts) chart.show({ ...chart.content, traces: chart.content.traces.map(moved) });
   const began = performance.now();
