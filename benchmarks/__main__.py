@@ -51,7 +51,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(BENCHMARKS))
     parser.add_argument("--keep", action="store_true", help="store the ratios as the baseline of this processor")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
+    if arguments.only == "optimizers":
+        optimizers.main(rest)
+        return 0
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     ratios: list[Ratio] = []
     for name, benchmark in BENCHMARKS.items():
         if arguments.only in (None, name):

@@ -11,6 +11,9 @@ from trainyard.client.types import Delivery, Webhook
 if TYPE_CHECKING:
     from trainyard.client.async_connection import AsyncConnection
 
+CHECK_SECONDS = 90.0
+"""For the service to check a URL. It loads Apprise for the first one of its kinds, which takes long on a busy host."""
+
 
 class WebhookRequests:
     """What the webhooks of both clients share."""
@@ -19,7 +22,8 @@ class WebhookRequests:
         self._connection = connection
 
     def _webhook(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Webhook:
-        return cast(Webhook, self._connection.request(method, path, body=body))
+        timeout = None if body is None else CHECK_SECONDS
+        return cast(Webhook, self._connection.request(method, path, body=body, timeout=timeout))
 
     def _pages(self, path: str, params: Mapping[str, Any] | None = None, limit: int | None = None) -> Pages[Any]:
         return cast(Pages[Any], self._connection.each(self._connection.list_pages(path, params, limit)))

@@ -107,9 +107,9 @@ def _two_sessions(engine: Engine) -> Iterator[tuple["psycopg.Connection", "psyco
     import psycopg
 
     arguments, given = engine.dialect.create_connect_args(engine.url)
-    # Nothing is prepared: behind a pooler the next execution may be on another connection.
-    own = {"application_name": APPLICATION, "autocommit": True, "prepare_threshold": None, **KEEPALIVES}
-    options: dict[str, Any] = {**given, **own}
+    options: dict[str, Any] = {**given, **KEEPALIVES, "application_name": APPLICATION, "autocommit": True}
+    # Behind a pooler, the next execution of a prepared statement may be on a connection that does not know it.
+    options["prepare_threshold"] = None
     try:
         with psycopg.connect(*arguments, **options) as one, psycopg.connect(*arguments, **options) as other:
             yield one, other

@@ -27,6 +27,7 @@ from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
 from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
 from trainyard.service.notice_urls import is_notice_url
 from trainyard.service.webhooks import delivery_queue, signing, store
+from trainyard.service.webhooks.delivery_queue import ExpiredClaims
 from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
 from trainyard.service.webhooks.notice_client import NoticeClient
 from trainyard.service.webhooks.notices import notice
@@ -120,7 +121,7 @@ class Sender:
         self._rule_engine.poll()
         self._sweep()
         with self._database.read() as session:
-            queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._other_claims_expired())
+            queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._expired_claims())
         with self._changed:
             for delivery in queue:  # a webhook's URL may have changed
                 change = self._notice_webhooks.add if delivery.is_notice else self._notice_webhooks.discard
@@ -140,9 +141,9 @@ class Sender:
             self._epoch, self._led_since = self._lease.epoch, self._monotonic()
         return leads
 
-    def _other_claims_expired(self) -> bool:
-        longest = max(self._client.seconds, self.notices.seconds)
-        return self._monotonic() - self._led_since > longest + GRACE_SECONDS
+    def _expired_claims(self) -> ExpiredClaims:
+        led = self._monotonic() - self._led_since - GRACE_SECONDS
+        return ExpiredClaims(webhooks=led > self._client.seconds, notices=led > self.notices.seconds)
 
     def _sweep(self) -> None:
         if self._monotonic() - self._swept_at > SWEEP_SECONDS:

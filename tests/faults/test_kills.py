@@ -161,7 +161,7 @@ def submit(home: Home, part: Part) -> str:
     return str(answer.json()["id"])
 
 
-def gloo_spec(corpus: Path, groups: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def gloo_spec(corpus: Path, groups: dict[str, dict[str, Any]] | None = None) -> dict[str, Any]:
     model = {"hidden_size": HIDDEN_SIZE, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     spec: dict[str, dict[str, Any]] = {
         "model": model,
@@ -171,7 +171,7 @@ def gloo_spec(corpus: Path, groups: dict[str, dict[str, Any]]) -> dict[str, Any]
         "reporting": {"log_interval": 1},
         "resources": {"device": "cpu", "nproc_per_node": RANKS, "max_restarts": 1000},
     }
-    return {name: {**group, **groups.get(name, {})} for name, group in spec.items()}
+    return {name: {**group, **(groups or {}).get(name, {})} for name, group in spec.items()}
 
 
 def untouched(home: Home, part: Part) -> tuple[Any, list[float]]:

@@ -115,6 +115,7 @@ class TrackerProcess:
             raise ModuleNotFoundError(name)
         self._close_seconds = close_seconds
         self._unsent = bytearray()
+        self._deadline: float | None = None
         self._process = subprocess.Popen(
             [*program, name, str(run_path)],
             stdin=subprocess.PIPE,
@@ -134,14 +135,23 @@ class TrackerProcess:
     def log(self, point: Point) -> None:
         self._send({"step": point.step, "values": scalars(point)})
 
+    def finish(self) -> None:
+        """Tell the tracker that no point follows. The time of `close` begins."""
+        self._deadline = time.monotonic() + self._close_seconds
+        self._write()
+        if not self._unsent:
+            self._end_of_points()
+
     def close(self) -> None:
-        deadline = time.monotonic() + self._close_seconds
+        if self._deadline is None:
+            self.finish()
+        assert self._deadline is not None
         try:
-            while self._unsent and (left := deadline - time.monotonic()) > 0:
+            while self._unsent and (left := self._deadline - time.monotonic()) > 0:
                 select.select([], [self._points], [], left)
                 self._write()
             self._end_of_points()
-            self._process.wait(max(0.0, deadline - time.monotonic()))
+            self._process.wait(max(0.0, self._deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise TrackerFailed(f"it did not end within {self._close_seconds:g} s after the last point") from None
         finally:
@@ -252,6 +262,8 @@ class Trackers:
         self._for_each(lambda tracker: tracker.log(point))
 
     def close(self) -> None:
+        # First all, so that several that hang cost the time of one.
+        self._for_each(lambda tracker: tracker.finish() if isinstance(tracker, TrackerProcess) else None)
         self._for_each(lambda tracker: tracker.close())
 
     def _for_each(self, action: Callable[[Tracker], None]) -> None:
