@@ -22,11 +22,12 @@ ifndef SIZE_$(TORCH)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu or TORCH=cuda)
 endif
 
-.PHONY: help setup check format test test-long gpu demo dev bench soak nightly slurm-test clean
+.PHONY: help setup check audit format test test-long gpu demo dev bench soak nightly slurm-test clean
 
 help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
+	@echo "make audit   known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
 	@echo "make test-long    the tests that do not fit into ten minutes: guides, fault processes, two releases"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
@@ -68,6 +69,9 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+audit: setup
+	$(BIN)/python .ci/audit.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer as Library
 
+from benchmarks.baselines import Ratio
 from benchmarks.corpus import write_docstrings
 from trainyard.worker.data.corpus import open_corpus
 from trainyard.worker.data.readers import open_reader
@@ -21,7 +22,7 @@ ROUNDS = 5
 GOAL = 0.8
 
 
-def main() -> None:
+def main() -> list[Ratio]:
     """Alternate the two, so that a slow minute of the machine affects both."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -38,7 +39,7 @@ def main() -> None:
         for number in range(ROUNDS):
             alone.append(_seconds(partial(library.encode_batch, texts, add_special_tokens=False)))
             whole.append(_seconds(partial(open_corpus, file, tokenizer, cache=root / f"cache-{number}")))
-    _report(alone, whole, sum(len(text.encode()) for text in texts) / 1e6)
+    return _report(alone, whole, sum(len(text.encode()) for text in texts) / 1e6)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -47,8 +48,9 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _report(alone: list[float], whole: list[float], megabytes: float) -> None:
+def _report(alone: list[float], whole: list[float], megabytes: float) -> list[Ratio]:
     ratio = statistics.median(a / w for a, w in zip(alone, whole, strict=True))
     print(f"the library's encode_batch   {megabytes / statistics.median(alone):6.2f} MB/s ({os.cpu_count()} cores)")
     print(f"file to shards               {megabytes / statistics.median(whole):6.2f} MB/s")
     print(f"ratio                        {ratio:6.1%} (median of {ROUNDS} pairs; goal: at least {GOAL:.0%})")
+    return [Ratio("corpus_speed: file to shards, to the library", ratio)]

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baselines import Ratio
 from benchmarks.corpus import write_docstrings
 from benchmarks.running import worker_points
 
@@ -28,7 +29,7 @@ class Throughput:
     per_step: float
 
 
-def main() -> None:
+def main() -> list[Ratio]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_docstrings(root / "corpus.jsonl", 7000)
@@ -44,6 +45,7 @@ def main() -> None:
         ratio, padding = statistics.median(per_second), statistics.median(per_step)
     print(f"packed: {ratio:.2f} x the useful tokens/s; {padding:.2f} x the useful tokens a step")
     print(f"of the padding won, {100 * ratio / padding:.0f} % is won in time (goal: at least 95 %)")
+    return [Ratio("padding: useful tokens/s, packed to padded", ratio)]
 
 
 def run(root: Path, packing: str, number: int) -> Throughput:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.baselines import Ratio
 from benchmarks.corpus import write_docstrings
 from benchmarks.running import worker_points
 
@@ -26,14 +27,14 @@ BATCH, LENGTH, VOCABULARY = 8, 340, 6400
 LEARNING_RATE = 5e-4
 
 
-def main() -> None:
+def main() -> list[Ratio]:
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
         print("skipped: transformers and accelerate are not installed (pip install '.[bench]')")
-        return
+        return []
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
-        summarize([run_round(root, number) for number in range(ROUNDS)])
+        return summarize([run_round(root, number) for number in range(ROUNDS)])
 
 
 def prepare(root: Path) -> None:
@@ -69,15 +70,18 @@ def run_round(root: Path, number: int) -> Round:
     return speeds
 
 
-def summarize(rounds: list[Round]) -> None:
-    def ratio(of: Callable[[Round], float]) -> str:
-        return f"{statistics.median(of(each) for each in rounds):.2f} x"
+def summarize(rounds: list[Round]) -> list[Ratio]:
+    """Print the medians of the ratios, and return them."""
 
-    print(f"eager: {ratio(lambda r: r.eager / r.trainer)} Trainer (goal 1.15 x)")
-    print(
-        f"compiled: {ratio(lambda r: r.compiled / r.trainer)} Trainer (goal 1.35 x), "
-        f"{ratio(lambda r: r.compiled / r.trainer_compiled)} Trainer with torch_compile"
-    )
+    def ratio(name: str, of: Callable[[Round], float]) -> Ratio:
+        return Ratio(f"trainer: {name}", statistics.median(of(each) for each in rounds))
+
+    eager = ratio("eager", lambda r: r.eager / r.trainer)
+    compiled = ratio("compiled", lambda r: r.compiled / r.trainer)
+    both = ratio("both compiled", lambda r: r.compiled / r.trainer_compiled)
+    print(f"eager: {eager.value:.2f} x Trainer (goal 1.15 x)")
+    print(f"compiled: {compiled.value:.2f} x Trainer (goal 1.35 x), {both.value:.2f} x Trainer with torch_compile")
+    return [eager, compiled, both]
 
 
 def trainyard(root: Path, name: str, *, compiled: bool) -> float:

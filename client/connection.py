@@ -1,24 +1,33 @@
 """HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
 import math
+import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx2
 
 from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
-from trainyard.client.local_peer import distrust
-from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
+from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
+from trainyard.client.local_peer import UntrustedListener, require_service
+from trainyard.client.pages import Pages
+from trainyard.client.sse import OPENED, EventParser, StreamEvent, StreamUnsupported
 
 CONNECT_SECONDS = 10.0
 STREAM_TIMEOUT_SECONDS = 40.0
 """The service sends a comment every 15 s, so a stream that is silent for longer is broken."""
 
+PAGE = 100
+CONNECTED = "connection.connect_tcp.complete"
+"""The HTTP client's event of a new connection."""
+
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,32 +50,33 @@ class RetryableError(Exception):
     """A try failed that may be repeated: there was no response, or one with a status such as 503."""
 
 
-class Connection:
-    """Sends requests to the service at ``url``. The arguments are those of `trainyard.client.api.Client`."""
+class Exchange:
+    """The requests to the service at ``url`` as flows, for both kinds of HTTP clients.
 
-    def __init__(
-        self,
-        url: str,
-        token: str | None,
-        timeout: float,
-        retries: RetryPolicy,
-        transport: httpx2.BaseTransport | None = None,
-    ) -> None:
+    The arguments are those of `trainyard.client.api.Client`.
+    """
+
+    _http: httpx2.Client | httpx2.AsyncClient
+
+    def __init__(self, url: str, retries: RetryPolicy) -> None:
         self.url = url.rstrip("/")
         self._retries = retries
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        # A proxy from the environment cannot reach this machine's own loopback address.
-        remote = urlsplit(self.url).hostname not in LOOPBACK
-        self._http = httpx2.Client(
-            base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=remote
-        )
-        if token and self.url.startswith("http:"):
-            # With https the certificate says whose program answers.
-            self._http.event_hooks = {"request": [self._check_new_connections]}
 
-    def close(self) -> None:
-        """Close the open connections."""
-        self._http.close()
+    def _settings(self, token: str | None, timeout: float) -> dict[str, Any]:
+        return {
+            "base_url": self.url,
+            "headers": {"Authorization": f"Bearer {token}"} if token else {},
+            "timeout": timeout,
+            # A proxy from the environment cannot reach this machine's own loopback address.
+            "trust_env": urlsplit(self.url).hostname not in LOOPBACK,
+        }
+
+    def _checks_peers(self, token: str | None) -> bool:
+        # With https the certificate says whose program answers.
+        return bool(token) and self.url.startswith("http:")
+
+    def _call(self, method: str, path: str, parse: Callable[[Any], T], content: Mapping[str, Any]) -> Flow[T]:
+        return parse((yield from self.call(method, path, **content)))
 
     def call(
         self,
@@ -77,28 +87,45 @@ class Connection:
         body: Any = None,
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
-    ) -> Any:
+        retries: RetryPolicy | None = None,
+    ) -> Flow[Any]:
         """Send a request and return the JSON of the response, or None if it has no body.
 
         A request that did not reach the service is always retried. A request whose response was lost is retried only
         if a second arrival does no harm: reads, and writes with an Idempotency-Key. ``timeout``: seconds for one try,
-        if the response takes longer than usual.
+        if the response takes longer than usual. ``retries``: instead of those of the connection.
 
         Raises:
             ServiceUnreachable: no response within the time for retries.
             ApiError: the service rejected the request.
             InvalidSpec: the body has a value that JSON cannot express, such as NaN. Nothing was sent.
         """
-        query = {name: value for name, value in (params or {}).items() if value is not None}
-        _require_expressible(body, query)
-        content: dict[str, Any] = {} if body is None else {"json": body}
-        if timeout is not None:
-            content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
-        request = self._http.build_request(method, path, params=query, headers=dict(headers or {}), **content)
+        limits: dict[str, Any] = {} if timeout is None else {"timeout": httpx2.Timeout(CONNECT_SECONDS, read=timeout)}
+        request = self._request(method, path, params, body, headers or {}, **limits)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
-        return self._result(self._send(request, repeatable))
+        response = yield from self._send(request, repeatable, (retries or self._retries).pauses())
+        return self._result(response)
 
-    def stream(
+    def list_pages(
+        self,
+        path: str,
+        params: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+        parse: Callable[[Any], T] = lambda row: row,
+    ) -> ItemFlow[list[T]]:
+        """Give each page of a list, at most ``limit`` rows in all. ``parse``: turns a row into a result."""
+        after: object = None
+        left = limit
+        while left is None or left > 0:
+            query = {**(params or {}), "limit": PAGE if left is None else min(left, PAGE), "after": after}
+            page = yield from self.call("GET", path, params=query)
+            yield Item([parse(row) for row in page["data"]])
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = page["data"][-1]["id"]
+            left = None if left is None else left - len(page["data"])
+
+    def events(
         self,
         path: str,
         params: Mapping[str, Any] | None = None,
@@ -106,79 +133,96 @@ class Connection:
         *,
         body: Any = None,
         timeout: float = STREAM_TIMEOUT_SECONDS,
-    ) -> Iterator[StreamEvent]:
-        """Yield the events of a stream until the connection ends. The first one has the kind "open".
+        accept: Callable[[StreamEvent], Any] = lambda event: event,
+    ) -> ItemFlow[Any]:
+        """Give the events of a stream until the connection ends. The first one has the kind "open".
 
-        With a ``body`` it is sent by POST. ``timeout``: seconds without any data.
+        With a ``body`` it is sent by POST. ``timeout``: seconds without any data. ``accept``: turns an event into an
+        item, or into None, which is left out.
 
         Raises:
             StreamUnsupported: the response is no stream.
             ApiError: the service rejected the request.
             ServiceUnreachable: there was no response, or nothing came for ``timeout`` seconds.
         """
-        query = {name: value for name, value in (params or {}).items() if value is not None}
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
-        _require_expressible(body, query)
-        request: dict[str, Any] = {"params": query, "headers": headers, **({} if body is None else {"json": body})}
         limits = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
-        method = "GET" if body is None else "POST"
-        try:
-            with self._http.stream(method, path, **request, timeout=limits) as response:
-                if response.status_code >= 400:
-                    response.read()
-                    raise api_error(response.status_code, _problem(response))
-                if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                    raise StreamUnsupported(f"{path} is no stream")
-                yield StreamEvent(OPENED)
-                yield from parse_events(response.iter_lines())
-        except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
-            # RuntimeError: the client was closed by another thread, which is how a reader is stopped.
-            raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from error
+        request = self._request("GET" if body is None else "POST", path, params, body, headers, timeout=limits)
+        opened = yield from self._open(request, "lines")
+        if not opened.response.headers.get("content-type", "").startswith("text/event-stream"):
+            raise StreamUnsupported(f"{path} is no stream")
+        parser = EventParser()
+        event: StreamEvent | None = StreamEvent(OPENED)
+        while True:
+            item = accept(event) if event is not None else None
+            if item is not None:
+                yield Item(item)
+            line = yield from self._next(opened)
+            if line is None:
+                return
+            try:
+                event = parser.feed(line)
+            except ValueError as error:
+                raise ServiceUnreachable(self.url, f"it sent an event that is not JSON: {error}") from error
 
-    @contextmanager
-    def download(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """Yield a response whose body the caller reads in chunks.
+    def download(self, path: str, headers: Mapping[str, str]) -> Flow[Body]:
+        """Return a response whose body is read with `chunk`.
 
         Raises:
             ApiError: the service rejected the request.
-            ServiceUnreachable: there was no response, or its body was cut off.
+            ServiceUnreachable: there was no response.
         """
+        request = self._http.build_request("GET", path, headers=dict(headers))
+        return (yield from self._open(request, "bytes"))
+
+    def chunk(self, body: Body) -> Flow[bytes | None]:
+        """Return the next bytes of a body, or None at the end. Raises ServiceUnreachable if it is cut off."""
+        part: bytes | None = yield from self._next(body)
+        return part
+
+    def _open(self, request: httpx2.Request, parts: Any) -> Flow[Body]:
         try:
-            with self._http.stream("GET", path, headers=dict(headers)) as response:
-                if response.status_code >= 400:
-                    response.read()
-                    raise api_error(response.status_code, _problem(response))
-                yield response
-        except httpx2.TransportError as error:
+            opened: Body = yield Open(request, parts)
+        except (httpx2.TransportError, httpx2.StreamError, RuntimeError) as error:
+            # RuntimeError: the client was closed by another thread, which is how a reader is stopped.
+            raise ServiceUnreachable(self.url, _cause(error)) from error
+        if opened.response.status_code >= 400:
+            raise api_error(opened.response.status_code, _problem(opened.response))
+        return opened
+
+    def _next(self, body: Body) -> Flow[Any]:
+        try:
+            return (yield Next(body))
+        except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
             raise ServiceUnreachable(self.url, _cause(error)) from error
 
-    def _check_new_connections(self, request: httpx2.Request) -> None:
-        request.extensions["trace"] = self._on_transport_event
+    def _request(
+        self,
+        method: str,
+        path: str,
+        params: Mapping[str, Any] | None,
+        body: Any,
+        headers: Mapping[str, str],
+        **more: Any,
+    ) -> httpx2.Request:
+        query = {name: value for name, value in (params or {}).items() if value is not None}
+        _require_expressible(body, query)
+        content: dict[str, Any] = {} if body is None else {"json": body}
+        return self._http.build_request(method, path, params=query, headers=dict(headers), **content, **more)
 
-    def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
-        # The connection is there, and nothing was sent yet.
-        if name != "connection.connect_tcp.complete":
-            return
-        stream = details["return_value"]
-        why = distrust(stream.get_extra_info("socket"))
-        if why is not None:
-            stream.close()
-            raise ServiceUnreachable(self.url, why)
-
-    def _send(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
-        pauses = self._retries.pauses()
+    def _send(self, request: httpx2.Request, repeatable: bool, pauses: Iterator[float]) -> Flow[httpx2.Response]:
         while True:
             try:
-                return self._send_once(request, repeatable)
+                return (yield from self._send_once(request, repeatable))
             except RetryableError as failure:
                 pause = next(pauses, None)
                 if pause is None:
                     raise ServiceUnreachable(self.url, str(failure)) from failure
-                time.sleep(pause)
+            yield Sleep(pause)
 
-    def _send_once(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+    def _send_once(self, request: httpx2.Request, repeatable: bool) -> Flow[httpx2.Response]:
         try:
-            response = self._http.send(request)
+            response: httpx2.Response = yield Send(request)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
             raise RetryableError(_cause(error)) from error
         except httpx2.TransportError as error:
@@ -208,6 +252,101 @@ class Connection:
     def _foreign(self, response: httpx2.Response, what: str) -> ServiceUnreachable:
         cause = f"the program there is not a Trainyard service ({response.status_code}, {what})"
         return ServiceUnreachable(self.url, cause)
+
+    def _refusal(self, connection: socket.socket) -> Exception | None:
+        """Return why a new connection, on which nothing was sent yet, must not be used; None if it may."""
+        try:
+            require_service(connection, self.url)
+        except UntrustedListener as error:
+            return ServiceUnreachable(self.url, str(error))
+        except OSError as error:
+            return httpx2.ConnectError(str(error))
+        return None
+
+
+class Connection(Exchange):
+    """Runs flows with a blocking HTTP client."""
+
+    _http: httpx2.Client
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        timeout: float,
+        retries: RetryPolicy,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(url, retries)
+        self._http = httpx2.Client(transport=transport, **self._settings(token, timeout))
+        if self._checks_peers(token):
+            self._http.event_hooks = {"request": [self._check_new_connections]}
+
+    def close(self) -> None:
+        """Close the open connections."""
+        self._http.close()
+
+    def run(self, flow: Flow[T]) -> T:
+        """Run a flow and return its result."""
+        with closing(self.iterate(as_item(flow))) as items:
+            return next(items)
+
+    def request(self, method: str, path: str, parse: Callable[[Any], Any] = lambda body: body, **content: Any) -> Any:
+        """Run a `call` and return ``parse`` of its result."""
+        return self.run(self._call(method, path, parse, content))
+
+    def each(self, flow: ItemFlow[list[T]]) -> Pages[T]:
+        """Run a flow that gives pages, and return their rows."""
+        return Pages(self.iterate(flow))
+
+    def iterate(self, flow: ItemFlow[T]) -> Generator[T, None, None]:
+        """Run a flow and yield its items."""
+        with ExitStack() as opened:
+            step = flow.send
+            result: Any = None
+            while True:
+                try:
+                    wanted = step(result)
+                except StopIteration:
+                    return
+                if isinstance(wanted, Item):
+                    step, result = flow.send, None
+                    yield wanted.value
+                    continue
+                try:
+                    step, result = flow.send, self._do(wanted, opened)
+                except Exception as error:
+                    step, result = flow.throw, error
+
+    def _do(self, step: Step, opened: ExitStack) -> Any:
+        match step:
+            case Send(request):
+                return self._http.send(request)
+            case Open(request, parts):
+                opened.close()
+                response = self._http.send(request, stream=True)
+                opened.callback(response.close)
+                if response.status_code >= 400:
+                    response.read()
+                return Body(response, response.iter_lines() if parts == "lines" else response.iter_bytes())
+            case Next(body):
+                return next(body.parts, None)  # type: ignore[arg-type]  # made by `Open` above
+            case Sleep(seconds):
+                return time.sleep(seconds)
+            case Work(function):
+                return function()
+
+    def _check_new_connections(self, request: httpx2.Request) -> None:
+        request.extensions["trace"] = self._on_transport_event
+
+    def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
+        if name != CONNECTED:
+            return
+        stream = details["return_value"]
+        error = self._refusal(stream.get_extra_info("socket"))
+        if error is not None:
+            stream.close()
+            raise error from None
 
 
 FIELD_OF = {
@@ -260,7 +399,7 @@ def normalize_url(url: str) -> str:
     return full
 
 
-def _cause(error: httpx2.TransportError) -> str:
+def _cause(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 

@@ -6,32 +6,35 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trainyard.client.connection import Connection
+from trainyard.client.connection import Exchange
 from trainyard.client.errors import ChecksumMismatch
+from trainyard.client.flows import Body, Flow, Work
 from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
 
 PARTIAL_SUFFIX = ".part"
 
 
-def download_checkpoint(connection: Connection, url: str, into: Path) -> list[str]:
+def download_checkpoint(exchange: Exchange, url: str, into: Path) -> Flow[list[str]]:
     """Download the files in the manifest below ``url``, and the manifest last: if it exists, all files are complete.
 
     Returns the file names. Raises ChecksumMismatch.
     """
     into.mkdir(parents=True, exist_ok=True)
-    with connection.download(f"{url}/{MANIFEST_FILE}", {}) as response:
-        manifest = response.read()
+    body = yield from exchange.download(f"{url}/{MANIFEST_FILE}", {})
+    manifest = b""
+    while chunk := (yield from exchange.chunk(body)):
+        manifest += chunk
     listed = parse_manifest(manifest)
     for name, entry in listed.items():
         if not name or Path(name).name != name or name.startswith("."):
             raise ChecksumMismatch(f"the manifest names an invalid file: {name!r}")
-        if not _matches(into / name, entry.sha256):
-            _download_file(connection, f"{url}/{name}", into / name, entry.sha256)
+        if not (yield from _matches(into / name, entry.sha256)):
+            yield from _download_file(exchange, f"{url}/{name}", into / name, entry.sha256)
     (into / MANIFEST_FILE).write_bytes(manifest)
     return [*listed, MANIFEST_FILE]
 
 
-def download_export(connection: Connection, url: str, files: Iterable[Mapping[str, Any]], into: Path) -> list[str]:
+def download_export(exchange: Exchange, url: str, files: Iterable[Mapping[str, Any]], into: Path) -> Flow[list[str]]:
     """Download the ``files`` of an export below ``url`` into a folder; return their names. Raises ChecksumMismatch."""
     into.mkdir(parents=True, exist_ok=True)
     names = []
@@ -40,9 +43,8 @@ def download_export(connection: Connection, url: str, files: Iterable[Mapping[st
         if not name or Path(name).name != name or name.startswith("."):
             raise ChecksumMismatch(f"the export names an invalid file: {name!r}")
         part = into / f"{name}{PARTIAL_SUFFIX}"
-        with connection.download(f"{url}/{name}", {}) as response, part.open("wb") as target:
-            for chunk in response.iter_bytes():
-                target.write(chunk)
+        body = yield from exchange.download(f"{url}/{name}", {})
+        yield from _write(exchange, body, part, "wb")
         if part.stat().st_size != file["bytes"]:
             part.unlink()
             raise ChecksumMismatch(f"{name} does not have the size of the export: download it again")
@@ -51,23 +53,27 @@ def download_export(connection: Connection, url: str, files: Iterable[Mapping[st
     return names
 
 
-def _download_file(connection: Connection, url: str, path: Path, digest: str) -> None:
+def _download_file(exchange: Exchange, url: str, path: Path, digest: str) -> Flow[None]:
     part = path.with_name(path.name + PARTIAL_SUFFIX)
     have = part.stat().st_size if part.exists() else 0
     # If-Range: if the file has changed, the service sends all of it with status 200 and not the rest with 206.
     headers = {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'} if have else {}
-    with connection.download(url, headers) as response:
-        with part.open("ab" if response.status_code == 206 else "wb") as file:
-            for chunk in response.iter_bytes():
-                file.write(chunk)
-    if not _matches(part, digest):
+    body = yield from exchange.download(url, headers)
+    yield from _write(exchange, body, part, "ab" if body.response.status_code == 206 else "wb")
+    if not (yield from _matches(part, digest)):
         part.unlink()
         raise ChecksumMismatch(f"{path.name} differs from the manifest: download it again")
     os.replace(part, path)
 
 
-def _matches(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256(path) == digest
+def _write(exchange: Exchange, body: Body, path: Path, mode: str) -> Flow[None]:
+    with path.open(mode) as file:
+        while chunk := (yield from exchange.chunk(body)):
+            file.write(chunk)
+
+
+def _matches(path: Path, digest: str) -> Flow[bool]:
+    return path.is_file() and (yield Work(lambda: sha256(path))) == digest
 
 
 def sha256(path: Path) -> str:

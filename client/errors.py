@@ -6,11 +6,15 @@ from typing import Any
 
 
 class TrainyardError(Exception):
-    """Base class of the exceptions that the client raises."""
+    """Base class of the exceptions that the client raises. ``code``: the kind of error, for programs."""
+
+    code = "client_error"
 
 
 class ServiceUnreachable(TrainyardError):
     """No Trainyard service responded at the URL within the time for retries."""
+
+    code = "service_unreachable"
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"no Trainyard service answers at {url}: {cause}")
@@ -21,24 +25,35 @@ class ServiceUnreachable(TrainyardError):
 class InvalidUrl(TrainyardError):
     """The given URL is not valid."""
 
+    code = "invalid_url"
+
     def __init__(self, url: str) -> None:
         super().__init__(f"{url!r} is no address of a service: it must be like http://127.0.0.1:8000")
 
 
 class WaitTimedOut(TrainyardError):
-    """The job did not reach the state in time, or made no progress. ``job``: its last known state, or None."""
+    """A job, corpus or evaluation did not reach the state in time, or made no progress.
 
-    def __init__(self, seconds: float, job: Mapping[str, Any] | None, stalled: bool = False) -> None:
-        status = job["status"] if job else "never seen"
-        if stalled and job:
-            step, phase = (job.get("progress") or {}).get("step"), job.get("phase")
+    ``last``: its last known state, or None if there was none. ``job``: the same.
+    """
+
+    code = "wait_timed_out"
+
+    def __init__(self, seconds: float, last: Mapping[str, Any] | None, stalled: bool = False) -> None:
+        what = str((last or {}).get("object") or "job")
+        status = (last or {}).get("status") or (last or {}).get("state") or "never seen"
+        if stalled and last:
+            step, phase = (last.get("progress") or {}).get("step"), last.get("phase")
             status += f", phase {phase}" * bool(phase) + f", at step {step or 0:,}"
-        super().__init__(f"{seconds:g} s passed {'without progress, ' * stalled}and the job is {status}")
-        self.job = job
+        super().__init__(f"{seconds:g} s passed {'without progress, ' * stalled}and the {what} is {status}")
+        self.last = last
+        self.job = last
 
 
 class UnexpectedStatus(TrainyardError):
-    """The job became idle in another status than those that the caller waits for."""
+    """The job became idle in another status than those that the caller waits for. ``job``: its last state."""
+
+    code = "unexpected_status"
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         super().__init__(f"the job is {job['status']} ({job.get('reason')}): {job.get('message')}")
@@ -48,9 +63,13 @@ class UnexpectedStatus(TrainyardError):
 class ChecksumMismatch(TrainyardError):
     """A downloaded file differs from the checkpoint's manifest. The message names it."""
 
+    code = "checksum_mismatch"
+
 
 class AmbiguousName(TrainyardError):
     """Several jobs have the name. The message lists their ids; ``jobs``: these jobs, newest first."""
+
+    code = "ambiguous_name"
 
     def __init__(self, name: str, jobs: Sequence[Mapping[str, Any]]) -> None:
         ids = ", ".join(f"{job['id']} ({job['status']})" for job in jobs[:5])
@@ -67,7 +86,10 @@ class FieldProblem:
 
 
 class ApiError(TrainyardError):
-    """The service rejected the request. ``problem`` is the response: ``code`` for programs, ``detail`` for people."""
+    """The service rejected the request. ``problem`` is the response: ``code`` for programs, ``detail`` for people.
+
+    ``status``: the HTTP status. ``errors``: the invalid fields. ``request_id``: the id in the service's log, or None.
+    """
 
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
         self.status = status
@@ -76,7 +98,8 @@ class ApiError(TrainyardError):
         self.detail = str(problem.get("detail") or problem.get("title") or f"HTTP {status}")
         self.request_id: str | None = problem.get("request_id")
         self.errors = tuple(_field_problems(problem.get("errors")))
-        super().__init__(f"{self.detail} [{self.code}]")
+        lines = [f"  {problem.pointer or '/'}: {problem.message}" for problem in self.errors]
+        super().__init__("\n".join([f"{self.detail} [{self.code}]", *lines]))
 
 
 class NotAuthorised(ApiError):
@@ -92,7 +115,7 @@ class InvalidState(ApiError):
 
 
 class InvalidSpec(ApiError):
-    """422: the spec is invalid. ``errors`` lists all problems."""
+    """422: the spec or another body is invalid. ``errors`` and the text of the exception list all problems."""
 
 
 def api_error(status: int, problem: Mapping[str, Any]) -> ApiError:

@@ -18,6 +18,8 @@ END = "end"
 class StreamUnsupported(TrainyardError):
     """The response is no stream: the service is an older version."""
 
+    code = "stream_unsupported"
+
 
 @dataclass(frozen=True)
 class StreamEvent:
@@ -28,17 +30,31 @@ class StreamEvent:
     id: str | None = None
 
 
-def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
-    """Yield the events in the lines of a stream, without comments and incomplete events."""
-    fields: dict[str, str] = {}
-    for line in lines:
+class EventParser:
+    """Turns the lines of a stream into events. Comments and incomplete events are left out."""
+
+    def __init__(self) -> None:
+        self._fields: dict[str, str] = {}
+
+    def feed(self, line: str) -> StreamEvent | None:
+        """Return the event that ends with this line, or None. Raises ValueError if its data is not JSON."""
         if line:
             name, _, value = line.partition(":")
-            fields[name] = value.removeprefix(" ")
-        else:
-            if "event" in fields and "data" in fields:
-                yield StreamEvent(fields["event"], json.loads(fields["data"]), fields.get("id"))
-            fields = {}
+            self._fields[name] = value.removeprefix(" ")
+            return None
+        fields, self._fields = self._fields, {}
+        if "event" not in fields or "data" not in fields:
+            return None
+        return StreamEvent(fields["event"], json.loads(fields["data"]), fields.get("id"))
+
+
+def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
+    """Yield the events in the lines of a stream, without comments and incomplete events."""
+    parser = EventParser()
+    for line in lines:
+        event = parser.feed(line)
+        if event is not None:
+            yield event
 
 
 Open = Callable[[str | None], Iterator[StreamEvent]]

@@ -253,55 +253,6 @@ class LimitsLeft(TypedDict):
     tokens: int | None
 
 
-class Job(TypedDict, total=False):
-    """One pretraining run."""
-
-    object: str
-    id: str
-    name: str
-    labels: dict[str, str]
-    description: str
-    group: str | None
-    discarded: bool
-    score: Score | None
-    limits_left: LimitsLeft | None
-    status: str
-    desired: str
-    phase: str | None
-    corpus_id: str | None
-    preparation: CorpusProgress | None
-    reason: str | None
-    message: str | None
-    error: ErrorCard | None
-    spec: dict[str, Any]
-    plan: Plan | None
-    progress: Progress | None
-    attempt: int | None
-    resumable: bool
-    resume_blocker: str | None
-    checkpoint: Checkpoint | None
-    weights_path: NotRequired[str | None]
-    queue: Queue | None
-    parent: dict[str, Any] | None
-    owner: NotRequired[str]
-    submitted_by: str | None
-    allowed_actions: list[Action]
-    summary: str
-    alerts: list[Any]
-    restart_at: str | None
-    created_at: str
-    queued_at: str | None
-    started_at: str | None
-    finished_at: str | None
-
-
-class ResumedJob(Job, total=False):
-    """A job that was resumed: the learning rate of the checkpoint's step, and of the next one."""
-
-    learning_rate_before: float | None
-    learning_rate_after: float | None
-
-
 class Token(TypedDict, total=False):
     """A named token, without its secret."""
 
@@ -365,6 +316,27 @@ class Metric(TypedDict, total=False):
     at: str
 
 
+class CurvePoint(TypedDict, total=False):
+    """Some steps of a curve, from ``first_step`` to ``step``. Losses are in nats per token.
+
+    ``loss`` is the last one, ``loss_ema`` the running mean at ``step``. A loss is None if none was finite;
+    ``nonfinite_count``: how many were not.
+    """
+
+    job_id: str
+    first_step: int
+    step: int
+    attempt: int
+    count: int
+    loss: float | None
+    loss_mean: float | None
+    loss_min: float | None
+    loss_max: float | None
+    loss_ema: float | None
+    nonfinite_count: int
+    nonfinite: bool
+
+
 class TaskScore(TypedDict, total=False):
     """The scores on one task, at a step of the training or of a checkpoint. ``evaluation_id``: null if in training."""
 
@@ -418,14 +390,19 @@ class LogChunk(TypedDict):
 
 
 class Version(TypedDict, total=False):
-    """Name and version of the service."""
+    """Name and version of the service. ``caller``, ``scope``: of the token that asked."""
 
     name: str
     version: str
+    api: int
+    python: str
+    database: str
+    caller: NotRequired[str]
+    scope: NotRequired[str]
 
 
 class Webhook(TypedDict):
-    """A webhook. ``secret`` is there only if it is new."""
+    """A webhook. ``secret`` is there only if it is new; None for a URL of Apprise's kinds."""
 
     object: str
     id: str
@@ -444,7 +421,7 @@ class Webhook(TypedDict):
     old_secret_until: str | None
     created_at: str
     updated_at: str
-    secret: NotRequired[str]
+    secret: NotRequired[str | None]
 
 
 class Delivery(TypedDict):

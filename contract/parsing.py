@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainyard.contract.recipes import fill_recipe
 from trainyard.contract.spec import DataSpec, JobSpec, TrainingSpec
 
 ALIASES: dict[str, tuple[str, str]] = {
@@ -70,8 +71,8 @@ FLAGS = frozenset(
 """Leaves that accept 0 and 1 for false and true, as MiniMind's flags do."""
 
 
-def parse_spec(raw: object) -> ParsedSpec:
-    """Parse a client's JSON value.
+def parse_spec(raw: object, *, fills_recipe: bool = True) -> ParsedSpec:
+    """Parse a client's JSON value. ``fills_recipe``: fill in its recipe; a stored spec has it already.
 
     Wrong fields are reported and replaced by their defaults, and the rest is parsed again, so that one response lists
     all problems. Checks between fields skip the fields that are already known to be wrong.
@@ -79,7 +80,8 @@ def parse_spec(raw: object) -> ParsedSpec:
     if not isinstance(raw, Mapping):
         return ParsedSpec(_spec_of({}), (Problem("", "must be a JSON object"),), frozenset({""}))
     canonical = _Canonical()
-    spec = canonical.validate(canonical.read({"data": {}, **raw}))
+    given = canonical.read({"data": {}, **raw})
+    spec = canonical.validate(fill_recipe(given) if fills_recipe else given)
     problems = tuple(canonical.problems)
     wrong = frozenset(problem.pointer for problem in problems)
     parsed = ParsedSpec(spec, problems, wrong)
@@ -264,6 +266,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = "cannot be combined with max_steps: give one of them"
         yield Problem("/training/max_tokens", message), ("/training/max_tokens", "/training/max_steps")
     yield from _decay_conflicts(spec.training)
+    yield from _optimizer_conflicts(spec)
     starts = [start for start, _ in spec.training.continued_at]
     if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
         yield Problem("/training/continued_at", "must have the steps in increasing order"), ("/training/continued_at",)
@@ -288,6 +291,22 @@ def _decay_conflicts(training: TrainingSpec) -> Iterator[tuple[Problem, tuple[st
         involved = tuple(f"/training/{leaf}" for leaf in ("decay_steps", "max_steps", "warmup_steps"))
         message = f"must be at most max_steps - warmup_steps ({after_warmup})"
         yield Problem("/training/decay_steps", message), involved
+
+
+def _optimizer_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    training = spec.training
+    if training.cautious_weight_decay and training.optimizer != "muon":
+        message = 'needs optimizer "muon": AdamW decays every weight'
+        yield (
+            Problem("/training/cautious_weight_decay", message),
+            ("/training/cautious_weight_decay", "/training/optimizer"),
+        )
+    if training.head_lr_multiplier != 1 and spec.model.tie_word_embeddings:
+        message = "must be 1 with model.tie_word_embeddings: embedding_lr_multiplier is that of the shared matrix"
+        yield (
+            Problem("/training/head_lr_multiplier", message),
+            ("/training/head_lr_multiplier", "/model/tie_word_embeddings"),
+        )
 
 
 def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:

@@ -57,6 +57,7 @@ Description = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
 Positive = Annotated[int, Field(ge=1, le=LONG)]
 NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Multiplier = Annotated[float, Field(gt=0, le=1000)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Nodes = Annotated[int, Field(ge=1, le=4096)]
 Parallelism = Literal["ddp", "zero1", "fsdp"]
@@ -192,6 +193,11 @@ def paths_in(data_path: str | list[str] | None) -> list[str]:
 class TrainingSpec(Group):
     """Training. A step is an optimizer step."""
 
+    recipe: Literal["minimind", "fast"] = Field(
+        "minimind",
+        description="fast: fills in the settings that reached a given loss fastest; a field that is given keeps its "
+        "value. minimind: MiniMind's settings",
+    )
     epochs: Positive = Field(1, description="passes over the corpus; ignored if max_steps or max_tokens is set")
     max_steps: Positive | None = Field(None, description="total number of optimizer steps; null: from epochs")
     max_tokens: Positive | None = Field(
@@ -227,6 +233,29 @@ class TrainingSpec(Group):
     weight_decay_on: Literal["all", "matrices"] = Field(
         "all",
         description="all: every parameter, as in MiniMind; matrices: only matrices, including embeddings, but no norms",
+    )
+    cautious_weight_decay: bool = Field(
+        False,
+        description="with optimizer muon: a weight of a matrix of the layers decays only in steps whose update makes "
+        "it smaller as well",
+    )
+    weight_decay_schedule: Literal["constant", "learning_rate"] = Field(
+        "constant", description="learning_rate: the weight decay changes in proportion to the learning rate"
+    )
+    matrix_lr_multiplier: Multiplier = Field(
+        1.0, description="learning rate of the matrices of attention, feed-forward layers and experts / learning_rate"
+    )
+    embedding_lr_multiplier: Multiplier = Field(
+        1.0, description="learning rate of the embedding, and of the output matrix if it is the same / learning_rate"
+    )
+    head_lr_multiplier: Multiplier = Field(
+        1.0, description="learning rate of an output matrix of its own / learning_rate"
+    )
+    norm_lr_multiplier: Multiplier = Field(1.0, description="learning rate of the norms / learning_rate")
+    zero_init_projections: bool = Field(
+        False,
+        description="the output projections of attention, feed-forward layers and experts start at 0, so that each "
+        "layer adds nothing at first",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW")
     grad_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="maximum gradient norm; 0: no clipping")
@@ -353,6 +382,9 @@ class LimitsSpec(Group):
     )
 
 
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]
+
+
 class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
@@ -363,6 +395,10 @@ class ReportingSpec(Group):
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
         default_factory=list, description="prompts that the model continues at each save"
+    )
+    trackers: Annotated[list[TrackerName], Field(max_length=8)] = Field(
+        default_factory=list,
+        description="where else the curve goes: `tensorboard`, `wandb`, `swanlab`, `trackio`, if installed",
     )
     tensorboard: bool = False
     use_wandb: bool = False

@@ -79,9 +79,9 @@ NOTES = {
     "cosine: lr * (r + (1 - r) / 2 * (1 + cos(pi * step / steps))), "
     "r = min_lr_ratio",
     "seed": "seed of weights, data order and dropout",
-    "tensorboard": "write TensorBoard files, if tensorboard is installed",
-    "use_wandb": "log to Weights & Biases, if wandb is installed",
-    "wandb_project": "project in Weights & Biases",
+    "tensorboard": "the same as `tensorboard` in trackers",
+    "use_wandb": "the same as `wandb` in trackers; `swanlab` if only that is installed: MiniMind's flag means it today",
+    "wandb_project": "project in Weights & Biases, SwanLab and trackio",
     "timeouts": "see below",
     "slurm": "see below",
 }

@@ -183,6 +183,13 @@ class Decoder(nn.Module):
                 std = min(INITIAL_STD, 0.32 / math.sqrt(self.config.hidden_size)) if is_output else INITIAL_STD
                 parameter.normal_(0.0, std, generator=generator)
 
+    @torch.no_grad()
+    def zero_projections(self) -> None:
+        """Set the output projections of attention, feed-forward layers and experts to 0: each block adds nothing."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+
     def forward(
         self,
         input_ids: Tensor,

@@ -56,9 +56,12 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
+        cautious: bool = False,
         orthogonalizer: NewtonSchulz | None = None,
     ) -> None:
+        """Create the optimizer. ``cautious``: the matrices decay as `cautious_decay` says."""
         self._orthogonalizer = orthogonalizer or NewtonSchulz()
+        self._cautious = cautious
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         groups = [{"params": list(matrices), "lr": lr, "weight_decay": weight_decay}, *self._adamw.param_groups]
         super().__init__(groups, {})
@@ -85,7 +88,8 @@ class Muon(torch.optim.Optimizer):
         nesterov = [grad.lerp(momentum, MOMENTUM) for grad, momentum in zip(grads, momenta, strict=True)]
         directions = self._orthogonalizer(parameters, nesterov)
         for parameter, momentum, direction in zip(parameters, momenta, directions, strict=True):
-            new = parameter * (1 - lr * weight_decay)
+            decay = lr * weight_decay
+            new = cautious_decay(parameter, direction, decay) if self._cautious else parameter * (1 - decay)
             rows, columns = self._orthogonalizer.shape(parameter)
             new.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(rows, columns)))
             for old, updated in ((self.state[parameter]["momentum"], momentum), (parameter, new)):
@@ -98,6 +102,15 @@ class Muon(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
         return momentum.lerp(parameter.grad, 1 - MOMENTUM)  # type: ignore[arg-type] # `step` has left out None
+
+
+def cautious_decay(weight: Tensor, direction: Tensor, decay: float) -> Tensor:
+    """Return ``weight``, smaller by the share ``decay`` where a step against ``direction`` makes it smaller as well.
+
+    Elsewhere the decay would work against the gradient, so the weight stays as it is (Chen et al. 2025, arXiv
+    2510.12402).
+    """
+    return torch.where(weight * direction > 0, weight * (1 - decay), weight)
 
 
 def newton_schulz(matrix: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from trainyard.service import descriptors, home
 from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
+from trainyard.service.db.suitability import UnsuitableDatabase, require_local_file, require_suitable_server
 from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
 from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
@@ -74,7 +75,7 @@ def main(
             return _serve(settings, schedules, agent, timing, prepares)
     except InvalidSettings as error:
         return _fail(str(error), code=2)
-    except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
+    except (BindError, AlreadyRunning, UnknownSchemaVersion, UnsuitableDatabase) as error:
         return _fail(str(error))
     except DBAPIError as error:
         return _fail(error_text(error))
@@ -131,17 +132,23 @@ def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
 
 def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing, prepares: bool) -> int:
     descriptors.raise_limit()
+    if settings.database_file is not None:
+        require_local_file(settings.database_file)
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         local = _local_launcher(settings, agent)
         launcher = _launcher(settings, local, agent)
         state = build_state(settings, launcher, schedules=schedules, timing=timing, prepares=prepares)
         state = replace(state, matrix_speed=MatrixSpeed(settings.home))
+        for warning in require_suitable_server(state.database):
+            log.warning(warning)
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
+        # Here, because an error while it is written becomes one line on stderr.
+        state.service_key  # noqa: B018 - creates the file
         app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
@@ -153,6 +160,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=TimeoutH11Protocol,
+            loop="asyncio",  # what is tested; uvicorn would take uvloop, which trackio installs
             backlog=ACCEPTS_PER_ROUND,
             # uvicorn would trust every peer on loopback; `service.proxies` trusts only the configured proxies.
             proxy_headers=False,

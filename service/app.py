@@ -28,6 +28,7 @@ from trainyard.service.api.routers import (
     ingest,
     jobs,
     logs,
+    mcp,
     metrics,
     openai,
     planning,
@@ -58,6 +59,7 @@ from trainyard.service.settings import Settings
 from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.timing import Timing
 from trainyard.service.webhooks.http_client import WebhookClient
+from trainyard.service.webhooks.notice_client import NoticeClient
 from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
@@ -78,6 +80,7 @@ ROUTERS = (
     corpora,
     generation,
     openai,
+    mcp,
     ingest,
     devices,
     tokens,
@@ -117,7 +120,13 @@ def build_state(
         corpora=(settings.corpus_cache, settings.home) if prepares else None,
         xid_watcher=XidWatcher(),
     )
-    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
+    sender = Sender(
+        database,
+        WebhookClient(settings.webhook_networks),
+        lease,
+        enabled=schedules,
+        notices=NoticeClient(settings.webhook_networks, settings.link_url),
+    )
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)
     return AppState(settings, database, shown_inventory, scheduler, MetricBroadcaster(database), sender)
 

@@ -18,6 +18,9 @@ from trainyard.service.descriptors import is_exhausted
 
 PROBLEM = "application/problem+json"
 
+READ_ONLY_SERVER = "25006"
+"""SQLSTATE of a write to a Postgres server that has become a replica."""
+
 
 class ServiceError(Exception):
     """The request was rejected."""
@@ -104,6 +107,12 @@ class TooManyWebhooks(ServiceError):
     """The maximum number of webhooks is reached. Delete some."""
 
     status, code = 409, "too_many_webhooks"
+
+
+class PageNotFound(ServiceError):
+    """The documentation has no such page. /llms.txt lists its pages."""
+
+    status, code = 404, "page_not_found"
 
 
 class LogNotFound(ServiceError):
@@ -496,7 +505,7 @@ def from_exception(error: Exception) -> ServiceError:
             return StorageError(DISK_FULL)
         case OperationalError() | InterfaceError() | PoolTimeout():
             return DatabaseUnavailable()
-        case DBAPIError() if error.connection_invalidated:
+        case DBAPIError() if error.connection_invalidated or getattr(error.orig, "sqlstate", None) == READ_ONLY_SERVER:
             return DatabaseUnavailable()
         case OSError() if is_exhausted(error):
             return Overloaded(headers={"Retry-After": "5"})

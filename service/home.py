@@ -3,17 +3,22 @@
 The database has the secrets of webhooks; runs, logs and the corpus cache have the texts that users train on.
 """
 
+import contextlib
 import logging
 import os
+import secrets
 from pathlib import Path
+
+from trainyard.contract.service_proof import KEY_FILE, parse_key
 
 DEFAULT_MODE = 0o700
 DATABASE_MODE = 0o600
+KEY_MODE = 0o600
 
 DIRECTORIES = ("cache", "runs", "trash")
 """What the service makes in its home."""
 
-OWN_FILES = ("lost+found", "migrate.lock", "service.json", "service.lock", "trainyard.db")
+OWN_FILES = ("lost+found", "migrate.lock", "service.json", KEY_FILE, "service.lock", "trainyard.db")
 
 log = logging.getLogger("trainyard")
 
@@ -36,6 +41,32 @@ def create_database(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, DATABASE_MODE))
+
+
+def service_key(home: Path) -> bytes:
+    """Return the key by which clients recognise the service of this home, see `contract.service_proof`.
+
+    It is created if it is missing, invalid, or was readable by others. Raises OSError.
+    """
+    path = home / KEY_FILE
+    with contextlib.suppress(FileNotFoundError):
+        key = parse_key(path.read_text("ascii", errors="replace"))
+        if key is not None and path.stat().st_mode & 0o077 == 0:
+            return key
+        path.unlink(missing_ok=True)
+    draft = path.with_name(f"{KEY_FILE}.{os.getpid()}.tmp")
+    draft.unlink(missing_ok=True)
+    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, KEY_MODE), "w") as file:
+        file.write(f"{secrets.token_hex(32)}\n")
+    try:
+        # Unlike a rename, a link never replaces the key that another service of this home has just made.
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        draft.unlink()
+    key = parse_key(path.read_text("ascii"))
+    assert key is not None
+    return key
 
 
 def restrict(home: Path, mode: int, database: Path | None) -> None:

@@ -3,15 +3,16 @@
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
-from trainyard.contract.scopes import NAME
+from trainyard.contract.scopes import NAME, Scope
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
+from trainyard.service.notice_urls import masked_url
 
 T = TypeVar("T")
 
@@ -599,13 +600,15 @@ class Health(ResponseModel):
 
 
 class Version(ResponseModel):
-    """Versions of the service, the API and Python, and the kind of database."""
+    """Versions of the service, the API and Python, the kind of database, and who calls with which scope."""
 
     name: str
     version: str
     api: int
     python: str
     database: str
+    caller: str
+    scope: Scope
 
 
 class Metric(ResponseModel):
@@ -649,18 +652,23 @@ class Bucket(ResponseModel):
     loss_min: float | None
     loss_max: float | None
     loss_ema: float | None
+    loss_smooth: float | None = None
     nonfinite_count: int
     nonfinite: bool | None = None
     job_id: str | None = None
 
 
 class MetricPage(ResponseModel):
-    """Points, or with ``max_points`` buckets of ``resolution`` steps. ``lineage`` is set if it was requested."""
+    """Points, or with ``max_points`` buckets of ``resolution`` steps.
+
+    ``lineage`` is set if it was requested; ``smooth_width``, the width of the kernel in steps, if one was requested.
+    """
 
     object: Literal["list"] = "list"
     data: list[Bucket | Metric]
     has_more: bool
     resolution: int | None = None
+    smooth_width: float | None = None
     lineage: list[Any] | None = None
 
 
@@ -823,14 +831,15 @@ class ServiceStatus(ResponseModel):
 
 
 class Webhook(ResponseModel):
-    """A webhook. ``failing_since``: no delivery has succeeded since then.
+    """A webhook. A ``url`` of Apprise's kinds is shown as ``KIND://***``.
 
+    ``failing_since``: no delivery has succeeded since then.
     ``old_secret_until``: until then deliveries are also signed with the previous secret.
     """
 
     object: Literal["webhook"] = "webhook"
     id: str
-    url: str
+    url: Annotated[str, AfterValidator(masked_url)]
     description: str
     events: list[str]
     labels: dict[str, str]
@@ -848,9 +857,9 @@ class Webhook(ResponseModel):
 
 
 class WebhookWithSecret(Webhook):
-    """A webhook with its secret, which is shown only once."""
+    """A webhook with its secret, which is shown only once. It is null if ``url`` is of Apprise's kinds."""
 
-    secret: str
+    secret: str | None
 
 
 class DeliveryAttempt(ResponseModel):

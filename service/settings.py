@@ -2,9 +2,11 @@
 
 import ipaddress
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import URL, make_url
@@ -79,6 +81,13 @@ def _validate_launcher(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _validate_public_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError
+    return url.rstrip("/")
+
+
 def _parse_mode(value: str | int) -> int:
     mode = int(value, 8) if isinstance(value, str) else value
     # The owner may do everything, and others may at most read. A home that others write to is not safe.
@@ -103,7 +112,8 @@ class Settings(EnvironmentSettings):
     Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused for a waiting job of higher
     priority. ``on_stop``: whether the runs of this host save and end before the service, or are left running.
     ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see `service.maintenance.corpus_cache`.
-    ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is None if Slurm is not used.
+    ``webhook_networks``: private networks that webhooks may reach. ``public_url``: what links to the service begin
+    with. ``slurm`` is None if Slurm is not used.
     ``launcher``: launcher of jobs whose spec names none. ``sidecar_threads``: CPU threads of each side process.
     ``generation_...``: limits of the processes that generate text, see `service.generation.pool`.
     ``evaluation_processes``: evaluations of checkpoints that run at once.
@@ -163,6 +173,9 @@ class Settings(EnvironmentSettings):
     webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(split_commas)] = Field(
         (), alias="TRAINYARD_WEBHOOK_NETWORKS", description="must hold networks such as 10.1.0.0/16,fd00::/8"
     )
+    public_url: Annotated[str, AfterValidator(_validate_public_url)] | None = Field(
+        None, alias="TRAINYARD_PUBLIC_URL", description="must be an http or https URL such as https://train.example.com"
+    )
     slurm: Annotated[SlurmSetup | None, BeforeValidator(SlurmSetup.read)] = None
     launcher: Annotated[str, AfterValidator(_validate_launcher)] = Field(LOCAL, alias="TRAINYARD_LAUNCHER")
     sidecar_threads: WholeNumber = Field(
@@ -179,6 +192,14 @@ class Settings(EnvironmentSettings):
     thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+
+    @property
+    def link_url(self) -> str | None:
+        """What links to the service begin with, or None if that is not known: the port may be any free one."""
+        if self.public_url is not None or self.port == 0:
+            return self.public_url
+        host = socket.gethostname() if self.host in ("", "0.0.0.0", "::") else self.host  # noqa: S104 - not bound here
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def serves_local_user(self) -> bool:

@@ -36,7 +36,11 @@ def validation_error(url: str, allowed: Sequence[Network]) -> str | None:
     parts = parse_url(url)
     if parts is None:
         return "must be an http or https URL with a host, without user, password or fragment"
-    host = parts.hostname or ""
+    return host_error(parts.hostname or "", allowed)
+
+
+def host_error(host: str, allowed: Sequence[Network]) -> str | None:
+    """Return why nothing may be sent to the host, or None. A name other than localhost is not resolved."""
     literal = _literal(host)
     if literal is None and host.rstrip(".").rpartition(".")[2] == "localhost":
         literal = ipaddress.ip_address("127.0.0.1")

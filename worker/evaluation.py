@@ -59,7 +59,7 @@ def evaluate(link: ServiceLink, request: EvaluationRequest) -> None:
         if tokenizer.fingerprint != source.state.identity.tokenizer:
             raise CannotEvaluate("its tokenizer has changed since the checkpoint was saved")
         model = source.load_model(device)
-    except (ExportError, TokenizerInvalid, OSError, KeyError, RuntimeError) as error:
+    except (ExportError, TokenizerInvalid, OSError) as error:
         raise CannotEvaluate(f"the checkpoint cannot be loaded: {error}") from error
     scorer = TaskScorer(
         model,

@@ -110,7 +110,12 @@ def train(
     ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     # FSDP moves the weights to the device layer by layer: it may have no room for all of them.
     is_split = spec.resources.parallelism == "fsdp" and ranks.world > 1
-    model = initial_model(spec.model, spec.training.seed, torch.device("cpu") if is_split else ranks.device)
+    model = initial_model(
+        spec.model,
+        spec.training.seed,
+        torch.device("cpu") if is_split else ranks.device,
+        zero_init_projections=spec.training.zero_init_projections,
+    )
     shapes = TensorShapes.of(model)
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(

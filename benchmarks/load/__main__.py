@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, log_tail, outage, readers, requests, submissions, training
+from benchmarks.load import adoption, curve, ingest, log_tail, outage, readers, requests, scale, submissions, training
 from benchmarks.load.tables import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
@@ -18,6 +18,7 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "readers": readers.measure,
     "tail": log_tail.measure,
     "adoption": adoption.measure,
+    "scale": scale.measure,
 }
 
 

@@ -2,10 +2,9 @@
 
 from typing import cast
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.console import Console
 from trainyard.client.errors import AmbiguousName
-from trainyard.client.types import Job
 
 
 def split_step(handle: str) -> tuple[str, str | None]:

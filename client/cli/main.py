@@ -74,8 +74,6 @@ def explain(error: TrainyardError, console: Console) -> None:
     """Print on stderr what went wrong and what to do."""
     console.error(f"trainyard: {error}")
     if isinstance(error, ApiError):
-        for problem in error.errors:
-            console.error(f"  {problem.pointer or '/'}: {problem.message}")
         if error.status == UNAUTHORIZED:
             console.error("  give it with --token or TRAINYARD_TOKEN; an admin of the service can create one")
         if error.code == "job_not_found":

@@ -212,6 +212,8 @@ SERVICE = (
 )
 HOME = Option("--home", type=FILE, help="folder of everything the service keeps (./trainyard-home)")
 STORE = (HOME, Option("--database-url", help="default: SQLite in the home"))
+IDEMPOTENCY_KEY = Option("--idempotency-key", "--idempotency_key", metavar="KEY",
+    help="the same command again with the same key finds the job, and starts no second one")
 LIMIT = Option("--limit", type=POSITIVE, default=20, help="at most this many (20)")
 EXPIRES_IN = Option("--expires-in", metavar="TIME", help="lifetime of the secret: 12h, 90d")
 QUOTAS = (
@@ -234,6 +236,7 @@ COMMANDS = (
         Option("--out", type=FILE, metavar="DIR", help="write the report there, as text and JSON"), JSON, HOME),
     _spec_command(SUBMIT, "launch a run: SPEC.json, or MiniMind's flags",
         _flag("-y", "--yes", help="do not ask, and submit in spite of warnings"),
+        IDEMPOTENCY_KEY,
         _flag("--watch", help="follow the run; its end decides the exit code"),
         _timeout("with --watch: stop following after this time")),
     _spec_command(PLAN, "show what a run would be, and launch nothing: the same arguments as submit",
@@ -293,6 +296,7 @@ COMMANDS = (
         _step("the checkpoint to start from (the newest full one)"),
         _several("--set", "GROUP.FIELD=JSON", "change a field of the spec"), Option("--name", help="of the new job"),
         _flag("--restart-data", help="start data and schedule from the beginning (else they continue)"),
+        IDEMPOTENCY_KEY,
         Option("--decay", type=POSITIVE, metavar="STEPS", help="a decay branch: decay the rate over this many steps")),
     _of_job("export", "cli.commands.actions:export", "write a checkpoint in the format of another program",
         _step("which checkpoint (the newest); JOB@STEP means the same"),
@@ -364,7 +368,7 @@ COMMANDS = (
         _token("revoke", "make a token invalid for good", YES)),
     _group("webhook", "URLs that are called when jobs change, and what was delivered",
         _remote("create", "cli.commands.webhooks:create", "send events to a URL; prints the secret, once",
-            _argument("to", "URL", "http or https"),
+            _argument("to", "URL", "http, https, or Apprise's: slack://..., mailto://...; - reads it from stdin"),
             _several("--event", "TYPE", "job.failed, ..., or * (every change of status)"),
             _several("--rule", "RULE", RULES), _several("--label", "K=V", "only for jobs with this label"),
             Option("--job", metavar="JOB", help="only for this job: its id, or a name that only one job has"),
@@ -380,6 +384,7 @@ COMMANDS = (
         _webhook("enable", "switch it on again"),
         _webhook("disable", "switch it off"),
         _webhook("delete", "remove it, with its log", YES)),
+    Command("mcp", "cli.commands.mcp:serve", "offer tools to an AI agent that starts this, over stdio (MCP)", *SERVICE),
     _remote("version", "cli.commands.show:version", "print the versions of this command and of the service"),
     Command("completion", "cli.completion:completion", "print the script with which a shell completes on Tab",
         click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]), help="which shell")),

@@ -22,7 +22,7 @@ PATHS = (
 )
 BUILT_IN_TOKENIZER = "byte"
 ABSENT = frozenset({"none", "null", "None"})
-SEVERAL = frozenset({"betas", "sample_prompts", "labels"})
+SEVERAL = frozenset({"betas", "sample_prompts", "labels", "trackers"})
 """Flags that take one value or more."""
 
 REPEATABLE = frozenset({"data_path", "eval_data_path"})

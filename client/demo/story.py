@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import bar, compact_number, count, duration, fixed, one_line, scientific, size
 from trainyard.client.cli.hints import error_card
@@ -27,7 +27,6 @@ from trainyard.client.demo.service import DemoService, ServiceFailed
 from trainyard.client.download import sha256
 from trainyard.client.errors import TrainyardError
 from trainyard.client.exit_codes import Exit, is_idle
-from trainyard.client.types import Job
 from trainyard.contract.processes import ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import ArtifactDir, read_json
 
@@ -264,7 +263,7 @@ class Story:
     def _id(self) -> str:
         if self._job is None:
             raise DemoFailed("no job was submitted")
-        return self._job["id"]
+        return self._job.id
 
     def _url(self, *below: str) -> str:
         return "/".join([self._service.url, "jobs", *below])

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from trainyard.contract.scopes import Scope
+from trainyard.service import home
 from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
@@ -51,6 +52,10 @@ class AppState:
     @cached_property
     def authenticator(self) -> Authenticator:
         return Authenticator(self.settings, self.database)
+
+    @cached_property
+    def service_key(self) -> bytes:
+        return home.service_key(self.settings.home)
 
     @cached_property
     def sidecars(self) -> Sidecars:

@@ -39,6 +39,7 @@ from trainyard.service.settings import Settings
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
+DOCUMENTATION = ("/llms.txt", "/docs/")
 INTERNAL = "/internal/"
 MAX_BODY_BYTES = 1 << 20
 MAX_REPORT_BYTES = 64 << 20
@@ -65,7 +66,8 @@ PERIODIC_ROUTES = frozenset(
 """Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
-UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions")
+MCP = "/mcp"
+UNTIMED = (STREAM, "/files/{name}", "/generate", "/v1/completions", MCP)
 """Ends of routes whose duration is not measured: it depends on the client, or on what it asks for."""
 
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
@@ -82,6 +84,7 @@ class RequestMiddleware:
         self._metrics = metrics
         self._authenticator = authenticator
         self._running = 0
+        self._running_mcp = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -153,19 +156,27 @@ class RequestMiddleware:
 
     @contextlib.contextmanager
     def _request_slot(self, scope: Scope) -> Iterator[None]:
-        """Count the request while it runs. Raises Overloaded if too many run. Streams have a limit of their own."""
+        """Count the request while it runs. Raises Overloaded if too many run. Streams have a limit of their own.
+
+        A request to /mcp may wait for a minute, and it sends requests of its own: those get at most half of the slots.
+        """
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith(INTERNAL) or path.endswith(STREAM):
             yield
             return
+        is_mcp = path == MCP
         if self._running >= descriptors.max_requests():
             descriptors.warn("requests are rejected")
             raise Overloaded(headers={"Retry-After": "5"})
+        if is_mcp and self._running_mcp >= descriptors.max_requests() // 2:
+            raise Overloaded(headers={"Retry-After": "5"})
         self._running += 1
+        self._running_mcp += is_mcp
         try:
             yield
         finally:
             self._running -= 1
+            self._running_mcp -= is_mcp
 
     async def _send_error(
         self, exception: Exception, scope: Scope, receive: Receive, response: "_ResponseSender"
@@ -186,9 +197,16 @@ class RequestMiddleware:
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
-    """Return whether no user token is needed: for health checks, agents (they have their own) and the dashboard."""
+    """Return whether no user token is needed.
+
+    That is for health checks, agents (they have their own), the documentation and the dashboard.
+    """
     method, path = scope["method"], scope["path"]
-    if path in OPEN_PATHS or path.startswith(INTERNAL):
+    if (
+        path in OPEN_PATHS
+        or path.startswith(INTERNAL)
+        or (method in ("GET", "HEAD") and path.startswith(DOCUMENTATION))
+    ):
         return True
     return is_page(method, path, headers.get("accept", "")) or is_file(method, path)
 

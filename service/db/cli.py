@@ -14,6 +14,7 @@ from trainyard.contract.rundir import fsync_directory
 from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
+from trainyard.service.db.suitability import UnsuitableDatabase, require_local_file, require_suitable_server
 from trainyard.service.home import create_database, create_directory
 from trainyard.service.settings import DATABASE_FILE, InvalidSettings, Settings, sqlite_url
 from trainyard.service.settings_base import parse_database_url
@@ -33,7 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
         reason = error_text(error)
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}"
-    except (CopyRefused, BackupError, UnknownSchemaVersion, ArgumentError, InvalidSettings) as error:
+    except (
+        CopyRefused,
+        BackupError,
+        UnknownSchemaVersion,
+        UnsuitableDatabase,
+        ArgumentError,
+        InvalidSettings,
+    ) as error:
         reason = str(error)
     print(f"{options.command}: {reason}", file=sys.stderr)
     return 1
@@ -59,8 +67,12 @@ def _parser() -> argparse.ArgumentParser:
 def _upgrade(options: argparse.Namespace) -> None:
     settings = _settings(options)
     create_directory(settings.home, settings.home_mode)
+    if settings.database_file is not None:
+        require_local_file(settings.database_file)
     database = Database(settings.database_url)
     try:
+        for warning in require_suitable_server(database):
+            print(warning, file=sys.stderr)
         database.upgrade(settings.home / "migrate.lock")
     finally:
         database.close()

@@ -176,7 +176,12 @@ class Database:
 
 def error_text(error: DBAPIError) -> str:
     """Return the error of the database in one line, without a password."""
-    message = str(error.orig).strip().partition("\n")[0]
+    return unusable(error.orig)
+
+
+def unusable(cause: BaseException | None) -> str:
+    """Return the error of the database driver in one line, without a password."""
+    message = str(cause).strip().partition("\n")[0]
     return f"the database cannot be used: {message}; it is set by --database-url or TRAINYARD_DATABASE_URL"
 
 
@@ -219,8 +224,6 @@ def make_engine(url: URL, exclusive: bool = False) -> Engine:
     if url.drivername in ("postgres", "postgresql"):
         url = url.set(drivername="postgresql+psycopg")
     if url.get_backend_name() != "sqlite":
-        # A service that is suspended in the middle of a transaction must not hold its row locks for ever.
-        options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS * 1000}"
         engine = create_engine(
             url,
             pool_size=16,
@@ -228,8 +231,9 @@ def make_engine(url: URL, exclusive: bool = False) -> Engine:
             pool_timeout=10,
             hide_parameters=True,
             json_deserializer=_read_json,
-            connect_args={"options": options, "application_name": APPLICATION, **KEEPALIVES},
+            connect_args={"application_name": APPLICATION, **KEEPALIVES},
         )
+        event.listen(engine, "connect", _prepare_postgres)
         event.listen(engine, "checkout", _require_connected)
         return engine
     if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
@@ -272,6 +276,18 @@ def _require_connected(connection: Any, _record: object, _proxy: object) -> None
         connection.rollback()
     except Exception as error:
         raise InvalidatePoolError() from error
+
+
+def _prepare_postgres(connection: Any, _record: object) -> None:
+    # Not as parameters of the connection: a pooler rejects or ignores them.
+    connection.autocommit = True
+    # A service that is suspended in the middle of a transaction must not hold its row locks for ever.
+    connection.execute(f"SET idle_in_transaction_session_timeout = {IDLE_SECONDS * 1000}")
+    # What is confirmed must survive a crash of the server, whatever its default is.
+    connection.execute(
+        "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+    )
+    connection.autocommit = False
 
 
 def _lock_exclusively(connection: Any, _record: object) -> None:

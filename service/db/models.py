@@ -90,6 +90,8 @@ class JobRow(Base):
         Index("ix_jobs_discarded_score", "discarded", "score", "number"),
         Index("ix_jobs_group_name", "group_name", "discarded", "number"),
         Index("ix_jobs_group_name_score", "group_name", "discarded", "score", "number"),
+        Index("ix_jobs_name_discarded", "name", "discarded", "number"),
+        Index("ix_jobs_status_discarded", "status", "discarded", "number"),
     )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)

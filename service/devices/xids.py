@@ -192,8 +192,10 @@ def clear(session: Session, gpu_uuid: str, now: datetime) -> int:
 
 
 def marked(devices: Sequence[Device], errors: Mapping[str, Sequence[XidError]]) -> tuple[Device, ...]:
-    """Return the devices, each with its errors."""
+    """Return the devices, each with its errors. A device whose errors are the same is the same object."""
+    # Most devices of most rounds have none: a copy of each would be the largest part of a round of many devices.
+    found = {uuid: tuple(error.xid for error in each) for uuid, each in errors.items()}
     return tuple(
-        replace(device, xid_errors=tuple(error.xid for error in errors.get(device.uuid or "", ())))
+        device if device.xid_errors == (now := found.get(device.uuid or "", ())) else replace(device, xid_errors=now)
         for device in devices
     )

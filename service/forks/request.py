@@ -159,6 +159,8 @@ def _unchangeable_reason(group: str, leaf: str, data: str) -> str | None:
         return "cannot be given: a fork begins at its parent's checkpoint"
     if (group, leaf) == ("data", "tokenizer_path") or (group == "model" and leaf not in CHANGEABLE_FIELDS):
         return "cannot be changed: the parent's weights were trained with it"
+    if (group, leaf) == ("training", "recipe"):
+        return "cannot be changed: a fork keeps its parent's settings, and each of them can be given"
     if data == "keep" and (group == "model" or leaf in KEPT_FIELDS.get(group, ())):
         return 'cannot be changed with data "keep": data "restart" allows it'
     return None

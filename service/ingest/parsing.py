@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,7 +29,8 @@ def parse_event(line: dict[str, Any]) -> Event:
     """Return the line as an event, or a warning if it is invalid or cannot be stored."""
     try:
         event = EVENT.validate_python(_storable(line))
-        return event.model_copy(update={"at": _utc(event.at)})
+        # Copying each of thousands of points costs as much as validating it.
+        return event if event.at.utcoffset() == timedelta(0) else event.model_copy(update={"at": _utc(event.at)})
     except (ValidationError, OverflowError, _Unstorable) as error:
         kind = line.get("kind")
         of_kind = f" of kind {kind[:40]!a}" if isinstance(kind, str) else ""
@@ -72,6 +73,8 @@ def _without_nonfinite(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _storable_text(value: str) -> str:
+    if len(value) <= MAX_TEXT and value.isascii() and "\0" not in value:
+        return value
     return value[:MAX_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 

@@ -93,9 +93,9 @@ def kind_of(spec: JobSpec, host: HostLimits) -> str:
 def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> JobSpec:
     """Return the spec with absolute paths and the vocabulary's size. Raises SpecInvalid with every mistake.
 
-    ``is_new``: it is the spec of a new run, which must find what it starts from.
+    ``is_new``: it is the spec of a new run, which must find what it starts from, and gets the settings of its recipe.
     """
-    parsed = parse_spec(raw)
+    parsed = parse_spec(raw, fills_recipe=is_new)
     if not isinstance(raw, dict):
         raise with_problems(SpecInvalid, parsed.problems)
     validator = _SpecValidator(parsed, host, is_new)

@@ -5,7 +5,7 @@ The segments are stored when the fork is made, because the parent may roll back 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, groupby
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from sqlalchemy import Select, select
@@ -98,16 +98,20 @@ def _select_points(segment: LineageSegment, after: int, columns: Sequence[Any]) 
 
 def lineage_buckets(session: Session, job: JobRow, view: rollups.RollupView) -> list[dict[str, Any]]:
     """Return the buckets of the view; the EMA includes everything before them."""
-    ancestors = by_job(segments(job))
-    before = chain.from_iterable(_ancestor_aggregates(session, found, view) for _, found in ancestors)
-    own = rollups.aggregates(session, job, view)
-    bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
+    bounds = [(found[-1].until, job_id) for job_id, found in by_job(segments(job))]
 
     def job_at(step: int) -> str:
         return next((job_id for until, job_id in bounds if step <= until), job.id)
 
-    buckets = to_buckets(chain(before, own), view.width, view.half_life)
+    buckets = to_buckets(lineage_aggregates(session, job, view), view.width, view.half_life)
     return [{"job_id": job_at(row["step"]), **row} for row in buckets if row["step"] >= view.begin]
+
+
+def lineage_aggregates(session: Session, job: JobRow, view: rollups.RollupView) -> Iterator[Aggregate]:
+    """Yield the joined curve from its first step to the view's end, see `rollups.aggregates`."""
+    for _, found in by_job(segments(job)):
+        yield from _ancestor_aggregates(session, found, view)
+    yield from rollups.aggregates(session, job, view)
 
 
 def _ancestor_aggregates(

@@ -6,7 +6,8 @@ from itertools import islice
 from operator import itemgetter
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, or_, select, tuple_
+from sqlalchemy import BigInteger, ColumnElement, column, func, or_, select, tuple_
+from sqlalchemy import values as value_rows
 from sqlalchemy.orm import Session
 
 from trainyard.contract.events import MetricEvent
@@ -103,6 +104,24 @@ def points(
     # By the connection: the session would process each of millions of rows once more.
     for row in session.connection().execute(in_order, execution_options={"yield_per": 5000}):
         yield aggregate_of(*row)
+
+
+def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width: int) -> Iterator[Aggregate]:
+    """Yield the sums of the finite points of each ``width`` steps within ``ranges`` (first and last step), in order.
+
+    The database adds them up: millions of points would be slow to read.
+    """
+    bounds = value_rows(column("first", BigInteger), column("last", BigInteger), name="bounds").data([*ranges]).cte()
+    found = MetricRow.loss.is_not(None)
+    query = (
+        select(func.min(MetricRow.step), func.max(MetricRow.step), func.count(), func.sum(MetricRow.loss))
+        .join_from(bounds, MetricRow, MetricRow.step.between(bounds.c.first, bounds.c.last))
+        .where(*_curve(job_id, None), found)
+        .group_by(MetricRow.step // width)
+        .order_by(func.min(MetricRow.step))
+    )
+    for first, last, count, total in session.connection().execute(query, execution_options={"yield_per": 5000}):
+        yield Aggregate(first, last, 0, count, 0, None, total or 0.0, None, None, last, 0.0, 0.0)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:

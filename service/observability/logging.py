@@ -24,7 +24,7 @@ MIN_SECRET_LENGTH = 6
 CREDENTIALS = re.compile(r"(?i)(?:(\bbearer\s+|\bwhsec_)[^\s@\"',]+|(://[^\s/:@]*:)[^\s\"',]+(?=@))")
 """What follows the word Bearer, the password in a URL, and the secret of a webhook."""
 
-NOISY_LOGGERS = ("alembic", "httpx2", "httpcore2")
+NOISY_LOGGERS = ("alembic", "httpx2", "httpcore2", "mcp")
 """Libraries that log every step, HTTP clients even with the full URL. Limited to warnings."""
 
 STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainyard.contract.recipes import fill_recipe
 from trainyard.contract.spec import JobSpec
 from trainyard.model import costs
 from trainyard.model.config import ModelConfig
@@ -144,17 +145,18 @@ def propose(
 ) -> tuple[dict[str, Any], list[Proposed]]:
     """Return the client's spec ``raw`` with the proposal for ``depth``, and the proposed values with their reasons.
 
-    Values in ``raw`` are kept, and the others are computed from them. ``read`` validates a spec, with the
-    vocabulary's size; ``largest`` returns its largest batch size.
+    Values in ``raw`` and those of its recipe are kept, and the others are computed from them. ``read`` validates a
+    spec, with the vocabulary's size; ``largest`` returns its largest batch size.
     """
     merged: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in raw.items()}
+    kept = fill_recipe(merged)  # the settings of a recipe belong together
     proposed: list[Proposed] = []
 
     def take(found: Iterable[Proposed]) -> JobSpec:
         for each in found:
             group = merged.setdefault(each.group, {})
             # A group that is no object stays as it is: `read` reports it.
-            if isinstance(group, dict) and not is_given(raw, each):
+            if isinstance(group, dict) and not is_given(kept, each):
                 group[each.field] = each.value
                 proposed.append(each)
         return read(merged)
@@ -169,7 +171,7 @@ def propose(
 
 
 def is_given(raw: Mapping[str, Any], proposed: Proposed) -> bool:
-    """Return whether the client's spec has the field. Any length of the run counts as its horizon."""
+    """Return whether the spec has the field. Any length of the run counts as its horizon."""
     group = raw.get(proposed.group)
     names = ALTERNATIVES.get(proposed.field, (proposed.field,))
     return isinstance(group, Mapping) and any(group.get(name) is not None for name in names)

@@ -132,6 +132,8 @@ def _without_effect(spec: JobSpec) -> Iterator[str]:
         yield f"parallelism {parallelism} has no effect, because the run has one rank"
     if mode != "default" and not spec.training.use_compile:
         yield f"compile_mode {mode} has no effect without use_compile"
+    if spec.training.zero_init_projections and spec.training.from_weight is not None:
+        yield "zero_init_projections has no effect with from_weight"
 
 
 def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:

@@ -7,7 +7,8 @@ job waits for devices that are free.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
+from operator import attrgetter
 from typing import Any, Self
 
 from sqlalchemy.orm import Session
@@ -19,6 +20,9 @@ from trainyard.service.leadership import ROW
 
 # Shortest time between two writes if only memory use or temperature have changed, which they always do.
 MEMORY_SECONDS = 10.0
+
+VOLATILE = ("memory_used_bytes", "temperature_celsius")
+_SETTLED_FIELDS = attrgetter(*(field.name for field in fields(Device) if field.name not in VOLATILE))
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class InventorySnapshot:
         except (KeyError, TypeError):
             return None
 
-    def without_volatile(self) -> Self:
-        """Return a copy without memory use and temperature, which change constantly."""
-        devices = (replace(device, memory_used_bytes=None, temperature_celsius=None) for device in self.devices)
-        return replace(self, devices=tuple(devices))
+    @property
+    def settled(self) -> tuple[bool, tuple[Any, ...]]:
+        """Everything except memory use and temperature, which change constantly."""
+        return self.preempts, tuple(map(_SETTLED_FIELDS, self.devices))
 
 
 def _device(published: dict[str, Any]) -> Device:
@@ -67,9 +71,11 @@ class PublishTracker:
 
     def differs(self, inventory: InventorySnapshot) -> bool:
         """Whether ``inventory`` is worth a commit."""
-        if self._last is None or inventory.without_volatile() != self._last.without_volatile():
+        if inventory == self._last:
+            return False
+        if self._last is None or inventory.settled != self._last.settled:
             return True
-        return inventory != self._last and self._monotonic() - self._published_at > MEMORY_SECONDS
+        return self._monotonic() - self._published_at > MEMORY_SECONDS
 
     def mark_published(self, inventory: InventorySnapshot) -> None:
         self._last, self._published_at = inventory, self._monotonic()

@@ -22,6 +22,34 @@ PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()  # null in 
 LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()  # null: this host
 
 
+LEASES = select(DeviceLeaseRow.device, DeviceLeaseRow.job_id, DeviceLeaseRow.sidecar)
+
+LIVE_ATTEMPTS = (
+    select(
+        AttemptRow.id,
+        AttemptRow.job_id,
+        AttemptRow.number,
+        AttemptRow.launcher,
+        AttemptRow.launched_at,
+        AttemptRow.heard_at,
+        AttemptRow.start_step,
+        AttemptRow.devices,
+        AttemptRow.created_at,
+        AttemptRow.placement,
+        JobRow.desired,
+        JobRow.asked_at,
+        JobRow.status,
+        JobRow.priority,
+        JobRow.progress,
+        PREEMPTIBLE.label("preemptible"),
+    )
+    .join(JobRow, JobRow.id == AttemptRow.job_id)
+    .where(AttemptRow.ended_at.is_(None))
+    .order_by(AttemptRow.created_at)
+)
+"""Executed on the connection: the ORM would take most of the time of a round with thousands of attempts."""
+
+
 @dataclass(frozen=True)
 class QueuedJob:
     """A job that waits for devices.
@@ -123,13 +151,13 @@ def load_snapshot(
     awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
     waiting = _waiting_jobs(session)
-    leases = session.scalars(select(DeviceLeaseRow)).all()
+    leases = session.connection().execute(LEASES).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
-        leases={row.device: row.job_id for row in leases if row.job_id is not None},
-        lent=frozenset(row.device for row in leases if row.sidecar is not None),
+        leases={device: job_id for device, job_id, _ in leases if job_id is not None},
+        lent=frozenset(device for device, _, sidecar in leases if sidecar is not None),
         devices=xids.marked(devices, xids.uncleared(session, now)),
         preempts=preempts,
         preparations=_preparations(session, memory, waiting),
@@ -201,31 +229,24 @@ def _queued(session: Session) -> list[QueuedJob]:
 
 
 def _live(session: Session, memory: SchedulerMemory) -> list[LiveAttempt]:
-    rows = session.execute(
-        select(
-            AttemptRow, JobRow.desired, JobRow.asked_at, JobRow.status, JobRow.priority, JobRow.progress, PREEMPTIBLE
-        )
-        .join(JobRow, JobRow.id == AttemptRow.job_id)
-        .where(AttemptRow.ended_at.is_(None))
-        .order_by(AttemptRow.created_at)
-    ).all()
+    rows = session.connection().execute(LIVE_ATTEMPTS).all()
     return [
         LiveAttempt(
             id=row.id,
             name=AttemptRef(row.job_id, row.number, row.launcher),
-            desired=Desired(desired),
+            desired=Desired(row.desired),
             launched=row.launched_at is not None,
-            stop_requested_at=asked_at,
+            stop_requested_at=row.asked_at,
             last_heartbeat_at=max(filter(None, (row.heard_at, row.launched_at)), default=None),
             inspected_at=memory.inspected_at.get(row.id),
             notified=memory.notified.get(row.id),
-            running=status == JobStatus.RUNNING,
-            made_progress=made_a_step(row.start_step, progress.get("step")),
-            preemptible=preemptible is not False,
-            priority=priority,
+            running=row.status == JobStatus.RUNNING,
+            made_progress=made_a_step(row.start_step, row.progress.get("step")),
+            preemptible=row.preemptible is not False,
+            priority=row.priority,
             devices=tuple(row.devices),
             created_at=row.created_at,
             placement=row.placement,
         )
-        for row, desired, asked_at, status, priority, progress, preemptible in rows
+        for row in rows
     ]

@@ -1,30 +1,42 @@
 """Select the deliveries to send next, and delete old ones."""
 
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import and_, delete, exists, false, func, or_, select, true
+from sqlalchemy import and_, delete, exists, func, or_, select
 from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import DeliveryRow, JobRow, WebhookRow
 from trainyard.service.jobs.event_outbox import PENDING
+from trainyard.service.notice_urls import is_notice_url
 from trainyard.service.webhooks.retry_policy import MAX_CONCURRENT, NextDelivery
 
 RETENTION = timedelta(days=30)
 
 
-def next_deliveries(session: Session, now: datetime, sender: str, other_claims_expired: bool) -> list[NextDelivery]:
+@dataclass(frozen=True)
+class ExpiredClaims:
+    """Whether the claims of other senders have expired. A notice may take longer to send than a signed webhook."""
+
+    webhooks: bool
+    notices: bool
+
+
+def next_deliveries(session: Session, now: datetime, sender: str, expired: ExpiredClaims) -> list[NextDelivery]:
     """Return the first pending delivery of each lane if it is due, a few of each webhook, oldest first.
 
-    Deliveries claimed by another ``sender`` are left to it, unless ``other_claims_expired``. A disabled webhook sends
+    Deliveries claimed by another ``sender`` are left to it, unless the claim has ``expired``. A disabled webhook sends
     only tests and manual redeliveries.
     """
     row = DeliveryRow
     first = select(func.min(row.number)).where(row.state == PENDING).group_by(row.webhook_id, row.lane)
     manual = or_(row.job_id.is_(None), row.lane != row.job_id)
-    free = or_(row.claimed_by.is_(None), row.claimed_by == sender, true() if other_claims_expired else false())
+    signed = or_(WebhookRow.url.ilike("http://%"), WebhookRow.url.ilike("https://%"))
+    kinds = [kind for kind, over in ((signed, expired.webhooks), (~signed, expired.notices)) if over]
+    free = or_(row.claimed_by.is_(None), row.claimed_by == sender, *kinds)
     position = func.row_number().over(partition_by=row.webhook_id, order_by=row.number).label("position")
     due = (
-        select(row.number, row.webhook_id, WebhookRow.failures, position)
+        select(row.number, row.webhook_id, WebhookRow.failures, WebhookRow.url, position)
         .join(WebhookRow, WebhookRow.id == row.webhook_id)
         .where(
             row.number.in_(first),
@@ -36,7 +48,9 @@ def next_deliveries(session: Session, now: datetime, sender: str, other_claims_e
         .subquery()
     )
     query = select(due).where(due.c.position <= MAX_CONCURRENT).order_by(due.c.number)
-    return [NextDelivery(row.number, row.webhook_id, row.failures) for row in session.execute(query)]
+    return [
+        NextDelivery(row.number, row.webhook_id, row.failures, is_notice_url(row.url)) for row in session.execute(query)
+    ]
 
 
 def sweep(session: Session, now: datetime) -> None:

@@ -29,17 +29,24 @@ MAX_RESPONSE_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class DeliveryResult:
-    """The result of one POST: a ``status``, or an ``error`` that says why there is none. ``retry_after`` in seconds."""
+    """The result of one POST: a ``status``, or an ``error`` that says why there is none. ``retry_after`` in seconds.
+
+    ``succeeded``: whether a notice was accepted. The status alone does not tell: mail has none, and some chats answer
+    200 to what they reject.
+    """
 
     status: int | None
     error: str | None
     seconds: float
     snippet: str | None = None
     retry_after: float | None = None
+    succeeded: bool | None = None
 
     @property
     def accepted(self) -> bool:
         """True if the receiver accepted it. A redirect is a rejection: it may lead anywhere."""
+        if self.succeeded is not None:
+            return self.succeeded
         return self.status is not None and 200 <= self.status < 300
 
 
@@ -74,7 +81,9 @@ class WebhookClient:
         except (OSError, UnicodeError, httpcore2.ProtocolError) as error:
             return DeliveryResult(None, _cause(error), time.monotonic() - begin)
         error_text = "redirects are not followed" if 300 <= status < 400 else None
-        return DeliveryResult(status, error_text, time.monotonic() - begin, _printable(text), _seconds(fields))
+        return DeliveryResult(
+            status, error_text, time.monotonic() - begin, printable(text), retry_after(fields.get(b"retry-after"))
+        )
 
     def _exchange(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
         """Return (status, headers, first bytes of the body). The status counts even if the body is cut off."""
@@ -177,13 +186,12 @@ def _cause(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-def _printable(text: bytes) -> str:
-    # A space for each character that cannot be stored or printed everywhere.
+def printable(text: bytes) -> str:
+    """Return the text with a space for each character that cannot be stored or printed everywhere."""
     decoded = text.decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else " " for letter in decoded)
 
 
-def _seconds(fields: Mapping[bytes, bytes]) -> float | None:
-    # Retry-After, if it is a number of seconds rather than a date.
-    value = fields.get(b"retry-after")
+def retry_after(value: str | bytes | None) -> float | None:
+    """Return the header's seconds, or None if it is missing or a date."""
     return float(value) if value is not None and value.isdigit() and len(value) < 8 else None

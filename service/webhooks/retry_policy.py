@@ -1,7 +1,7 @@
 """When to retry a delivery, when to give it up, and when to disable a webhook. Pure."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -29,6 +29,12 @@ MAX_SHARED = 16
 
 MAX_SLOW = 64
 """Deliveries to slow receivers at the same time. The other places are free for quick ones."""
+
+MAX_NOTICES = 8
+"""Notices at the same time: each is a process of its own."""
+
+MAX_SLOW_NOTICES = 6
+"""Notices to slow receivers at the same time."""
 
 SLOW_SECONDS = 1.0
 
@@ -75,17 +81,24 @@ class NextDelivery:
     number: int
     webhook_id: str
     failures: int
+    is_notice: bool = False
 
 
-def pick(queue: Sequence[NextDelivery], busy: Mapping[int, str], slow: Collection[str] = ()) -> list[NextDelivery]:
+def pick(
+    queue: Sequence[NextDelivery],
+    busy: Mapping[int, str],
+    slow: Set[str] = frozenset(),
+    notices: Set[str] = frozenset(),
+) -> list[NextDelivery]:
     """Return the deliveries to send now, so that no receiver waits for another one.
 
     The first delivery to each receiver comes before the second one to any. ``busy``: delivery -> webhook of those being
-    sent. ``slow``: webhooks whose last delivery took longer than SLOW_SECONDS.
+    sent. ``slow``: webhooks whose last delivery took longer than SLOW_SECONDS. ``notices``: webhooks that send notices.
     """
     picked: list[NextDelivery] = []
     load = Counter(busy.values())
-    slow_sending = sum(webhook_id in slow for webhook_id in busy.values())
+    groups = ((slow, MAX_SLOW), (notices, MAX_NOTICES), (slow & notices, MAX_SLOW_NOTICES))
+    sending = [sum(webhook_id in group for webhook_id in busy.values()) for group, _ in groups]
     waiting = [delivery for delivery in queue if delivery.number not in busy]
     for share in range(1, MAX_CONCURRENT + 1):
         left = []
@@ -93,12 +106,12 @@ def pick(queue: Sequence[NextDelivery], busy: Mapping[int, str], slow: Collectio
             webhook_id = delivery.webhook_id
             most = MAX_SENDING if share == 1 else MAX_SHARED
             limit = share if delivery.failures < MAX_FAILURES else 1
-            too_slow = webhook_id in slow and slow_sending >= MAX_SLOW
-            if load[webhook_id] >= limit or too_slow or len(busy) + len(picked) >= most:
+            group_full = any(webhook_id in group and n >= cap for (group, cap), n in zip(groups, sending, strict=True))
+            if load[webhook_id] >= limit or group_full or len(busy) + len(picked) >= most:
                 left.append(delivery)
                 continue
             load[webhook_id] += 1
-            slow_sending += webhook_id in slow
+            sending = [n + (webhook_id in group) for (group, _), n in zip(groups, sending, strict=True)]
             picked.append(delivery)
         waiting = left
     return picked

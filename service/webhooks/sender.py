@@ -4,6 +4,7 @@ A delivery is claimed before it is sent, and its result is stored after, each in
 server has become the leader. A claimed delivery without a result is sent again: at least once, with the same event id.
 """
 
+import json
 import logging
 import random
 import secrets
@@ -24,8 +25,12 @@ from trainyard.service.db.models import DeliveryRow, WebhookRow
 from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
 from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
 from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
+from trainyard.service.notice_urls import is_notice_url
 from trainyard.service.webhooks import delivery_queue, signing, store
+from trainyard.service.webhooks.delivery_queue import ExpiredClaims
 from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
+from trainyard.service.webhooks.notice_client import NoticeClient
+from trainyard.service.webhooks.notices import notice
 from trainyard.service.webhooks.requests import TEST
 from trainyard.service.webhooks.retry_policy import MAX_FAILURES, SLOW_SECONDS, after_failure, backoff, pick
 from trainyard.service.webhooks.rule_engine import RuleEngine
@@ -64,9 +69,11 @@ class Sender:
         clock: Callable[[], datetime] = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
         enabled: bool = True,
+        notices: NoticeClient | None = None,
     ) -> None:
         self._database = database
         self._client = client
+        self.notices = notices or NoticeClient()
         self._lease = lease
         self._clock = clock
         self._monotonic = monotonic
@@ -75,6 +82,7 @@ class Sender:
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
         self._slow: set[str] = set()
+        self._notice_webhooks: set[str] = set()
         self._changed = threading.Condition()
         self._epoch: int | None = None
         self._led_since = monotonic()
@@ -95,6 +103,7 @@ class Sender:
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
         self.deliver_until_idle(STOP_SECONDS)
+        self.notices.close()
 
     def wake(self) -> None:
         """Start a round now, because there is something to send."""
@@ -112,9 +121,12 @@ class Sender:
         self._rule_engine.poll()
         self._sweep()
         with self._database.read() as session:
-            queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._other_claims_expired())
+            queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._expired_claims())
         with self._changed:
-            picked = pick(queue, self._busy, self._slow)
+            for delivery in queue:  # a webhook's URL may have changed
+                change = self._notice_webhooks.add if delivery.is_notice else self._notice_webhooks.discard
+                change(delivery.webhook_id)
+            picked = pick(queue, self._busy, self._slow, self._notice_webhooks)
             self._busy |= {delivery.number: delivery.webhook_id for delivery in picked}
         for delivery in picked:
             threading.Thread(target=self._deliver, args=(delivery.number,), name="webhook", daemon=True).start()
@@ -129,8 +141,9 @@ class Sender:
             self._epoch, self._led_since = self._lease.epoch, self._monotonic()
         return leads
 
-    def _other_claims_expired(self) -> bool:
-        return self._monotonic() - self._led_since > self._client.seconds + GRACE_SECONDS
+    def _expired_claims(self) -> ExpiredClaims:
+        led = self._monotonic() - self._led_since - GRACE_SECONDS
+        return ExpiredClaims(webhooks=led > self._client.seconds, notices=led > self.notices.seconds)
 
     def _sweep(self) -> None:
         if self._monotonic() - self._swept_at > SWEEP_SECONDS:
@@ -177,8 +190,11 @@ class Sender:
             return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, keys, delivery.body.encode())
 
     def _send(self, claimed: ClaimedDelivery) -> DeliveryResult:
-        signed = signing.headers(claimed.secrets, claimed.event_id, int(self._clock().timestamp()), claimed.body)
-        result = self._client.post(claimed.url, signed, claimed.body)
+        if is_notice_url(claimed.url):
+            result = self.notices.send(claimed.url, notice(json.loads(claimed.body), self.notices.public_url))
+        else:
+            signed = signing.headers(claimed.secrets, claimed.event_id, int(self._clock().timestamp()), claimed.body)
+            result = self._client.post(claimed.url, signed, claimed.body)
         with self._changed:
             change = self._slow.add if result.seconds > SLOW_SECONDS else self._slow.discard
             change(claimed.webhook_id)

@@ -1,4 +1,4 @@
-"""The Python API of Trainyard: `Client`, `JobSpec`, the client's errors and `__version__`.
+"""The Python API of Trainyard: `Client`, `AsyncClient`, their results and errors, `JobSpec` and `__version__`.
 
 Each name is imported at its first use, because the agent of a run also imports `trainyard` and must not load httpx2.
 """
@@ -7,11 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainyard.client.api import Client
+    from trainyard.client.api import Client, Job
+    from trainyard.client.async_client import AsyncClient, AsyncJob
+    from trainyard.client.connection import RetryPolicy
     from trainyard.client.errors import (
         AmbiguousName,
         ApiError,
         ChecksumMismatch,
+        FieldProblem,
         InvalidSpec,
         InvalidState,
         InvalidUrl,
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
         UnexpectedStatus,
         WaitTimedOut,
     )
+    from trainyard.client.pages import AsyncPages, Pages
+    from trainyard.client.sse import StreamEvent, StreamUnsupported
     from trainyard.contract.spec import JobSpec
 
     __version__: str
@@ -29,20 +34,43 @@ if TYPE_CHECKING:
 __all__ = [
     "AmbiguousName",
     "ApiError",
+    "AsyncClient",
+    "AsyncJob",
+    "AsyncPages",
     "ChecksumMismatch",
     "Client",
+    "FieldProblem",
     "InvalidSpec",
     "InvalidState",
     "InvalidUrl",
+    "Job",
     "JobSpec",
     "NotAuthorised",
     "NotFound",
+    "Pages",
+    "RetryPolicy",
     "ServiceUnreachable",
+    "StreamEvent",
+    "StreamUnsupported",
     "TrainyardError",
     "UnexpectedStatus",
     "WaitTimedOut",
     "__version__",
 ]
+
+MODULES = {
+    "AsyncClient": "client.async_client",
+    "AsyncJob": "client.async_client",
+    "AsyncPages": "client.pages",
+    "Client": "client.api",
+    "Job": "client.api",
+    "JobSpec": "contract.spec",
+    "Pages": "client.pages",
+    "RetryPolicy": "client.connection",
+    "StreamEvent": "client.sse",
+    "StreamUnsupported": "client.sse",
+}
+"""Name -> its module. All others are errors."""
 
 
 def __getattr__(name: str) -> Any:
@@ -52,8 +80,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("trainyard")
-    modules = {"Client": "trainyard.client.api", "JobSpec": "trainyard.contract.spec"}
-    return getattr(import_module(modules.get(name, "trainyard.client.errors")), name)
+    return getattr(import_module(f"trainyard.{MODULES.get(name, 'client.errors')}"), name)
 
 
 def __dir__() -> list[str]:

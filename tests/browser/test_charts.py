@@ -102,7 +102,7 @@ def test_loss_chart_shows_the_events_of_a_run(run: Run, page: Page) -> None:
     )
     known = {uid: points for uid, _, points in lines}
     assert {kind for _, kind, _ in lines} == {"scatter"}
-    assert (known["ema"], known["eval"], known["bad"], known["old-1"]) == (80, 4, 1, 20)
+    assert (known["smoothed"], known["eval"], known["bad"], known["old-1"]) == (80, 4, 1, 20)
     assert chart.locator(".js-plotly-plot").first.evaluate("node => node.layout.shapes.length") == 3
     expect(figure(page, "Gradient norm")).to_contain_text("1 not shown on a log axis")
     chart.get_by_role("button", name="log").click()
@@ -149,7 +149,7 @@ def test_zoom_survives_updates_and_a_reload(run: Run, page: Page) -> None:
     say(run.attempt, range(81, 121))
     run.rig.ship(run.attempt)
     expect(page.locator(".facts")).to_contain_text("120 of 400")
-    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'ema')")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'smoothed')")
     assert zoomed(page) == before
     assert page.evaluate("[scrollY, document.activeElement.id]") == [120, "tab-config"]
     page.reload()
@@ -166,11 +166,11 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
     page.goto(f"{run.url}?tab=metrics")
     panel = page.get_by_role("tabpanel")
     charts = panel.get_by_role("group")
-    expect(charts).to_have_count(9)
-    panel.get_by_role("button", name="Show all").click()
-    expect(charts).to_have_count(17)
-    assert panel.locator(".main-svg").count() == 0, "not visible yet, so not drawn"
-    last = panel.get_by_role("group", name=re.compile("^Epoch"))
+    expect(charts).to_have_count(12)
+    expect(page.get_by_role("group", name=re.compile("^(Train loss|Learning rate)"))).to_have_count(0)
+    first, last = charts.first, panel.get_by_role("group", name=re.compile("^Epoch"))
+    expect(first.locator(".scatterlayer .trace")).to_have_count(1)
+    assert last.locator(".main-svg").count() == 0, "not visible yet, so not drawn"
     last.scroll_into_view_if_needed()
     expect(last.locator(".scatterlayer .trace")).to_have_count(1)
     expect(panel.get_by_role("group", name=re.compile("^Expert load"))).to_contain_text("Not reported by this run")
@@ -179,7 +179,7 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
     expect(charts.first).to_have_attribute("aria-label", re.compile("now 61.0 GB$"))
     assert "chart=memory" in page.url
     page.get_by_label("Search the charts").fill("")
-    expect(charts).to_have_count(17)
+    expect(charts).to_have_count(12)
     check_both_themes(page, "metrics")
 
 

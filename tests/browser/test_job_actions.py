@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field, field_error
@@ -28,6 +28,18 @@ def job_named(rig: ServiceHarness, name: str) -> dict[str, Any]:
     [found] = rig.get("/jobs", name=name)["data"]
     job: dict[str, Any] = found
     return job
+
+
+def choose(page: Page, verb: str) -> None:
+    """Choose an action in the menu of the job."""
+    page.get_by_role("button", name="More actions").click()
+    page.get_by_role("group", name="More actions").get_by_role("button", name=verb, exact=True).click()
+
+
+def choose_of_row(row: Locator, step: int, words: str) -> None:
+    """Choose an action in the menu of a checkpoint's row."""
+    row.get_by_role("button", name=f"More from step {step}").click()
+    row.get_by_role("button", name=words).click()
 
 
 def one_epoch_of(rig: ServiceHarness, job_id: str, steps: int) -> None:
@@ -66,15 +78,14 @@ def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: Service
     assert job["spec"]["resources"]["priority"] == 7
     page.get_by_role("link", name="team=<b>nlp</b>").click()
     expect(page.get_by_role("region", name="Jobs").get_by_role("link", name="renamed")).to_be_visible()
-    expect(page.get_by_role("region", name="Jobs").locator("tbody tr")).to_have_count(1)
+    expect(page.locator(".jobs tr")).to_have_count(1)
 
 
 def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "fast")["id"]
     one_epoch_of(rig, job_id, steps=60)
     page.goto(f"{service}/jobs/{job_id}")
-    again = page.get_by_role("button", name="resume with")
-    again.click()
+    choose(page, "resume with…")
     dialog = page.get_by_role("dialog", name="Resume fast")
     expect(field(page, "max_steps")).to_be_focused()
     field(page, "max_steps").fill("2")
@@ -83,8 +94,8 @@ def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig
     check_both_themes(page, "resume")
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
-    expect(again).to_be_focused()
-    again.click()
+    expect(page.get_by_role("button", name="More actions")).to_be_focused()
+    choose(page, "resume with…")
     field(page, "max_steps").fill("100")
     field(page, "step").select_option("20")
     dialog.get_by_role("button", name="Resume").click()
@@ -99,14 +110,13 @@ def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig
 def test_kill_asks_for_confirmation_and_save_does_not(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "holds-the-slots")["id"]
     page.goto(f"{service}/jobs/{job_id}")
-    page.get_by_role("button", name="save now").click()
+    choose(page, "save now")
     expect(page.get_by_text("save requested")).to_be_visible()
-    kill = page.get_by_role("button", name="kill", exact=True)
-    kill.click()
+    choose(page, "kill")
     expect(page.get_by_role("button", name="Back")).to_be_focused()
     page.get_by_role("button", name="Back").press("Enter")
     assert rig.job(job_id)["desired"] == "run"
-    kill.click()
+    choose(page, "kill")
     page.get_by_role("dialog").get_by_role("button", name="kill").click()
     expect(page.locator(".job-title .status")).to_contain_text("cancelling")
     assert rig.job(job_id)["desired"] == "kill"
@@ -119,10 +129,10 @@ def test_checkpoints_tab_downloads_exports_and_forks(service: str, rig: ServiceH
     page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
     row = page.get_by_role("row", name=re.compile("^40 "))
     with page.expect_download() as found:
-        row.get_by_role("button", name="Download").click()
+        choose_of_row(row, 40, "Download")
     assert (found.value.suggested_filename, Path(found.value.path()).read_bytes()) == ("model.safetensors", MODEL)
     for form, words in (("hf", "Hugging Face"), ("minimind", "MiniMind")):
-        row.get_by_role("button", name=f"Export {words}").click()
+        choose_of_row(row, 40, f"Export {words}")
         path = rig.home / "runs" / job_id / "exports" / f"step-00000040-{form}"
         expect(page.get_by_role("region", name="Exports")).to_contain_text(str(path))
         assert (path / "config.json").exists()

@@ -18,7 +18,7 @@ from trainyard.service.devices.xids import XidError
 
 
 def rows(page: Page) -> Locator:
-    return page.get_by_role("region", name="Jobs").locator("tbody tr")
+    return page.locator(".jobs tr")
 
 
 def names(page: Page) -> list[str]:
@@ -41,8 +41,9 @@ def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: Servic
     page.goto(service)
     expect(rows(page)).to_have_count(7)
     waits = rows(page).filter(has=page.get_by_role("link", name="waits"))
-    expect(waits).to_contain_text("position 1, waits for 2 CPU slots; 0 of 2 free")
+    expect(waits).to_contain_text("position 1")
     expect(page.locator(".queue li")).to_have_count(4)
+    expect(page.locator(".queue li").first).to_contain_text("waits for 2 CPU slots; 0 of 2 free")
     curve = rows(page).filter(has_text="fast").locator(".spark polyline")
     expect(curve).to_have_attribute("points", re.compile(r"^1\.0,"))
     check_both_themes(page, "jobs")
@@ -66,19 +67,6 @@ def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: Servic
     page.get_by_role("button", name="Remove filter size=1").click()
     expect(page.get_by_label("Label")).to_be_focused()
     expect(rows(page)).to_have_count(3)
-
-
-@pytest.mark.soak
-def test_jobs_page_loads_100_jobs_at_a_time(rig: ServiceHarness, page: Page) -> None:
-    for i in range(103):
-        rig.submit(name=f"job-{i}")
-    with served(rig) as (host, port):
-        page.goto(f"http://{host}:{port}/")
-        expect(rows(page)).to_have_count(100)
-        expect(page.get_by_text("100+ jobs")).to_be_visible()
-        page.get_by_role("button", name="Show 100 more").click()
-        expect(rows(page)).to_have_count(103)
-        expect(page.get_by_role("button", name="Show 100 more")).to_be_hidden()
 
 
 def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: str, page: Page) -> None:
@@ -139,20 +127,26 @@ def test_jobs_page_sorts_by_any_column_and_hides_discarded_jobs(rig: ServiceHarn
         expect(rows(page)).to_have_count(4)
         assert names(page) == ["waits", "a", "c", "b"]
         head = page.get_by_role("region", name="Jobs").get_by_role("columnheader")
-        expect(head.filter(has_text="Job")).to_have_attribute("aria-sort", "descending")
 
-        def sort_by(column: str, expected: str, order: str) -> None:
-            head.filter(has_text=column).get_by_role("button").click()
-            expect(head.filter(has_text=column)).to_have_attribute("aria-sort", order)
+        def sort_by(column: str, expected: str, order: str | None) -> None:
+            header = head.filter(has_text=column)
+            header.get_by_role("button").click()
+            if order is None:
+                expect(header).not_to_have_attribute("aria-sort", re.compile("."))
+            else:
+                expect(header).to_have_attribute("aria-sort", order)
             expect(rows(page).locator(".name")).to_have_text(expected.split())
 
         sort_by("Score", "c a b waits", "ascending")
         sort_by("Score", "b a c waits", "descending")
+        sort_by("Score", "waits a c b", None)
+        sort_by("Job", "a b c waits", "ascending")
         sort_by("Loss", "b a c waits", "ascending")
         sort_by("Progress", "a c b waits", "ascending")
         sort_by("Group", "b a c waits", "ascending")
         sort_by("Group", "a c b waits", "descending")
         page.reload()
+        expect(rows(page).locator(".name")).to_have_text(["a", "c", "b", "waits"])
         sort_by("Score", "c a b waits", "ascending")
         expect(rows(page).first).to_contain_text("1.000")
         rows(page).get_by_role("link", name="sweep").first.click()
@@ -162,7 +156,7 @@ def test_jobs_page_sorts_by_any_column_and_hides_discarded_jobs(rig: ServiceHarn
         page.get_by_label("Discarded").check()
         expect(rows(page).locator(".name")).to_have_text(["a"])
         page.get_by_label("Discarded").uncheck()
-        page.get_by_role("button", name="Remove filter group sweep").click()
+        page.get_by_label("Group").select_option("")
         expect(rows(page)).to_have_count(3)
         check_both_themes(page, "jobs-sorted")
 

@@ -15,6 +15,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from benchmarks.corpus import write_docstrings
 from tests.browser.test_charts import drag, figure, zoomed
+from tests.browser.test_job_actions import choose, choose_of_row
 from tests.story.service_process import RANKS, Served, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -113,7 +114,7 @@ def test_a_real_run_from_submit_to_cancel_in_the_browser(served: Served, corpus:
     served.start()
     expect(page.locator("#offline")).to_be_hidden()
     assert grown(chart, max(kept, paused_at)) > paused_at
-    page.get_by_role("button", name="cancel", exact=True).click()
+    choose(page, "cancel")
     page.get_by_role("dialog").get_by_role("button", name="cancel").click()
     expect(status).to_contain_text("cancelled")
     page.get_by_role("tab", name="overview").click()
@@ -133,7 +134,7 @@ def test_download_fork_and_compare_real_runs(served: Served, corpus: Path, page:
     page.goto(f"{served.url}/jobs/{parent}?tab=checkpoints")
     row = page.get_by_role("row", name=re.compile("^100 "))
     with page.expect_download() as downloading:
-        row.get_by_role("button", name="Download").click()
+        choose_of_row(row, 100, "Download")
     saved = Path(downloading.value.path()).read_bytes()
     listed = {one["step"]: one["sha256"] for one in served.get(f"/jobs/{parent}/checkpoints").json()["data"]}
     assert hashlib.sha256(saved).hexdigest() == listed[100]

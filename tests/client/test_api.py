@@ -147,7 +147,7 @@ def test_api_errors_carry_the_problem(service: FakeService, trainyard: Client, s
     assert (caught.value.status, caught.value.code, caught.value.detail) == (status, "some_code", "Some detail.")
     assert caught.value.request_id == "req-1"
     assert caught.value.errors == (FieldProblem("/training/learning_rate", "must be greater than 0"),)
-    assert str(caught.value) == "Some detail. [some_code]"
+    assert str(caught.value) == "Some detail. [some_code]\n  /training/learning_rate: must be greater than 0"
 
 
 @pytest.mark.parametrize("body", ["{}", "[]", "null", "5", '"x"', '{"status": "ok"}', '{"data": [{"id": 1}]}'])
@@ -311,7 +311,8 @@ def test_wait_lets_a_slow_run_take_its_time(
 ) -> None:
     """Each poll finds a little progress, for a hundred times the limit."""
     clock = FakeTime()
-    monkeypatch.setattr("trainyard.client.api.time", clock)
+    for module in ("api", "connection"):
+        monkeypatch.setattr(f"trainyard.client.{module}.time", clock)
     polls = iter(range(2000))
 
     def go_on(_: httpx2.Request) -> None:
@@ -334,7 +335,8 @@ def test_wait_ends_if_there_is_no_progress(
     service: FakeService, trainyard: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = FakeTime()
-    monkeypatch.setattr("trainyard.client.api.time", clock)
+    for module in ("api", "connection"):
+        monkeypatch.setattr(f"trainyard.client.{module}.time", clock)
     service.jobs["job_7f3kq9"] = job("running", phase="training", progress={"step": 1430})
     message = "20 s passed without progress, and the job is running, phase training, at step 1,430"
     with pytest.raises(WaitTimedOut, match=message):

@@ -41,7 +41,7 @@ def subcommands() -> list[str]:
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo doctor serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
     expected += "pause resume save fork export generate chat describe discard cancel kill delete tokenizer corpus db "
-    expected += "version completion token webhook evaluate evaluations"
+    expected += "version completion token webhook evaluate evaluations mcp"
     assert set(subcommands()) == set(expected.split())
 
 

@@ -22,11 +22,16 @@ JOBS = [("job_aaa", "pre-12"), ("job_aab", "with space"), ("job_bbb", "$(touch x
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
     asked: ClassVar[list[tuple[str, str | None]]] = []
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization")))
-        body = json.dumps({"data": [{"id": job_id, "name": name} for job_id, name in JOBS]}).encode()
+        body = (
+            b'{"status": "ok"}'
+            if self.path == "/health"
+            else json.dumps({"data": [{"id": job_id, "name": name} for job_id, name in JOBS]}).encode()
+        )
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -73,7 +78,7 @@ def test_jobs_by_id_and_by_name(url: str) -> None:
     assert list(candidates(["show"], "")) == expected, "a name that a shell would take apart is left out"
     assert list(candidates(["logs", "--tail", "5"], "")) == expected
     assert list(candidates(["show", "job_aaa"], "")) == [], "one job is enough"
-    assert Handler.asked[0] == ("/jobs?limit=50", "Bearer t0ken")
+    assert Handler.asked[:2] == [("/health", None), ("/jobs?limit=50", "Bearer t0ken")]
 
 
 def test_what_begins_like_the_word(run: Run, url: str) -> None:

@@ -251,7 +251,9 @@ def test_a_slow_machine_does_not_fail_the_demo(
     def sleep(_: float) -> None:
         clock.now += 60.0
 
-    monkeypatch.setattr("trainyard.client.api.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    for module in ("api", "connection"):
+        fake = SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep)
+        monkeypatch.setattr(f"trainyard.client.{module}.time", fake)
     code, _, err = perform()
     assert (code, err) == (0, "")
     assert clock.now > 2 * story.STALL_SECONDS

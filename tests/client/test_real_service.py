@@ -16,7 +16,7 @@ from trainyard.client.demo.service import DemoService, _is_ready, environment
 from trainyard.client.exit_codes import is_idle
 from trainyard.contract.rundir import read_json
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SECONDS = 60.0
 TINY = (

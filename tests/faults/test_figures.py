@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, home: Home, corpus: Path) -> None:
         self.home = home
-        spec = gloo_spec(corpus)
+        spec = gloo_spec(corpus, {})
         spec["training"]["max_steps"] = 100_000
         answer = home.post("/jobs", spec)
         assert answer.status_code == 201, answer.text

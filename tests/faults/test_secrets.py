@@ -37,7 +37,8 @@ class Planted:
 
     def __init__(self, home: Home, url: str, tokens: Path) -> None:
         self.home = home
-        self.known = {name: planted(name) for name in ("token", "file-token", "password", "aws", "wandb", "value")}
+        names = ("token", "file-token", "password", "aws", "wandb", "value", "notice")
+        self.known = {name: planted(name) for name in names}
         self.seen: list[tuple[str, bytes]] = []
         tokens.write_text(f"# of the team\n{self.known['file-token']}\n")
         database = make_url(url)
@@ -112,6 +113,8 @@ def test_secrets_are_seen_nowhere(canary: Planted, any_url: str) -> None:
     home = canary.home
     canary.given("named-token", "/tokens", {"name": "ci", "scope": "submit"}, "token")
     canary.given("webhook", "/webhooks", {"url": "http://127.0.0.1:9/hook", "events": ["*"]}, "secret")
+    notice = f"json://robot:{canary.known['notice']}@127.0.0.1:9/{canary.known['notice']}"
+    canary.ask("POST", "/webhooks", 201, json={"url": notice, "events": ["*"]})
     long = home.submit(steps="400", pace="0.02")
     failing = home.submit(0, steps="10", ranks="1", fault="exit_1_at_3", pace="0.02")
     until(lambda: home.step(long) >= 3)
@@ -207,12 +210,13 @@ def ask_everything(canary: Planted, job_id: str) -> None:
 
 
 def look_at_files(canary: Planted) -> None:
-    """Everything in the home; a webhook's secret has to be in the database, for it signs with it."""
+    """Everything in the home; a webhook's secret and the URL of a chat are in the database, because they are used."""
     for file in canary.home.path.rglob("*"):
         if file.is_file():
             content = file.read_bytes()
             if file.name.startswith("trainyard.db"):
-                content = content.replace(canary.known["webhook"].encode(), b"")
+                for name in ("webhook", "notice"):
+                    content = content.replace(canary.known[name].encode(), b"")
             canary.look(f"file {file.name}", content)
     assert [where for where, _ in canary.seen if where == "file service.log"]
 

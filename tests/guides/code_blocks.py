@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
-GUIDES = sorted((DOCS / "guides").glob("*.md"))
+GUIDES = [*sorted((DOCS / "guides").glob("*.md")), DOCS / "agents" / "SKILL.md"]
 
 BLOCK = re.compile(r"(?:<!-- run: (?P<how>[^\n]*?) -->\n)?```(?P<language>[a-z]*)\n(?P<text>.*?)\n```", re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""The compose files and the Dockerfile match the documentation. No container engine is needed."""
+"""The compose file and the Dockerfile match the documentation. No container engine is needed."""
 
 import os
 import re
@@ -18,9 +18,9 @@ COMPOSE = shutil.which("docker-compose")
 SECRETS = {"TRAINYARD_TOKEN": "t", "POSTGRES_PASSWORD": "p@ss/w%41rd:x"}
 
 
-def rendered(*files: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def rendered(*profiles: str, **environment: str) -> subprocess.CompletedProcess[str]:
     assert COMPOSE is not None
-    flags = [flag for file in files for flag in ("-f", file)]
+    flags = [flag for profile in profiles for flag in ("--profile", profile)]
     return subprocess.run(
         [COMPOSE, *flags, "config"],
         cwd=ROOT,
@@ -63,19 +63,27 @@ def test_compose_refuses_to_start_without_secrets() -> None:
 
 
 @needs_compose
-def test_compose_with_gpus_is_the_same_service_with_every_gpu() -> None:
-    done = rendered("docker-compose.yml", "docker-compose.gpu.yml", **SECRETS)
-    assert done.returncode == 0, done.stderr
-    services = yaml.safe_load(done.stdout)["services"]
-    assert services.keys() == {"postgres", "trainyard"}
-    assert services["trainyard"]["build"]["args"] == {"TORCH": "cuda"}
-    (device,) = services["trainyard"]["deploy"]["resources"]["reservations"]["devices"]
+def test_the_profiles_differ_only_in_the_build_of_torch_and_the_gpus() -> None:
+    found = {}
+    for profile, name in (("cpu", "trainyard"), ("gpu", "trainyard-gpu")):
+        done = rendered(profile, **SECRETS)
+        assert done.returncode == 0, done.stderr
+        services = yaml.safe_load(done.stdout)["services"]
+        running = {key for key, service in services.items() if service.get("profiles", [profile]) == [profile]}
+        assert running == {"postgres", name}
+        found[profile] = services[name]
+        del found[profile]["profiles"]
+    assert found["cpu"].pop("build")["args"] == {"TORCH": "cpu"}
+    assert found["gpu"].pop("build")["args"] == {"TORCH": "cuda"}
+    assert (found["cpu"].pop("image"), found["gpu"].pop("image")) == ("trainyard", "trainyard-cuda")
+    (device,) = found["gpu"].pop("deploy")["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
+    assert found["cpu"] == found["gpu"]
 
 
 @needs_compose
 def test_a_password_of_any_characters_reaches_postgres_and_the_service() -> None:
-    done = rendered(**SECRETS)
+    done = rendered("cpu", **SECRETS)
     assert done.returncode == 0, done.stderr
     services = yaml.safe_load(done.stdout)["services"]
     environment = services["trainyard"]["environment"]
@@ -90,16 +98,17 @@ def test_the_example_of_an_env_file_names_every_variable_of_the_compose_file() -
     named = set(re.findall(r"^(?:# )?(\w+)=", text, re.MULTILINE))
     used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
     assert used <= named
-    assert named - used == {"COMPOSE_FILE"}
-    files = re.search(r"COMPOSE_FILE=(\S+)", text)
-    assert files is not None
-    assert all((ROOT / file).is_file() for file in files[1].split(":"))
+    assert named - used == {"COMPOSE_PROFILES"}
 
 
-def test_compose_without_options_starts_the_service() -> None:
+def test_compose_with_the_example_starts_the_service_on_cpus() -> None:
     services = compose()["services"]
-    assert [name for name, service in services.items() if "profiles" in service] == []
-    assert services.keys() == {"postgres", "trainyard"}
+    assert {name: service.get("profiles") for name, service in services.items()} == {
+        "postgres": None,
+        "trainyard": ["cpu"],
+        "trainyard-gpu": ["gpu"],
+    }
+    assert re.search(r"^COMPOSE_PROFILES=cpu$", (ROOT / ".env.example").read_text(), re.MULTILINE)
 
 
 def test_the_settings_of_the_compose_file_exist() -> None:
@@ -129,6 +138,24 @@ def test_models_can_be_compiled_in_the_image() -> None:
     assert any(text.split(":")[1] == home for text in service["volumes"])
 
 
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
+def test_hadolint_has_nothing_to_say_about_the_dockerfile() -> None:
+    assert HADOLINT is not None
+    done = subprocess.run([HADOLINT, "--no-color", "Dockerfile"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_both_parts_have_a_health_check_that_asks_them() -> None:
+    for stage in ("control", "worker"):
+        (check,) = [rest for word, rest in stages()[stage] if word == "HEALTHCHECK"]
+        assert "http://127.0.0.1:8000/health" in check
+    assert "pg_isready" in str(compose()["services"]["postgres"]["healthcheck"]["test"])
+    assert compose()["services"]["trainyard"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
+
+
 @pytest.mark.parametrize("stage", ["control", "worker"])
 def test_a_change_of_the_code_keeps_the_layers_of_the_dependencies(stage: str) -> None:
     steps = stages()[stage]
@@ -148,7 +175,7 @@ def test_the_control_image_has_no_torch_and_nothing_runs_as_root() -> None:
     assert not any("worker" in rest for word, rest in stages()["control"] if word == "RUN")
     assert any("--extra worker" in rest for word, rest in stages()["worker"] if word == "RUN")
     for stage in ("control", "worker"):
-        assert stages()[stage][-1] == ("USER", "trainyard")
+        assert stages()[stage][-1] == ("USER", "10001:10001")
 
 
 def test_the_build_of_torch_is_cpu_or_cuda_and_nothing_else() -> None:

@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("contract", "model", "worker", "service", "client", "migrations")
+PACKAGES = ("contract", "model", "worker", "service", "client", "mcp_tools", "migrations")
 
 
 def module_files() -> dict[str, Path]:
@@ -62,3 +62,22 @@ def test_every_module_is_imported_in_a_fresh_interpreter() -> None:
     program = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     done = subprocess.run([sys.executable, "-c", program, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_protocol_s_sdk_is_imported_only_when_a_tool_is_called() -> None:
+    """It takes a second: too long for the start of the service, and for every other command."""
+    imports = {
+        name: {found for statement in run_on_import(ast.parse(file.read_text())) for found in imported(statement)}
+        for name, file in module_files().items()
+    }
+
+    def importers(target: str) -> set[str]:
+        return {name for name, found in imports.items() if target in found}
+
+    assert importers("mcp.server") == {"trainyard.mcp_tools.server"}
+    assert {name for name, found in imports.items() if any(part.split(".")[0] == "mcp" for part in found)} == {
+        "trainyard.mcp_tools.server"
+    }
+    # The command's module is imported when the command runs.
+    assert importers("trainyard.mcp_tools.server") == {"trainyard.client.cli.commands.mcp"}
+    assert importers("trainyard.client.cli.commands.mcp") == set()

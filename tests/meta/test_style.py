@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ("contract", "model", "worker", "service", "client")
+SOURCE = ("contract", "model", "worker", "service", "client", "mcp_tools")
 
 
 def files(*folders: str) -> Iterator[Path]:

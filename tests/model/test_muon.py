@@ -1,5 +1,7 @@
 """Muon: orthogonal updates, which parameters get them, and a comparison with AdamW on real text."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -74,6 +76,25 @@ def test_found_inf_leaves_weights_and_state_as_they_are() -> None:
     assert torch.equal(weight.detach(), torch.ones(4, 6))
     assert torch.equal(norm.detach(), torch.ones(5))
     assert torch.equal(optimizer.state[weight]["momentum"], torch.zeros(4, 6))
+
+
+def test_cautious_decay_only_goes_where_the_update_goes() -> None:
+    drawn = torch.Generator().manual_seed(1)
+    start, grad = torch.randn(24, 40, generator=drawn), torch.randn(24, 40, generator=drawn)
+
+    def updated(**options: Any) -> torch.Tensor:
+        weight = nn.Parameter(start.clone())
+        optimizer = Muon([weight], [nn.Parameter(torch.ones(1))], lr=0.01, betas=(0.9, 0.999), **options)
+        weight.grad = grad.clone()
+        optimizer.step()
+        return weight.detach()
+
+    plain = updated(weight_decay=0.0)
+    step = plain - start
+    expected = plain - 0.01 * 0.5 * start * (step * start < 0)
+    assert 0.4 < float((step * start < 0).float().mean()) < 0.6
+    torch.testing.assert_close(updated(weight_decay=0.5, cautious=True), expected)
+    torch.testing.assert_close(updated(weight_decay=0.5), plain - 0.01 * 0.5 * start)
 
 
 def rows_of_text(count: int) -> torch.Tensor:

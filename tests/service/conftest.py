@@ -146,8 +146,8 @@ def command(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> Command:
     for name in ("TRAINYARD_TOKEN", "TRAINYARD_URL"):
         monkeypatch.delenv(name, raising=False)
 
-    def run(*arguments: str) -> tuple[int, str, str]:
-        to = console()
+    def run(*arguments: str, stdin: str = "") -> tuple[int, str, str]:
+        to = console(stdin)
         try:
             code = int(main(list(arguments), to))
         except SystemExit as error:

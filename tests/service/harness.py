@@ -22,6 +22,7 @@ from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
 from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.webhooks.http_client import WebhookClient
+from trainyard.service.webhooks.notice_client import NoticeClient
 from trainyard.service.webhooks.sender import Sender
 
 URL = "http://127.0.0.1:8000"
@@ -73,7 +74,8 @@ class ServiceHarness:
         )
         self.pulse = MetricBroadcaster(self.database)
         courier = courier or WebhookClient(self.settings.webhook_networks)
-        self.sender = Sender(self.database, courier, clock=self.clock)
+        notices = NoticeClient(self.settings.webhook_networks, self.settings.link_url)
+        self.sender = Sender(self.database, courier, clock=self.clock, notices=notices)
         services = AppState(self.settings, self.database, inventory, self.scheduler, self.pulse, self.sender)
         self.app = create_app(services, scheduling=scheduling)
         self.client = TestClient(self.app, base_url=URL, raise_server_exceptions=True)
@@ -81,6 +83,7 @@ class ServiceHarness:
 
     def close(self) -> None:
         self.client.__exit__(None, None, None)
+        self.sender.notices.close()
 
     def restart(self) -> "ServiceHarness":
         self.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness
+from trainyard.contract.recipes import RECIPES
 from trainyard.contract.spec import JobSpec
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device
@@ -55,6 +56,14 @@ def test_each_number_follows_its_rule(rig: ServiceHarness, depth: int) -> None:
     if depth <= 12:  # larger ones may not fit into this host
         spec = {**proposal["spec"], "data": {"data_path": str(rig.corpus), "max_seq_len": 1024}}
         assert rig.client.post("/jobs/plan", json=spec).status_code == 200
+
+
+def test_the_settings_of_a_recipe_stay(rig: ServiceHarness) -> None:
+    proposal, settings = propose(rig, 4, training={"recipe": "fast"})
+    filled = {f"/training/{name}" for name in RECIPES["fast"]({}, {})}
+    assert not filled & settings.keys()
+    assert "/training/max_tokens" in settings
+    assert proposal["spec"]["training"]["recipe"] == "fast"
 
 
 def test_what_is_given_stays_and_the_rest_follows_it(rig: ServiceHarness) -> None:

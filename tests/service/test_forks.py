@@ -11,6 +11,7 @@ import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
+from trainyard.contract import recipes
 from trainyard.contract.failpoints import armed
 from trainyard.contract.messages import Fork
 from trainyard.contract.rundir import RunDir
@@ -78,6 +79,7 @@ def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: ServiceHarnes
         ({"overrides": {"model": {"hidden_size": 64}}}, "/overrides/model/hidden_size", "weights were trained with it"),
         ({"overrides": {"data": {"tokenizer_path": "x"}}}, "/overrides/data/tokenizer_path", "weights were trained"),
         ({"overrides": {"training": {"seed": 1}}}, "/overrides/training/seed", "restart"),
+        ({"overrides": {"training": {"recipe": "fast"}}}, "/overrides/training/recipe", "keeps its parent's settings"),
         ({"overrides": {"model": {"dropout": 0.1}}}, "/overrides/model/dropout", "restart"),
         ({"overrides": {"data": {"max_seq_len": 64}}}, "/overrides/data/max_seq_len", "restart"),
         ({"overrides": {"training": {"batch_size": 7}}}, "/overrides/training/batch_size", "must stay 8"),
@@ -154,6 +156,16 @@ def test_another_form_of_the_corpus_replaces_that_of_the_parent(rig: ServiceHarn
     assert (data["eval_data_path"], data["eval_sources"]) == (path, None)
     both = {"data": "restart", "overrides": {"data": {"data_path": path, "sources": sources}}}
     assert "cannot be combined" in fork(rig, job_id, both, 422)["errors"][0]["message"]
+
+
+def test_a_fork_and_a_resume_keep_what_the_recipe_filled_in(rig: ServiceHarness) -> None:
+    given = {"recipe": "fast", "max_steps": 1000, "weight_decay": 0.03}
+    job_id, _ = saved(rig, 400, training=given)
+    training = rig.job(job_id)["spec"]["training"]
+    assert (training["optimizer"], training["weight_decay"]) == ("muon", 0.03)
+    with mock.patch.dict(recipes.RECIPES, fast=lambda *_: {"learning_rate": 7.0}):
+        made = fork(rig, job_id, {"overrides": {"training": {"max_steps": 2000}}})
+    assert made["spec"]["training"] == {**training, "max_steps": 2000}
 
 
 def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: ServiceHarness) -> None:

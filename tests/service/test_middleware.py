@@ -1,14 +1,17 @@
 """Errors, authentication and malformed requests: never a 5xx, and never an echo of the input."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.service.app import ROUTES
 from trainyard.service.errors import ServiceError, from_exception
 
 CANARY = "canary-91c2"
@@ -129,6 +132,19 @@ def test_pages_of_other_sites_only_link_here(rig: ServiceHarness) -> None:
     link = {**cross, "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document", "Accept": "text/html"}
     assert rig.client.get(f"/jobs/{job_id}", headers=link).headers["content-type"].startswith("text/html")
     problem(rig.client.get(f"/jobs/{job_id}", headers={**link, "Sec-Fetch-Dest": "iframe"}), 403, "foreign_origin")
+
+
+def test_every_route_and_verb_refuses_pages_of_other_sites(rig: ServiceHarness) -> None:
+    """Before the route is looked up, so that none can be left out: streams, reports and health checks too."""
+    asked = 0
+    for route in ROUTES:
+        assert isinstance(route, APIRoute)
+        path = re.sub(r"{\w+(:path)?}", "x", route.path)
+        for verb in ("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"):
+            answer = rig.client.request(verb, path, headers={"Sec-Fetch-Site": "cross-site"})
+            assert answer.status_code == 403, (verb, path)
+            asked += 1
+    assert asked >= 7 * 60
 
 
 def test_bodies_over_the_limit(rig: ServiceHarness) -> None:

@@ -146,6 +146,15 @@ def job(device: str = "cuda", ranks: int = 1) -> QueuedJob:
     return QueuedJob("job", "job", device, ranks, 0, NOW, 1)
 
 
+def test_only_devices_whose_errors_change_are_copied() -> None:
+    quiet, failing = Device("cuda:0", "cuda", uuid="a"), Device("cuda:1", "cuda", uuid="b")
+    errors = {"b": [XidError("b", 79, NOW)]}
+    first = xids.marked((quiet, failing), errors)
+    assert (first[0] is quiet, first[1].xid_errors) == (True, (79,))
+    assert all(a is b for a, b in zip(xids.marked(first, errors), first, strict=True))
+    assert xids.marked(first, {})[1] == failing
+
+
 @pytest.mark.parametrize(
     ("queued", "expected"),
     [

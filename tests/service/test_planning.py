@@ -269,6 +269,7 @@ def test_nothing_to_say() -> None:
         ),
         (replace(SIZE, steps=99), HERE, {"training": {"verify_every": 100}}, "no step is verified"),
         (SIZE, HERE, {"resources": {"parallelism": "fsdp"}}, "parallelism fsdp has no effect"),
+        (SIZE, HERE, {"training": {"zero_init_projections": True, "from_weight": "w.pth"}}, "has no effect with from_"),
         (SIZE, HERE, {"training": {"compile_mode": "max-autotune"}}, "compile_mode max-autotune has no effect"),
         (None, HERE, {}, "no document was found in the sampled part of the corpus: it needs one JSON object a line"),
         (None, replace(HERE, names=("content", "id")), {}, "lines have texts under 'content', 'id': set text_field"),

@@ -12,6 +12,7 @@ from tests.service.receiver import Receiver, receiving, status, verified
 from tests.service.test_webhooks import send
 from trainyard.client.cli.commands.webhooks import parse_rule
 from trainyard.client.exit_codes import UsageError
+from trainyard.service.webhooks.notice_client import NoticeClient
 
 
 @pytest.fixture
@@ -102,3 +103,20 @@ def test_wrong_usage_and_what_the_service_refuses(command: Command) -> None:
     assert "/rules/0/steps" in err
     code, _, err = command("webhook", "create", "http://10.0.0.1/")
     assert "TRAINYARD_WEBHOOK_NETWORKS" in err
+
+
+class Unchecked(NoticeClient):
+    """Accepts every URL, without a process."""
+
+    def validation_error(self, url: str) -> str | None:
+        return None
+
+
+def test_the_url_of_a_chat_may_come_from_stdin_and_is_not_shown(command: Command, rig: ServiceHarness) -> None:
+    rig.sender.notices = Unchecked()
+    code, out, err = command("webhook", "create", "-", stdin="feishu://s3cr3t-key\n")
+    assert (code, out.strip()) == (0, err.split()[0])
+    assert "sends a short text to feishu://***" in err
+    assert "feishu://***" in command("webhook", "list")[1]
+    assert "feishu://***" in command("webhook", "show", out.strip())[1]
+    assert "s3cr3t" not in out + err

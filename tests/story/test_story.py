@@ -95,6 +95,7 @@ def test_torchrun_killed_and_resumed_gives_the_same_weights(served: Served, unto
     assert len(attempts) == 2
 
 
+@pytest.mark.long
 def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus, max_restarts=3))
     until(lambda: served.step(job_id) >= 25)
@@ -106,6 +107,7 @@ def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: s
     assert any("rank 1 was killed by SIGKILL" in str(event) for event in told), told
 
 
+@pytest.mark.long
 def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
     until(lambda: served.step(job_id) >= 10)
@@ -120,6 +122,7 @@ def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corp
     assert final_sha256(served, job_id) == final_sha256(served, untouched)
 
 
+@pytest.mark.long
 def test_the_server_killed_while_it_runs_costs_nothing(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
     until(lambda: served.step(job_id) >= 5)
@@ -136,6 +139,7 @@ def test_the_server_killed_while_it_runs_costs_nothing(served: Served, untouched
     assert final_sha256(served, job_id) == final_sha256(served, untouched)
 
 
+@pytest.mark.long
 def test_a_run_that_ends_while_the_server_is_away_has_ended_well(served: Served, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
     until(lambda: served.step(job_id) >= 5)

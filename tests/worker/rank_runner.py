@@ -81,6 +81,14 @@ class Ranks:
         """Return once ``step`` is done."""
         wait_for_step(self.run.attempt(self.attempt), step, lambda: any(p.is_alive() for p in self.processes))
 
+    def wait_for_save(self, step: int) -> None:
+        """Return once the checkpoint of ``step`` is published, which may be some steps later."""
+        self.wait_for_step(step)
+        deadline = time.monotonic() + DEADLINE
+        while not self.run.artifacts(None).checkpoint(step).is_dir():
+            assert time.monotonic() < deadline, f"the checkpoint of step {step} never came"
+            time.sleep(0.002)
+
     def kill(self) -> None:
         """SIGKILL to all of them."""
         for process in self.processes:

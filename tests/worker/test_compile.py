@@ -62,6 +62,7 @@ def no_compiler() -> None:
     os.environ["PATH"] = "/nonexistent"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")

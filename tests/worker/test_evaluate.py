@@ -60,6 +60,7 @@ def evaluations(run: RunDir) -> dict[int, float | None]:
     }
 
 
+@pytest.mark.long
 def test_an_interrupted_evaluation_is_done_by_the_next_attempt(described: dict[str, Any], tmp_path: Path) -> None:
     untouched, broken = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "broken"))
     rank_runner.run_to_end(untouched)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tests.interop.conftest import make as make
 from tests.model.shapes import small_decoder
 from trainyard.contract.generation import ChatMessage, GenerationTask
 from trainyard.model.decoder import Decoder
+from trainyard.worker.checkpoint.export import ExportError, find_export_source
 from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, train_tokenizer
 from trainyard.worker.generation.chat import TemplateFailed, read_template, render
 from trainyard.worker.generation.engine import MAX_ROWS, NOT_FINITE, Engine
@@ -345,6 +347,15 @@ def test_a_checkpoint_that_cannot_be_used_has_its_reason(make: Make, tmp_path: P
     weights.write_bytes(content)
     with pytest.raises(CannotGenerate, match="sha256"):
         load_engine(path, "byte", 1 << 24, lambda _: None)
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": 64}, {"num_hidden_layers": 1}, {"tie_word_embeddings": False}])
+def test_weights_that_do_not_fit_their_config_are_an_export_error(make: Make, change: dict[str, Any]) -> None:
+    run, _ = make()
+    source = find_export_source(run.artifacts(None).checkpoint(3))
+    identity = replace(source.state.identity, model={**source.state.identity.model, **change})
+    with pytest.raises(ExportError, match="cannot be loaded"):
+        replace(source, state=replace(source.state, identity=identity)).load_model(torch.device("cpu"))
 
 
 @pytest.mark.gpu

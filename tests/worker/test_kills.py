@@ -139,6 +139,7 @@ def survive(name: str, kinds: list[str], path: Path) -> None:
     print(f"{len(kills)} kills, {again} of {STEPS} steps done again, weights {sha256[:16]} as untouched")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_three_kills_in_a_step_in_a_save_and_in_an_evaluation(tmp_path: Path) -> None:
     survive("moe fp16", ["step", "save", "evaluation"], tmp_path)

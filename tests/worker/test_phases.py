@@ -65,6 +65,7 @@ def poison(trainer: Any, progress: Any) -> None:
             trainer.state.model.model.norm.weight[0] = math.nan
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_no_activity_beside_a_step_counts_as_a_hang(tmp_path: Path) -> None:
     """Two attempts under a budget of a second, with a clock that says that each activity takes a thousand."""

@@ -211,6 +211,7 @@ def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[s
     )
 
 
+@pytest.mark.long
 def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Path) -> None:
     described = rank_runner.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
     run = rank_runner.new_run(tmp_path / "run", described)
@@ -286,6 +287,7 @@ def test_a_second_launch_is_refused_while_the_first_lives(text: Path, tmp_path: 
         first.kill()
 
 
+@pytest.mark.long
 def test_a_rank_of_a_superseded_attempt_ends(text: Path, tmp_path: Path) -> None:
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
     rank_runner.run_to_end(run)

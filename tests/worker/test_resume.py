@@ -35,6 +35,8 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "two ranks muon": (2, {"training": {"optimizer": "muon", "max_steps": 12}, "checkpoint": {"save_interval": 5}}),
     "three ranks uneven": (3, {"training": {"batch_size": 3, "accumulation_steps": 1, "max_steps": 12}}),
 }
+SHORT = ("moe bf16 dropout", "two ranks dense bf16 dropout")
+"""The runs of `make test`; the others are in `make test-long`."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rank_runner.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SHORT else pytest.mark.long) for n in RUNS])
 def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: Path, tmp_path: Path) -> None:
     world, changes = RUNS[name]
     described = rank_runner.spec(text, **changes)

@@ -62,7 +62,7 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 def without_trackers() -> None:
     """As where neither is installed."""
-    sys.modules.update({"tensorboard": None, "wandb": None})  # type: ignore[dict-item]
+    sys.modules.update({"tensorboard": None, "wandb": None, "swanlab": None})  # type: ignore[dict-item]
 
 
 def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
@@ -462,6 +462,7 @@ def test_weights_that_do_not_fit_are_refused_with_every_mismatch(finished: RunDi
     assert "nowhere_32.pth" in str(failed.message)
 
 
+@pytest.mark.long
 def test_from_resume_goes_on_from_an_earlier_job(text: Path, tmp_path: Path) -> None:
     described = rank_runner.spec(text, checkpoint={"save_dir": str(tmp_path / "out"), "from_resume": True})
     first = rank_runner.new_run(tmp_path / "first", described)
@@ -517,6 +518,7 @@ def log_at_every_chance() -> None:
     arm("train.step", hurry)
 
 
+@pytest.mark.long
 def test_a_curve_without_an_interval_has_points_and_a_slow_first_step_shows_progress(
     text: Path, tmp_path: Path
 ) -> None:

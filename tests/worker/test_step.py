@@ -203,3 +203,57 @@ def test_the_initial_weights_depend_on_the_seed_alone() -> None:
     same, other = initial_model(SHAPE, 7, CPU), initial_model(SHAPE, 8, CPU)
     assert torch.equal(first.lm_head.weight, same.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
+
+
+def test_each_group_has_its_learning_rate() -> None:
+    """With AdamW every weight of the first step moves by the rate, so its change shows the multiplier."""
+    shape = replace(SHAPE, tie_word_embeddings=False)
+    names = ("embedding", "head", "matrix", "norm")
+    multipliers = {f"{name}_lr_multiplier": factor for name, factor in zip(names, (2.0, 4.0, 0.5, 8.0), strict=True)}
+    for optimizer in ("adamw", "muon"):
+        student = train_state(shape, optimizer=optimizer, weight_decay=0.0, grad_clip=0.0, **multipliers)
+        plain = train_state(shape, optimizer=optimizer, weight_decay=0.0, grad_clip=0.0)
+        before = {name: tensor.clone() for name, tensor in student.model.named_parameters()}
+        for each in (student, plain):
+            run(each, [cut(rows(6, seed=1), 6)], rate=1e-4)
+        for (name, own), other in zip(student.model.named_parameters(), plain.model.parameters(), strict=True):
+            kind = (
+                "embedding" if "embed" in name else "head" if "head" in name else "norm" if own.ndim < 2 else "matrix"
+            )
+            expected = multipliers[f"{kind}_lr_multiplier"] * (other - before[name])
+            torch.testing.assert_close(own - before[name], expected, rtol=1e-3, atol=2e-7, msg=f"{optimizer} {name}")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_weight_decay_follows_the_rate(optimizer: str) -> None:
+    def decays(rate: float, schedule: str) -> list[float]:
+        student = train_state(
+            optimizer=optimizer,
+            learning_rate=1e-2,
+            weight_decay=0.5,
+            weight_decay_on="matrices",
+            weight_decay_schedule=schedule,
+        )
+        run(student, [cut(rows(6, seed=1), 6)] * 2, rate=rate)
+        return sorted({group["weight_decay"] for group in student.optimizer.param_groups})
+
+    assert decays(1e-2, "learning_rate") == decays(5e-3, "constant") == [0.0, 0.5]
+    assert decays(5e-3, "learning_rate") == [0.0, 0.25]
+    assert decays(0.0, "learning_rate") == [0.0]
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_with_projections_at_zero_all_else_is_as_drawn(use_moe: bool) -> None:
+    shape = replace(SHAPE, use_moe=use_moe)
+    drawn = initial_model(shape, 7, CPU)
+    zeroed = initial_model(shape, 7, CPU, zero_init_projections=True)
+    for (name, tensor), other in zip(zeroed.named_parameters(), drawn.parameters(), strict=True):
+        is_output = "o_proj" in name or "down_proj" in name
+        assert torch.equal(tensor, torch.zeros_like(other) if is_output else other), name
+    batch = rows(4, seed=1)
+    # The layers add nothing: the logits are those of the embedding alone.
+    normed = zeroed.model.norm(zeroed.model.embed_tokens(batch.input_ids), torch.float32)
+    assert torch.equal(zeroed(batch.input_ids).logits, zeroed.lm_head(normed))
+    first = run(train_state(shape, zero_init_projections=True), [cut(batch, 4)] * 3)
+    assert first[0].finite
+    assert first[-1].loss < first[0].loss

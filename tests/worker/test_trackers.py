@@ -1,10 +1,13 @@
-"""What TensorBoard and Weights & Biases get, read back by TensorBoard's own reader and from the file of the other."""
+"""What the trackers get, read back by their own readers, and that a failing one is a warning and no more."""
 
 import importlib.util
 import json
+import os
 import signal
 import struct
+import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from functools import partial
@@ -18,9 +21,9 @@ from tests.worker.test_resume import kill_after
 from trainyard.contract.events import Event, HeldOutResult, MetricEvent, WarningEvent
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.events.trackers import TensorBoard, Trackers
+from trainyard.worker.events.trackers import TensorBoard, TrackerFailed, TrackerProcess, Trackers, requested
 
-NAMES = ("tensorboard", "wandb")
+NAMES = ("tensorboard", "wandb", "swanlab", "trackio")
 WITH = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
     for name in NAMES
@@ -52,36 +55,59 @@ class FakeWriter:
         """Nothing is left."""
 
 
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, float], int]] = []
-        self.finished = False
+FAKE = """
+import json, os, sys, time
+def record(**what):
+    with open(os.path.join(os.environ["FAKE_TRACKERS"], __name__), "a") as file:
+        file.write(json.dumps(what) + "\\n")
+class Run:
+    def log(self, values, step):
+        if os.environ.get("FAKE_FAILS") == __name__: raise OSError("the server said no")
+        record(step=step, loss=values["loss"])
+    def finish(self):
+        record(finished=True)
+def init(**settings):
+    print("a library prints")
+    if os.environ.get("FAKE_HANGS") == __name__: time.sleep(600)
+    record(init={name: settings.get(name) for name in ("project", "name", "id", "resume")})
+    return Run()
+"""
 
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((values, step))
 
-    def finish(self) -> None:
-        self.finished = True
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand-ins for the libraries: packages that their processes import. Returns the folder of what they got."""
+    packages, got = tmp_path / "packages", tmp_path / "got"
+    packages.mkdir()
+    got.mkdir()
+    for name in ("wandb", "swanlab", "trackio"):
+        (packages / f"{name}.py").write_text(FAKE)
+    monkeypatch.syspath_prepend(str(packages))
+    monkeypatch.setenv("PYTHONPATH", f"{packages}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("FAKE_TRACKERS", str(got))
+    (tmp_path / "job_1").mkdir()
+    return got
 
 
-def wanted() -> JobSpec:
-    reporting = {"tensorboard": True, "use_wandb": True, "wandb_project": "p"}
+def got(fakes: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (fakes / name).read_text().splitlines()]
+
+
+def wanted(*names: str, **reporting: Any) -> JobSpec:
+    reporting = {"trackers": list(names), "wandb_project": "p", **reporting}
     return JobSpec.model_validate({"name": "mine", "data": {"data_path": "/x"}, "reporting": reporting})
 
 
-def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board, wandb, run = types.ModuleType("torch.utils.tensorboard"), types.ModuleType("wandb"), FakeRun()
-    given: dict[str, Any] = {}
+def warned(said: list[Event]) -> list[str]:
+    return [event.code for event in said if isinstance(event, WarningEvent)]
 
-    def init(**settings: Any) -> FakeRun:
-        given.update(settings)
-        return run
 
-    vars(board)["SummaryWriter"], vars(wandb)["init"] = FakeWriter, init
+def test_tensorboard_gets_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = types.ModuleType("torch.utils.tensorboard")
+    vars(board)["SummaryWriter"] = FakeWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
     said: list[Event] = []
-    trackers = Trackers(wanted(), tmp_path / "job_1", said.append)
+    trackers = Trackers(wanted(tensorboard=True), tmp_path / "job_1", said.append)
     trackers.start_at(2)
     trackers.log(metric(3))
     assert FakeWriter.logged == [
@@ -92,15 +118,155 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
         ("epoch", 0.5, 3),
         ("flushed",),
     ]
-    assert run.logged == [({"loss": 2.0, "learning_rate": 0.1, "tokens": 4.0, "epoch": 0.5}, 3)]
-    assert (given["project"], given["name"], given["id"], given["resume"]) == ("p", "mine", "job_1", "allow")
     monkeypatch.setattr(FakeWriter, "fails", True)
     for step in (4, 5):
         trackers.log(metric(step))
-    assert [event.code for event in said if isinstance(event, WarningEvent)] == ["tensorboard_failed"]
-    assert len(run.logged) == 3
+    assert warned(said) == ["tensorboard_failed"]
     trackers.close()
-    assert run.finished
+
+
+def test_each_tracker_continues_the_run_of_its_job(tmp_path: Path, fakes: Path) -> None:
+    """Six steps, then from step 3 again: W&B and SwanLab ignore repeated steps, trackio gets none."""
+    for start, steps in ((0, range(1, 7)), (3, range(4, 9))):
+        said: list[Event] = []
+        trackers = Trackers(wanted("wandb", "swanlab", "trackio"), tmp_path / "job_1", said.append)
+        trackers.start_at(start)
+        for step in steps:
+            trackers.log(metric(step, loss=float(start)))
+        trackers.close()
+        assert said == []
+    runs = {name: [line["init"] for line in got(fakes, name) if "init" in line] for name in ("wandb", "trackio")}
+    assert runs["wandb"] == [{"project": "p", "name": "mine", "id": "job_1", "resume": "allow"}] * 2
+    assert runs["trackio"] == [{"project": "p", "name": "job_1", "id": None, "resume": "allow"}] * 2
+    logged = {name: [line["step"] for line in got(fakes, name) if "step" in line] for name in fakes_names(fakes)}
+    assert logged["wandb"] == logged["swanlab"] == [1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8]
+    assert logged["trackio"] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(got(fakes, name)[-1] == {"finished": True} for name in fakes_names(fakes))
+
+
+def fakes_names(fakes: Path) -> list[str]:
+    return sorted(file.name for file in fakes.iterdir())
+
+
+def test_going_back_within_an_attempt_repeats_no_point_in_trackio(tmp_path: Path, fakes: Path) -> None:
+    said: list[Event] = []
+    trackers = Trackers(wanted("trackio"), tmp_path / "job_1", said.append)
+    trackers.start_at(0)
+    for step in (1, 2, 3):
+        trackers.log(metric(step))
+    trackers.start_at(1)
+    for step in (2, 3, 4):
+        trackers.log(metric(step))
+    trackers.close()
+    assert [line["step"] for line in got(fakes, "trackio") if "step" in line] == [1, 2, 3, 4]
+
+
+def test_one_that_fails_is_a_warning_once_and_the_others_go_on(
+    tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "swanlab")
+    said: list[Event] = []
+    trackers = Trackers(wanted("swanlab", "trackio"), tmp_path / "job_1", said.append)
+    trackers.start_at(0)
+    deadline = time.monotonic() + 60
+    step = 0
+    while not said and time.monotonic() < deadline:
+        step += 1
+        trackers.log(metric(step))
+        time.sleep(0.01)
+    trackers.log(metric(step + 1))
+    trackers.close()
+    [warning] = said
+    assert isinstance(warning, WarningEvent)
+    assert warning.code == "swanlab_failed"
+    assert warning.message == "swanlab failed and gets no more metrics: OSError: the server said no"
+    assert [line["step"] for line in got(fakes, "trackio") if "step" in line] == list(range(1, step + 2))
+
+
+def test_one_that_hangs_does_not_hold_up_a_step(tmp_path: Path, fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found when a megabyte of points waits for it, and otherwise at the end."""
+    monkeypatch.setenv("FAKE_HANGS", "trackio")
+    said: list[Event] = []
+    trackers = Trackers(wanted("trackio"), tmp_path / "job_1", said.append)
+    trackers.start_at(0)
+    longest = 0.0
+    for step in range(1, 20_000):
+        begin = time.process_time()
+        trackers.log(metric(step))
+        longest = max(longest, time.process_time() - begin)
+        if said:
+            break
+    assert warned(said) == ["trackio_failed"]
+    assert "does not read its points" in said[0].message if isinstance(said[0], WarningEvent) else False
+    assert longest < 0.5
+    process = TrackerProcess("trackio", wanted(), tmp_path / "job_1", close_seconds=0.2)
+    with pytest.raises(TrackerFailed, match=r"did not end within 0\.2 s"):
+        process.close()
+
+
+def test_one_that_is_missing_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wandb", "swanlab", "trackio"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said: list[Event] = []
+    trackers = Trackers(wanted("wandb", "swanlab", "trackio"), tmp_path, said.append)
+    trackers.start_at(0)
+    trackers.log(metric(1))
+    trackers.close()
+    assert warned(said) == ["wandb_missing", "swanlab_missing", "trackio_missing"]
+
+
+def test_use_wandb_is_what_is_installed(fakes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert requested(wanted(use_wandb=True)) == ["wandb"]
+    assert requested(wanted("wandb", "tensorboard", use_wandb=True, tensorboard=True)) == ["tensorboard", "wandb"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert requested(wanted(use_wandb=True)) == ["swanlab"]
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    assert requested(wanted(use_wandb=True)) == ["wandb"], "so that the warning names what to install"
+
+
+def run_twice(path: Path, name: str) -> Path:
+    """Six steps and, from step 3 again, five of another loss, by the library itself."""
+    run = path / "job_1"
+    run.mkdir()
+    for start, steps in ((0, range(1, 7)), (3, range(4, 9))):
+        tracker = TrackerProcess(name, wanted(name), run, close_seconds=240)  # of a busy machine
+        tracker.start_at(start)
+        for step in steps:
+            tracker.log(metric(step, loss=float(start + 1)))
+        tracker.close()
+    return run
+
+
+@pytest.mark.long
+@WITH["trackio"]
+def test_trackio_reads_back_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    run_twice(tmp_path, "trackio")
+    code = "import json, trackio.sqlite_storage as s; print(json.dumps(s.SQLiteStorage.get_logs('p', 'job_1')))"
+    read = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = [(row["step"], row["loss"]) for row in json.loads(read.stdout.splitlines()[-1])]
+    assert found == [(step, 1.0) for step in range(1, 7)] + [(7, 4.0), (8, 4.0)]
+
+
+@pytest.mark.long
+@WITH["swanlab"]
+def test_swanlab_keeps_an_experiment_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both attempts have one id, and `swanlab sync` leaves out the steps that it has."""
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    monkeypatch.setenv("SWANLAB_MODE", "offline")
+    run = run_twice(tmp_path, "swanlab")
+    files = sorted(run.glob("swanlab/run-*/run-*.swanlab"))
+    assert [file.name for file in files] == ["run-job_1.swanlab"] * 2
+    found = []
+    for file in files:
+        reader = DataStoreReader()
+        reader.open(file)
+        records = [Record.FromString(data) for data in reader]
+        reader.close()
+        found += [(r.scalar.step, r.scalar.value.number) for r in records if r.scalar.key == "loss"]
+    assert found == [(step, 1.0) for step in range(1, 7)] + [(step, 4.0) for step in range(4, 9)]
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:

@@ -76,7 +76,16 @@ class ExportSource:
             return load_file(f"/proc/self/fd/{file.fileno()}")
 
     def load_model(self, device: torch.device) -> Decoder:
-        """Return the model on ``device``, for inference. Raises RuntimeError if the weights do not fit its config."""
+        """Return the model on ``device``, for inference.
+
+        Raises ExportError if the weights do not fit its config, or do not fit on the device.
+        """
+        try:
+            return self._load_model(device)
+        except (KeyError, RuntimeError) as error:
+            raise ExportError(f"{self.path} cannot be loaded: {error}") from error
+
+    def _load_model(self, device: torch.device) -> Decoder:
         # Without memory first: random weights would take longer than loading.
         with torch.device("meta"):
             model = Decoder(self.model)

@@ -152,9 +152,14 @@ class TrainState:
         return state
 
 
-def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decoder:
+def initial_model(
+    config: ModelConfig, seed: int, device: torch.device, *, zero_init_projections: bool = False
+) -> Decoder:
     # Drawn on the CPU, so that the weights depend on the seed alone and not on the device.
-    return Decoder(config, torch.Generator().manual_seed(seed)).to(device)
+    model = Decoder(config, torch.Generator().manual_seed(seed))
+    if zero_init_projections:
+        model.zero_projections()
+    return model.to(device)
 
 
 def build_train_state(
@@ -179,6 +184,7 @@ def build_train_state(
         precision=Precision(ranks.device.type, dtype),
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
+        peak_rate_of_decay=training.learning_rate if training.weight_decay_schedule == "learning_rate" else None,
         guard=DeviceNonFiniteGuard(training.on_nonfinite, is_latching=not scaler.is_enabled(), device=ranks.device),
         byte_counter=byte_counter,
         split=split,
@@ -229,20 +235,43 @@ def _build_optimizer(model: Decoder, split: SplitModel | None, training: Trainin
         # Empty parts as well: for a matrix all ranks must come together.
         matrices = [each.tensor for each in updated if is_matrix(each.name)]
         others = _parameter_groups([each for each in updated if not is_matrix(each.name)], training)
-        orthogonalizer = split.orthogonalizer() if split is not None else None
-        return Muon(matrices, others, lr=lr, betas=betas, weight_decay=weight_decay, orthogonalizer=orthogonalizer)
+        muon = Muon(
+            matrices,
+            others,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            cautious=training.cautious_weight_decay,
+            orthogonalizer=split.orthogonalizer() if split is not None else None,
+        )
+        muon.param_groups[0]["lr_multiplier"] = training.matrix_lr_multiplier
+        return muon
     # Fused on a CPU too: several times faster, and elementwise, so that its result does not depend on any order.
     groups = _parameter_groups(updated, training)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def _parameter_groups(updated: list[UpdatedTensor], training: TrainingSpec) -> list[dict[str, Any]]:
-    updated = [each for each in updated if each.tensor.numel()]
-    if training.weight_decay_on == "all":
-        return [{"params": [each.tensor for each in updated]}]
-    matrices = [each.tensor for each in updated if each.ndim >= 2]
-    vectors = [each.tensor for each in updated if each.ndim < 2]
-    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    """Return one group for each learning rate and weight decay; `TrainStep` sets the rate of each step."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for each in updated:
+        if each.tensor.numel():
+            key = (_lr_multiplier(each, training), training.weight_decay_on == "all" or each.ndim >= 2)
+            groups.setdefault(key, []).append(each.tensor)
+    return [
+        {"params": tensors, "lr_multiplier": multiplier, **({} if decays else {"weight_decay": 0.0})}
+        for (multiplier, decays), tensors in groups.items()
+    ] or [{"params": []}]  # a rank without a part of any of them
+
+
+def _lr_multiplier(updated: UpdatedTensor, training: TrainingSpec) -> float:
+    if updated.name == "model.embed_tokens.weight":
+        return training.embedding_lr_multiplier
+    if updated.name == "lm_head.weight":
+        return training.head_lr_multiplier
+    if is_matrix(updated.name):
+        return training.matrix_lr_multiplier
+    return training.norm_lr_multiplier if updated.ndim < 2 else 1.0  # a router keeps the rate
 
 
 def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

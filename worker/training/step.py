@@ -134,6 +134,8 @@ class TrainStep:
     byte_counter: ByteCounter | None = None
     split: SplitModel | None = None
     recomputes: bool = False
+    peak_rate_of_decay: float | None = None
+    """The learning rate at which the weight decay is that of the spec; it changes in proportion. None: constant."""
     replays_graphs: bool = False
     """Whether the compiled model is a CUDA graph."""
 
@@ -259,7 +261,10 @@ class TrainStep:
             updated = self.split.updated if self.split is not None else self.model.parameters()
             nn.utils.clip_grads_with_norm_(updated, self.grad_clip, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_multiplier", 1.0)
+            if self.peak_rate_of_decay is not None:
+                peak = group.setdefault("peak_weight_decay", group["weight_decay"])
+                group["weight_decay"] = peak * (learning_rate / self.peak_rate_of_decay)
         # GradScaler passes this to fused optimizers: if it is 1, their kernels change nothing. No sync is needed.
         self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job, split_step
@@ -13,7 +13,6 @@ from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import ABSENT, parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job
 from trainyard.contract.units import counted
 
 
@@ -93,9 +92,10 @@ def fork(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job_id = _id(trainyard, args, console)
         if args.decay is not None:
-            job = trainyard.decay(job_id, args.decay, args.step, name=args.name)
+            job = trainyard.decay(job_id, args.decay, args.step, name=args.name, idempotency_key=args.idempotency_key)
         else:
-            job = trainyard.fork(job_id, args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
+            overrides = with_absolute_paths(overrides, Path.cwd())
+            job = trainyard.fork(job_id, args.step, overrides, data=data, idempotency_key=args.idempotency_key)
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
@@ -195,7 +195,7 @@ def _named(job: Job) -> str:
 
 
 def _id(trainyard: Client, args: SimpleNamespace, console: Console) -> str:
-    return find_job(trainyard, args.job, console)["id"]
+    return find_job(trainyard, args.job, console).id
 
 
 def _report(job: Job, args: SimpleNamespace, console: Console, handle: str | None = None) -> int:

@@ -10,6 +10,7 @@ from trainyard.client.cli.commands.show import Row, connect, print_list
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job
 from trainyard.client.cli.formatting import count, fixed, one_line, table
+from trainyard.client.errors import WaitTimedOut
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.contract.units import counted
 
@@ -29,7 +30,7 @@ def evaluate(args: SimpleNamespace, console: Console) -> int:
             console.error(f"{what}; it continues on the service if you stop waiting")
             try:
                 evaluation = trainyard.wait_evaluation(evaluation, args.timeout)
-            except TimeoutError as error:
+            except WaitTimedOut as error:
                 console.error(f"{error}; `trainyard evaluations {handle}` lists its scores")
                 return Exit.TIMED_OUT
     if args.json:

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job
@@ -13,7 +13,7 @@ from trainyard.client.cli.watch.watcher import INTERVAL, Clock, max_lost_seconds
 from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.exit_codes import Exit, UsageError, exit_of_job, is_idle
 from trainyard.client.sse import EventStream, StreamEvent
-from trainyard.client.types import Job, LogChunk
+from trainyard.client.types import LogChunk
 
 
 def logs(args: SimpleNamespace, console: Console) -> int:

@@ -3,14 +3,13 @@
 import shlex
 from types import SimpleNamespace
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.commands.plan import plan_preview, plan_warnings
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import SUBMIT
 from trainyard.client.cli.submission import Submission
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job
 from trainyard.contract.parsing import parse_spec
 
 
@@ -24,7 +23,7 @@ def submit(args: SimpleNamespace, console: Console) -> int:
                 _warn_of_bytes(submission, console)
             elif not _confirmed(submission, trainyard, console):
                 return Exit.REJECTED
-            job = trainyard.submit(submission.spec)
+            job = trainyard.submit(submission.spec, idempotency_key=args.idempotency_key)
         except InvalidSpec as error:
             submission.print_rejection(error, console)
             return Exit.REJECTED

@@ -37,10 +37,12 @@ def create(args: SimpleNamespace, console: Console) -> int:
         fields["events"] = list(args.event)
     if args.description:
         fields["description"] = args.description
+    # From stdin, a URL with a key is in no shell history and no list of processes.
+    url = console.read_stdin().strip() if args.to == "-" else args.to
     with connect(args) as trainyard:
         if args.job:
             fields["job_id"] = trainyard.find(args.job)["id"]
-        webhook = trainyard.webhooks.create(args.to, **fields)
+        webhook = trainyard.webhooks.create(url, **fields)
     return _print_secret(webhook, args, console)
 
 
@@ -198,8 +200,14 @@ def _print_secret(webhook: Webhook, args: SimpleNamespace, console: Console) -> 
     if args.json:
         console.json(webhook)
         return Exit.SUCCEEDED
+    secret = webhook.get("secret")
+    if secret is None:
+        console.data(webhook["id"])
+        console.error(f"{webhook['id']} sends a short text to {webhook['url']}. The URL is not shown again")
+        console.error(f"try it:  trainyard webhook test {webhook['id']}")
+        return Exit.SUCCEEDED
     # The secret alone goes to stdout, so that it can be piped into a file.
-    console.data(webhook["secret"])
+    console.data(secret)
     console.error(f"{webhook['id']} signs with this secret. Store it now: it is not shown again")
     if webhook["old_secret_until"]:
         console.error(f"the previous secret signs as well until {webhook['old_secret_until']}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from trainyard.client.api import Client
+from trainyard.client.api import Client, Job
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.find import find_job
 from trainyard.client.cli.hints import end_report
@@ -18,7 +18,6 @@ from trainyard.client.connection import RetryPolicy
 from trainyard.client.errors import ApiError, ServiceUnreachable
 from trainyard.client.exit_codes import Exit, exit_of_job, is_idle
 from trainyard.client.sse import EventStream, StreamEvent
-from trainyard.client.types import Job
 
 INTERVAL = 1.0
 MAX_BACKLOG = 2000

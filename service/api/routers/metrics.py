@@ -3,10 +3,10 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,27 +15,29 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.parsing import Problem
+from trainyard.contract.smoothing import HALF_LIFE
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs import repository as jobs
-from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import BUCKET_FIELDS, bucket_width
+from trainyard.service.metrics import rollups, smoothing, store
+from trainyard.service.metrics.downsampling import BUCKET_FIELDS, Aggregate, bucket_width
 from trainyard.service.metrics.downsampling import to_buckets as bucket_rows
-from trainyard.service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
+from trainyard.service.metrics.lineage import lineage_aggregates, lineage_buckets, lineage_rows, show_lineage
 from trainyard.service.schemas import MetricPage
 
 MAX_STEP = 2**53 - 1
 DEFAULT_LIMIT = 1000
 MAX_LIMIT = 10_000
-NONFINITE, EVAL = "nonfinite", "eval"
+NONFINITE, EVAL, SMOOTHED = "nonfinite", "eval", "loss_smooth"
 _TEXT = {"schema": {"type": "string"}}
 ROWS: dict[str, Any] = {"content": {"text/csv": _TEXT, "application/x-ndjson": _TEXT}}
 
 Step = Annotated[int, Query(ge=0, le=MAX_STEP)]
 Count = Annotated[int, Query(ge=1, le=MAX_LIMIT)]
+SmoothWidth = Annotated[Literal["auto"] | Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] | None, Query()]
 
 router = APIRouter(tags=["metrics"], route_class=ServiceRoute)
 
@@ -52,15 +54,18 @@ def list_metrics(
     max_points: Annotated[int | None, Query(ge=1, le=MAX_LIMIT)] = None,
     until_step: Annotated[int | None, Query(ge=0, le=MAX_STEP)] = None,
     ema_half_life: Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] = 50.0,
+    smooth_width: SmoothWidth = None,
     lineage: bool = False,
 ) -> Response:
     """Return the curve, oldest step first. Without `attempt`, the attempts are stitched: each step occurs once.
 
-    With `max_points` the rows are buckets of the whole curve, with `resolution` steps each. With `lineage` a fork's
-    curve starts with those of its ancestors, and `lineage` and the `job_id` of a row tell which job it belongs to.
+    With `max_points` the rows are buckets of the whole curve, with `resolution` steps each; with `smooth_width` they
+    have `loss_smooth`, the loss smoothed without lag. With `lineage` a fork's curve starts with those of its
+    ancestors, and `lineage` and the `job_id` of a row tell which job it belongs to.
     """
+    selected = fields is not None
     query = MetricsQuery(
-        _parse_fields(fields), fields is not None, after_step, until_step, limit, attempt, lineage, ema_half_life
+        _parse_fields(fields), selected, after_step, until_step, limit, attempt, lineage, ema_half_life, smooth_width
     )
     if lineage and attempt is not None:
         raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
@@ -84,6 +89,7 @@ class MetricsQuery:
     attempt: int | None
     lineage: bool
     half_life: float
+    smooth_width: float | Literal["auto"] | None
 
     @property
     def columns(self) -> Sequence[str]:
@@ -118,10 +124,16 @@ def _buckets(session: Session, job: JobRow, query: MetricsQuery, max_points: int
     steps = bucket_width(min(last, until) if until is not None else last, max_points, query.after_step + 1)
     view = rollups.RollupView(steps, query.half_life, (query.after_step + 1) // steps * steps, until)
     rows = lineage_buckets(session, job, view) if query.lineage else _own_buckets(session, job, query.attempt, view)
+    smoothed: dict[str, Any] = {}
+    if query.smooth_width is not None:
+        width = smoothing.auto_width(last) if query.smooth_width == "auto" else query.smooth_width
+        _add_smoothed(session, job, query, rows, width, last)
+        smoothed = {"smooth_width": width}
     if query.selected:
         _add_fields(session, job, query, rows)
-    names = [*(["job_id"] if query.lineage else []), *BUCKET_FIELDS, *(query.fields if query.selected else ())]
-    return MetricsResult(rows, list(dict.fromkeys(names)), {"has_more": False, "resolution": steps})
+    names = [*(["job_id"] if query.lineage else []), *BUCKET_FIELDS, *([SMOOTHED] if smoothed else [])]
+    names = list(dict.fromkeys([*names, *(query.fields if query.selected else ())]))
+    return MetricsResult(rows, names, {"has_more": False, "resolution": steps, **smoothed})
 
 
 def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollups.RollupView) -> list[dict[str, Any]]:
@@ -130,6 +142,40 @@ def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollu
     else:
         parts = store.points(session, job.id, attempt, view.until_step)
     return [row for row in bucket_rows(parts, view.width, view.half_life) if row["step"] >= view.begin]
+
+
+def _add_smoothed(
+    session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]], width: float, last_step: int
+) -> None:
+    """Add `loss_smooth` at the last step of each bucket, and null to buckets without a finite loss."""
+    measured = [row for row in rows if row["loss_mean"] is not None]
+    values: list[float | None] = [row["loss"] for row in measured]
+    if measured and width > 0:
+        steps = [row["step"] for row in measured]
+        ranges = smoothing.covered_ranges(steps, width, last_step)
+        cells = smoothing.to_cells(_points_within(session, job, query, ranges, smoothing.cell_width(width)), width)
+        values = smoothing.smooth(cells, steps, width, last_step)
+    for row in rows:
+        row[SMOOTHED] = None
+    for row, value in zip(measured, values, strict=True):
+        row[SMOOTHED] = value
+
+
+def _points_within(
+    session: Session, job: JobRow, query: MetricsQuery, ranges: Sequence[tuple[int, int]], cell: int
+) -> Iterator[Aggregate]:
+    """Yield the points of the ranges, or sums over at most ``cell`` steps. There may be others between the ranges."""
+    first, last = ranges[0][0], ranges[-1][1]
+    view = rollups.RollupView(cell, HALF_LIFE, first, last)
+    if query.attempt is not None:
+        parts = store.points(session, job.id, query.attempt, last, first)
+    elif query.lineage:
+        parts = lineage_aggregates(session, job, view)
+    elif cell >= rollups.FINEST:
+        parts = rollups.aggregates(session, job, view)
+    else:
+        parts = store.sums(session, job.id, ranges, cell)
+    return (part for part in parts if part.step >= first)
 
 
 def _add_fields(session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]]) -> None:

@@ -3,12 +3,14 @@
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request, Response
 
+from trainyard.contract.service_proof import NONCE, NONCE_HEADER, PROOF_HEADER, prove_service
 from trainyard.service.api import readiness
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import OPEN, READ
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.errors import DatabaseUnavailable, NotReady
 from trainyard.service.maintenance.disk_monitor import Disk, DiskState
 from trainyard.service.schemas import DiskUsage, Health, Readiness, ServiceStatus, Version
@@ -19,8 +21,13 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/health", dependencies=[OPEN])
-async def get_health() -> Health:
+async def get_health(state: StateDep, request: Request, response: Response) -> Health:
     """Return ok if the process responds."""
+    nonce = request.headers.get(NONCE_HEADER, "")
+    if NONCE.fullmatch(nonce):
+        # A client asks whether this is the service of a home that it knows, before it sends a token.
+        address, port = request.scope["server"]
+        response.headers[PROOF_HEADER] = prove_service(state.service_key, nonce, address, port or 0)
     return Health()
 
 
@@ -59,14 +66,16 @@ def _to_response(disk: Disk) -> DiskUsage:
 
 
 @router.get("/version", dependencies=[READ])
-def get_version(state: StateDep) -> Version:
-    """Return the version of the service, of the API and of Python."""
+def get_version(state: StateDep, caller: PrincipalDep) -> Version:
+    """Return the version of the service, of the API and of Python, and the name and the scope of the token."""
     return Version(
         name="trainyard",
         version=package_version(),
         api=API_VERSION,
         python=platform.python_version(),
         database=state.database.engine.dialect.name,
+        caller=caller.name,
+        scope=caller.scope,
     )
 
 

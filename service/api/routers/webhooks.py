@@ -9,9 +9,11 @@ from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.jobs import Limit, OptionalText
 from trainyard.service.auth.permissions import OPERATE
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
-from trainyard.service.db.models import DeliveryRow
+from trainyard.service.db.models import DeliveryRow, WebhookRow
+from trainyard.service.notice_urls import is_notice_url
 from trainyard.service.schemas import Delivery, DeliveryAttempt, DeliveryWithPayload, Page, Webhook, WebhookWithSecret
 from trainyard.service.webhooks import requests, store
 from trainyard.service.webhooks.requests import PatchWebhookBody, WebhookCreate
@@ -26,12 +28,13 @@ router = APIRouter(prefix="/webhooks", tags=["webhooks"], dependencies=[OPERATE]
 
 
 @router.post("", status_code=201, response_model=WebhookWithSecret, responses={201: LOCATION})
-def create_webhook(state: StateDep, body: WebhookCreate) -> Response:
-    """Create a webhook that sends signed events to `url`. Only this response has the secret."""
-    requests.require_allowed(body, state.settings.webhook_networks)
+def create_webhook(state: StateDep, caller: PrincipalDep, body: WebhookCreate) -> Response:
+    """Create a webhook that sends events to `url`. Only this response has the secret."""
+    requests.require_allowed(body.url, state.settings.webhook_networks, state.sender.notices, caller)
+    requests.require_unmasked(body)
     with state.database.write() as session:
         row = store.create(session, body, utc_now())
-    return json_response(WebhookWithSecret.model_validate(row), 201, {"Location": f"/webhooks/{row.id}"})
+    return json_response(_with_secret(row), 201, {"Location": f"/webhooks/{row.id}"})
 
 
 @router.get("")
@@ -51,12 +54,17 @@ def get_webhook(state: StateDep, webhook_id: str) -> Webhook:
 
 @router.patch("/{webhook_id}")
 def update_webhook(
-    state: StateDep, webhook_id: str, changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody)
+    state: StateDep,
+    caller: PrincipalDep,
+    webhook_id: str,
+    changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody),
 ) -> Webhook:
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. Enabling clears the failure count."""
+    if "url" in changes.model_fields_set:
+        requests.require_allowed(changes.url, state.settings.webhook_networks, state.sender.notices, caller)
     with state.database.write() as session:
         row = store.find(session, webhook_id, lock=True)
-        changed = requests.apply_changes(store.request_of(row), changes, state.settings.webhook_networks)
+        changed = requests.apply_changes(store.request_of(row), changes)
         store.change(session, row, changed, utc_now())
     state.sender.wake()
     return Webhook.model_validate(row)
@@ -75,7 +83,7 @@ def rotate_webhook_secret(state: StateDep, webhook_id: str) -> WebhookWithSecret
     with state.database.write() as session:
         row = store.find(session, webhook_id, lock=True)
         store.rotate(row, utc_now())
-    return WebhookWithSecret.model_validate(row)
+    return _with_secret(row)
 
 
 @router.post("/{webhook_id}/test", status_code=202, dependencies=[NO_FIELDS])
@@ -116,6 +124,12 @@ def redeliver_event(state: StateDep, webhook_id: str, delivery_id: Number) -> De
         row = store.redeliver(session, webhook_id, delivery_id, utc_now())
     state.sender.wake()
     return _to_delivery_response(row)
+
+
+def _with_secret(row: WebhookRow) -> WebhookWithSecret:
+    # Notices are not signed.
+    shown = WebhookWithSecret.model_validate(row)
+    return shown.model_copy(update={"secret": None}) if is_notice_url(row.url) else shown
 
 
 def _to_delivery_response(row: DeliveryRow) -> Delivery:

@@ -1,6 +1,8 @@
 // Entry point: theme, connection state, routes, and the login form if the service requires a token.
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
+import { listenForKeys } from "./keyboard.js";
+import { watchJobs } from "./notifications.js";
 import { comparePage } from "./pages/compare.js";
 import { corpusPage, dataPage } from "./pages/data.js";
 import { docsPage } from "./pages/docs.js";
@@ -35,6 +37,8 @@ function showLogin() {
 document.getElementById("nav").append(...NAV.map(([address, name]) => h("a", { href: address }, name)));
 setUpTheme(document.getElementById("theme"));
 showConnectionState();
+listenForKeys();
+watchJobs();
 connection.addEventListener("unauthorized", showLogin);
 addRoute("/", jobsPage);
 addRoute("/jobs", jobsPage);

@@ -4,7 +4,24 @@ export const LIGHT_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#1F293
 export const DARK_COLORS = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442"];
 export const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 export const AXES = { step: "Step", tokens: "Tokens", active: "Active time (h)", clock: "Wall clock" };
-export const HALF_LIVES = [0, 10, 50, 200, 1000];
+/** Choices of smoothing, [value in the URL, label]: a number is the width of a centred kernel in steps, `mean-50` a running mean with a half-life of 50 steps. */
+export const SMOOTHINGS = [
+  ["auto", "automatic"], ["0", "none"], ...[10, 50, 200, 1000].map((steps) => [String(steps), `centred, ${steps} steps`]),
+  ...[10, 50, 200, 1000].map((steps) => [`mean-${steps}`, `running mean, ${steps} steps`]),
+];
+export const DEFAULT_SMOOTHING = "auto";
+
+/** The query parameters of the metrics route for a choice of smoothing. */
+export const smoothingQuery = (smoothing) => (smoothing.startsWith("mean-") ? { ema_half_life: smoothing.slice(5) } : { smooth_width: smoothing });
+
+/** The smoothed loss of a row, whichever was requested. */
+export const smoothedLoss = (row) => (row.loss_smooth === undefined ? row.loss_ema : row.loss_smooth) ?? null;
+
+/** "smoothed over 50 steps". `width`: `smooth_width` of the response. */
+export function smoothingText(smoothing, width) {
+  if (smoothing.startsWith("mean-")) return `running mean, half-life ${smoothing.slice(5)} steps: it lags`;
+  return width ? `smoothed over ${width.toLocaleString("en-US")} ${width === 1 ? "step" : "steps"}` : "";
+}
 
 const MIN_PAUSE_MS = 60_000;
 const FLAT_FRACTION = 0.02;
@@ -66,6 +83,47 @@ export function yRangeOptions(traces) {
   const [minallowed, maxallowed] = size === 0 ? [0, 1] : [low - size / 10, high + size / 10];
   return { minallowed, maxallowed };
 }
+
+const CLIFF_SHARE = 0.05; // of the points
+const MIN_POINTS = 20;
+const RISE_SHARE = 0.05; // of the whole fall: a rise of more than this is a spike, not noise of the fall
+const WORTHWHILE = 1.3;
+
+/**
+ * Returns `{top, full, points}` if the first steps of falling curves would flatten all others: `top` is the largest value after the cliff, `full` that of all, `points` the number
+ * of points above `top`. null if there is no such cliff. `falls` marks the traces that may have one; a spike ends it, so that none is left out.
+ */
+export function cliffTop(traces) {
+  const falling = traces.filter((trace) => trace.falls);
+  if (!falling.length) return null;
+  const ends = new Map(falling.map((trace) => [trace, cliffEnd(points(trace))]));
+  const earliest = Math.min(...ends.values());
+  let [top, full, low] = [-Infinity, -Infinity, Infinity];
+  for (const trace of traces) {
+    for (const [x, y] of points(trace)) {
+      full = Math.max(full, y);
+      low = Math.min(low, y);
+      if (x >= (ends.get(trace) ?? earliest)) top = Math.max(top, y);
+    }
+  }
+  if (!(top > low) || full - low < WORTHWHILE * (top - low)) return null;
+  return { top, full, points: Math.max(...falling.map((trace) => points(trace).filter(([, y]) => y > top).length)) };
+}
+
+/** Where the cliff of a curve ends: after 5 % of its points, or where it first rises. -Infinity for a short curve. */
+function cliffEnd(points) {
+  if (points.length < MIN_POINTS) return -Infinity;
+  const fall = points[0][1] - points.reduce((low, [, y]) => Math.min(low, y), Infinity);
+  const last = Math.floor(points.length * CLIFF_SHARE);
+  let low = Infinity;
+  for (const [x, y] of points.slice(0, last)) {
+    if (y > low + RISE_SHARE * fall) return x;
+    low = Math.min(low, y);
+  }
+  return points[last][0];
+}
+
+const points = ({ x: xs, y: ys }) => xs.flatMap((x, i) => (x === null || !Number.isFinite(ys[i]) ? [] : [[toNumber(x), ys[i]]]));
 
 /** Tick distance of a log axis: every decade, or 1, 2 and 5 of each, so that numbers do not overlap. */
 export function logTicks(traces) {

@@ -1,7 +1,10 @@
 // Draws charts with plotly. `Plotly.react` is used for every update, because it keeps the zoom. The library is loaded with the first chart.
-import { AXES, HALF_LIVES, countNotShown, logTicks, toNumber, yRangeOptions } from "./chart-data.js";
-import { h, markPaint, setAttr, setText, setVisible, updateList } from "./dom.js";
+import { AXES, DEFAULT_SMOOTHING, SMOOTHINGS, cliffTop, countNotShown, logTicks, toNumber, yRangeOptions } from "./chart-data.js";
+import { saveChart } from "./chart-export.js";
+import { announce, h, markPaint, setAttr, setText, setVisible, updateList } from "./dom.js";
 import { compactNumber, count } from "./format.js";
+import { LevelRule } from "./level-rule.js";
+import { Menu } from "./menu.js";
 import { getParam, setParam } from "./router.js";
 import { isDark, themeChange } from "./theme.js";
 
@@ -15,7 +18,7 @@ const LEFT_MARGIN = 52; // px
 const EDGE_FRACTION = 0.02; // of the width: a line that ends this near to the right edge has its label in the margin
 
 /** Returns `{room, annotations}`: the right margin in px, and plotly's annotations. `zoom`: [from, to] on the x axis or null; `width` in px. */
-function endLabels(traces, { isLog, height, width, ink, ground, zoom }) {
+function endLabels(traces, { isLog, height, width, ink, ground, zoom, top }) {
   const shown = ({ x, y }, i) => Number.isFinite(y[i]) && (!isLog || y[i] > 0) && x[i] !== null && (!zoom || (toNumber(x[i]) >= toNumber(zoom[0]) && toNumber(x[i]) <= toNumber(zoom[1])));
   const ends = traces.filter((trace) => trace.end).flatMap((trace) => {
     const i = trace.y.findLastIndex((_, at) => shown(trace, at));
@@ -25,7 +28,7 @@ function endLabels(traces, { isLog, height, width, ink, ground, zoom }) {
   const value = (y) => (isLog ? Math.log10(y) : y);
   const points = traces.flatMap((trace) => trace.y.flatMap((y, i) => (shown(trace, i) ? [[toNumber(trace.x[i]), value(y)]] : [])));
   const [left, right] = zoom ? zoom.map(toNumber) : extent(points.map(([x]) => x));
-  const [low, high] = extent(points.map(([, y]) => y));
+  const [low, high] = extent(points.map(([, y]) => (isLog ? y : Math.min(y, top))));
   const isAtEdge = (end) => end.continues || toNumber(end.x) >= right - EDGE_FRACTION * (right - left);
   const room = 12 + Math.min(120, Math.max(0, ...ends.filter(isAtEdge).map((end) => end.name.length)) * LETTER_WIDTH);
   const wide = (width - LEFT_MARGIN - room) / (right - left || 1);
@@ -95,10 +98,16 @@ export class Chart {
     this.now = h("strong", { class: "readout" });
     this.logButton = h("button", { type: "button", class: "quiet", "aria-pressed": String(log), onclick: () => this.toggleLog() }, "log");
     this.dataButton = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => this.toggleData() }, "data");
+    this.cliffButton = h("button", { type: "button", class: "quiet", "aria-pressed": "false", hidden: true, title: "Show the first steps too", onclick: () => this.toggleCliff() }, "full range");
+    this.rule = new LevelRule(this);
+    this.menu = new Menu("⋯", (at) => this.menuActions(at), { name: `Save ${name}`, quiet: true });
+    this.box.addEventListener("contextmenu", (event) => this.onContextMenu(event));
+    this.box.append(this.rule.node);
     this.resetButton = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.group.setZoom(null) }, "whole run");
     this.tableBox = h("div", { class: "scroll values", hidden: true, tabindex: "0" });
-    const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.resetButton, this.logButton, this.dataButton));
-    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no data yet` }, head, this.box, this.note, this.tableBox);
+    const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.resetButton, this.cliffButton, this.rule.button, this.logButton, this.dataButton, this.menu.node));
+    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no data yet` }, head, this.box, this.note, this.rule.table, this.tableBox);
+    setVisible(this.rule.button, false);
     this.node.chart = this;
     this.isVisible = false;
     this.width = 400;
@@ -110,7 +119,11 @@ export class Chart {
     if (wanted && this.isStale) this.draw().catch((error) => console.warn(error));
   }
 
-  /** Sets `{traces, shapes, label, now, note, columns, values}`, which the next `draw` uses. */
+  /**
+   * Sets `{traces, shapes, label, now, note, columns, values, runs}`, which the next `draw` uses. Besides plotly's attributes a trace has `main` (its points are those of the
+   * crosshair), `end` (label at its end), `label` (column of the CSV), `counted` (values that a log axis may not show) and `falls` (its first steps may be left out of the y range).
+   * `runs`: see LevelRule.
+   */
   show(content) {
     this.content = content;
   }
@@ -121,6 +134,9 @@ export class Chart {
     const { traces, label } = this.content;
     const isEmpty = !traces.some((trace) => trace.y.some(Number.isFinite));
     setAttr(this.node, "aria-label", label);
+    // Who zooms has chosen what to see, and a log axis has room for the first steps.
+    this.cliff = this.log || this.group.zoom ? null : cliffTop(traces);
+    setVisible(this.cliffButton, this.cliff);
     this.updateReadout(this.at ?? null);
     setText(this.note, this.noteText(isEmpty));
     setVisible(this.box, !isEmpty);
@@ -135,12 +151,14 @@ export class Chart {
     });
     if (this.isClosed) return;
     setText(this.note, this.noteText(false));
-    const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink: themeColors()[0], ground: themeColors()[2], zoom: this.group.zoom });
-    const drawn = traces.filter((trace) => trace.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
+    const [ink, , ground] = themeColors();
+    const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink, ground, zoom: this.group.zoom, top: this.cliff && !this.showsCliff ? this.cliff.top : Infinity });
+    const drawn = traces.filter((trace) => trace.x.length).map(({ counted: _, main: __, end: ___, label: ____, falls: _____, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.addListeners();
     await this.applyZoom();
     this.updateCrosshair();
+    this.rule.update();
   }
 
   noteText(isEmpty) {
@@ -149,7 +167,8 @@ export class Chart {
     const notShown = this.log ? traces.filter((trace) => trace.counted).reduce((sum, trace) => sum + countNotShown(values(trace)), 0) : 0;
     const none = this.content.values?.length ? "Not reported by this run" : "No data yet";
     const empty = isEmpty ? none : "";
-    return [empty || note, notShown ? `${notShown} not shown on a log axis` : ""].filter(Boolean).join(" · ");
+    const above = this.cliff && !this.showsCliff ? `first ${count(this.cliff.points)} ${this.cliff.points === 1 ? "point" : "points"} above, up to ${this.format(this.cliff.full)}` : "";
+    return [empty || note, above, notShown ? `${notShown} not shown on a log axis` : ""].filter(Boolean).join(" · ");
   }
 
   layout({ room, annotations }) {
@@ -161,8 +180,31 @@ export class Chart {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 11, color: ink },
       hovermode: "x", hoverdistance: -1, shapes: this.content.shapes ?? [], annotations, separators: ".,",
       xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: Math.min(10, Math.max(4, Math.floor(this.width / PIXELS_PER_TICK))), ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
-      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: yRangeOptions(this.content.traces) }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
+      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: this.yOptions() }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
     };
+  }
+
+  yOptions() {
+    const { cliff, content } = this;
+    return cliff && !this.showsCliff ? { clipmax: cliff.top + HEADROOM * Math.abs(cliff.top - lowest(content.traces)) } : yRangeOptions(content.traces);
+  }
+
+  titleText() {
+    return [this.name, this.content.now ?? ""].filter(Boolean).join("   ");
+  }
+
+  onContextMenu(event) {
+    event.preventDefault();
+    this.menu.open({ x: event.clientX, y: event.clientY });
+  }
+
+  /** `at`: where the menu was opened in the window, or null. A page can set `extraActions(x)`, which returns more items for a place on the x axis. */
+  menuActions(at) {
+    const { xaxis } = this.plot._fullLayout ?? {};
+    const x = at && xaxis ? xaxis.p2d(at.x - this.plot.getBoundingClientRect().left - xaxis._offset) : null;
+    const save = (label, kind, why = null) => ({ label, why, press: () => saveChart(this, kind).catch((error) => announce(`${this.name} was not saved: ${error.message}`)) });
+    const isDrawn = this.started ? null : "the chart is not drawn";
+    return [save("Save as PNG", "png", isDrawn), save("Save as SVG", "svg", isDrawn), save("Save the values as CSV", "csv", this.content ? null : "there are no values yet"), ...(this.extraActions?.(x) ?? [])];
   }
 
   addListeners() {
@@ -173,6 +215,8 @@ export class Chart {
       if (from !== undefined) this.group.setZoom([from, change["xaxis.range[1]"]], this);
       else if (change["xaxis.autorange"]) this.group.setZoom(null, this);
     });
+    // After each drawing and each change of the window's width.
+    this.plot.on("plotly_afterplot", () => this.rule.update());
     this.plot.on("plotly_doubleclick", () => this.group.setZoom(null));
     this.plot.on("plotly_hover", (event) => event.points?.[0] && this.group.hover(this.nearestX(event.points[0].x)));
     // Not plotly's unhover event: it also fires on every update, and would clear the values under a pointer that does not move.
@@ -230,6 +274,12 @@ export class Chart {
   toggleLog() {
     this.log = !this.log;
     setAttr(this.logButton, "aria-pressed", String(this.log));
+    this.draw().catch((error) => console.warn(error));
+  }
+
+  toggleCliff() {
+    this.showsCliff = !this.showsCliff;
+    setAttr(this.cliffButton, "aria-pressed", String(this.showsCliff));
     this.draw().catch((error) => console.warn(error));
   }
 
@@ -334,6 +384,9 @@ function readZoomParam() {
   return parts.every((part) => Number.isFinite(Number(part))) ? parts.map(Number) : parts;
 }
 
+const HEADROOM = 0.06; // of the y range
+const lowest = (traces) => traces.reduce((low, trace) => trace.y.reduce((least, y) => (Number.isFinite(y) ? Math.min(least, y) : least), low), Infinity);
+
 /** Colors of text, of the grid, and of the background of labels between lines. */
 const themeColors = () => (isDark() ? ["#a3adb8", "#2a3138", "rgba(17,20,24,.8)"] : ["#52606d", "#e6e9ed", "rgba(255,255,255,.8)"]);
 
@@ -358,27 +411,25 @@ function nearestIndex({ x: xs, y: ys }, x) {
 
 // The selects above the charts: x axis and smoothing. Both are kept in the URL.
 
-const DEFAULT_HALF_LIFE = 50;
-
-/** Returns the axis and half-life of the URL, or the defaults. */
+/** Returns `{axis, smoothing}` of the URL, or the defaults. */
 export function chartSettings(defaultAxis) {
-  const half = Number(getParam("smooth") ?? DEFAULT_HALF_LIFE);
-  return { axis: getParam("x") in AXES ? getParam("x") : defaultAxis, half: HALF_LIVES.includes(half) ? half : DEFAULT_HALF_LIFE };
+  const smoothing = getParam("smooth");
+  return { axis: getParam("x") in AXES ? getParam("x") : defaultAxis, smoothing: SMOOTHINGS.some(([value]) => value === smoothing) ? smoothing : DEFAULT_SMOOTHING };
 }
 
-/** Creates both selects; `onAxis` and `onHalf` are called with a new choice. `defaultAxis` is the default axis, which the URL leaves out. */
-export function chartControls({ axis, half }, defaultAxis, onAxis, onHalf, ...more) {
+/** Creates both selects; `onAxis` and `onSmoothing` are called with a new choice. `defaultAxis` is the default axis, which the URL leaves out. */
+export function chartControls({ axis, smoothing }, defaultAxis, onAxis, onSmoothing, ...more) {
   const along = h("select", { id: "axis" }, Object.entries(AXES).map(([key, name]) => h("option", { value: key }, name)));
-  const smooth = h("select", { id: "smooth" }, HALF_LIVES.map((steps) => h("option", { value: steps }, steps ? `half-life ${steps} steps` : "none")));
+  const smooth = h("select", { id: "smooth" }, SMOOTHINGS.map(([value, label]) => h("option", { value }, label)));
   along.value = axis;
-  smooth.value = half;
+  smooth.value = smoothing;
   along.addEventListener("change", () => {
     setParam("x", along.value === defaultAxis ? null : along.value);
     onAxis(along.value);
   });
   smooth.addEventListener("change", () => {
-    setParam("smooth", Number(smooth.value) === DEFAULT_HALF_LIFE ? null : smooth.value);
-    onHalf(Number(smooth.value));
+    setParam("smooth", smooth.value === DEFAULT_SMOOTHING ? null : smooth.value);
+    onSmoothing(smooth.value);
   });
   const pair = (id, label, choice) => h("span", { class: "choice" }, h("label", { for: id }, label), choice);
   return h("div", { class: "bar" }, pair("axis", "X axis", along), pair("smooth", "Smoothing", smooth), ...more);

@@ -1,65 +1,65 @@
-// Action buttons of a job, with the reason if an action is not allowed, and the dialog to resume with changes.
+// Actions of a job: the one that is likely next as a button, all others in a menu, with the reason if one is not possible; and the dialog to resume with changes.
 import { ApiError, get, sendJson } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
+import { Menu } from "../menu.js";
 import { navigate } from "../router.js";
-
-// Action buttons of a job, with the reason if an action is not allowed. Kill, cancel and delete ask for confirmation.
+import { FINAL_STATUSES } from "../status.js";
 
 const CONFIRM_QUESTIONS = {
   kill: "Kill this job now? It saves nothing: progress since its newest checkpoint is lost.",
   cancel: "Cancel this job? It saves a checkpoint first and then stops.",
   delete: "Delete this job's record and files? This cannot be undone.",
 };
-const ACTIONS = ["pause", "resume", "save", "cancel", "kill", "delete"];
-const BUTTON_LABELS = { save: "save now" };
+const RESUME_WITH = "resume with";
+const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", "cancel", "kill", "delete"];
+const LABELS = { save: "save now", [RESUME_WITH]: "resume with…", fork: "fork…" };
+
+/** The action that is likely next, or null: to pause what runs, to resume what does not, to fork what is done. */
+function primaryAction({ status }, whyNot) {
+  const candidates = FINAL_STATUSES.has(status) || status === "paused" || status === "interrupted" ? ["resume", "fork", "pause"] : ["pause"];
+  return candidates.find((verb) => whyNot.has(verb) && !whyNot.get(verb)) ?? null;
+}
 
 export class Actions {
   constructor(address, done) {
     this.address = address;
     this.done = done;
     this.error = h("p", { class: "error", role: "alert", hidden: true });
-    this.buttons = new Map(ACTIONS.map((verb) => [verb, h("button", { type: "button", class: verb in CONFIRM_QUESTIONS ? "danger" : "", onclick: () => this.press(verb) }, BUTTON_LABELS[verb] ?? verb)]));
-    this.resumeWithButton = h("button", { type: "button", hidden: true, onclick: () => this.resume() }, "resume with…");
-    this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": "Actions" }, ...this.buttons.values()), this.error);
-    this.buttons.get("resume").after(this.resumeWithButton);
+    this.primary = h("button", { type: "button", class: "primary", hidden: true, onclick: () => this.press(this.verb) });
+    this.menu = new Menu("More actions", () => this.others());
+    this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": "Actions" }, this.primary, this.menu.node), this.error);
     this.whyNot = new Map();
   }
 
   update(job) {
     this.job = job;
-    // A succeeded job can only be resumed with more steps or epochs.
-    setVisible(this.resumeWithButton, job.resumable || job.status === "succeeded");
-    for (const { action, allowed, why_not: why } of job.allowed_actions) {
-      const button = this.buttons.get(action);
-      if (!button) continue;
-      this.whyNot.set(action, allowed ? null : why);
-      setAttr(button, "aria-disabled", allowed ? null : "true");
-      setAttr(button, "title", allowed ? null : why);
-    }
+    this.whyNot = new Map(job.allowed_actions.map(({ action, allowed, why_not: why }) => [action, allowed ? null : why]));
+    // A succeeded job can be resumed only with more steps or epochs.
+    this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? "it cannot be resumed"));
+    this.verb = primaryAction(job, this.whyNot);
+    setVisible(this.primary, this.verb);
+    setText(this.primary, this.verb ? LABELS[this.verb] ?? this.verb : "");
+  }
+
+  others() {
+    return ACTIONS.filter((verb) => verb !== this.verb && this.whyNot.has(verb)).map((verb) => ({
+      label: LABELS[verb] ?? verb, why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
   }
 
   async press(verb) {
-    const why = this.whyNot.get(verb);
-    if (why) return this.showError(`${verb}: ${why}`);
     if (verb in CONFIRM_QUESTIONS && !(await confirmAction(CONFIRM_QUESTIONS[verb], verb))) return;
     this.showError("");
     try {
+      if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce("resume requested"), this.done(job)));
+      if (verb === "fork") return navigate(`/submit?fork=${encodeURIComponent(this.job.id)}${this.job.checkpoint ? `&step=${this.job.checkpoint.step}` : ""}`);
       const job = await (verb === "delete" ? sendJson("DELETE", this.address) : sendJson("POST", `${this.address}/${verb}`));
       announce(`${verb} requested`);
       if (job) this.done(job);
       else navigate("/");
     } catch (error) {
       this.showError(error instanceof ApiError ? `${verb}: ${error.message}` : error.message);
-    }
-  }
-
-  async resume() {
-    try {
-      await openResumeDialog(this.address, this.job, (job) => (announce("resume requested"), this.done(job)));
-    } catch (error) {
-      this.showError(error.message);
     }
   }
 
@@ -86,9 +86,10 @@ function confirmAction(question, verb) {
 
 const RESOURCES = ["nproc_per_node", "device", "max_restarts"];
 
-/** Opens the dialog; `done(job)` is called after the job was resumed. */
-async function openResumeDialog(address, job, done) {
+/** Opens the dialog; `done(job)` is called after the job was resumed. `step`: the checkpoint to start with, or null for the newest. */
+export async function openResumeDialog(address, job, done, step = null) {
   const fields = await resumeFields(address, job);
+  if (step !== null) fields.find((field) => field.name === "step")?.show(step);
   const explanation = job.reason === "limit" ? "The run has ended at its limit. Set another limit to continue, or none."
     : job.status === "succeeded" ? "All steps are done. Set more steps, tokens or epochs to continue." : "Settings that you do not change stay as they are.";
   const sheet = new SettingsForm(fields, "Resume", {

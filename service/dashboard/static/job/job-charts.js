@@ -1,9 +1,9 @@
-// The charts of a job: the loss chart above the tabs, and those of the metrics tab.
+// The charts of a job: those of the overview, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
-import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, stepRange, supersededRanges, xValues } from "../chart-data.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, smoothedLoss, smoothingQuery, smoothingText, stepRange, supersededRanges, toNumber, xValues } from "../chart-data.js";
 import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
 import { h } from "../dom.js";
-import { bytes, compactNumber, fewDigits, loss, percent } from "../format.js";
+import { bytes, compactNumber, count, fewDigits, loss, percent } from "../format.js";
 import { throttle } from "../polling.js";
 import { isDark } from "../theme.js";
 
@@ -25,14 +25,12 @@ export const SMALL_CHARTS = [
 ];
 
 /** The charts of the metrics tab. */
-export const ALL_CHARTS = [
-  { name: "Train loss", lines: [{ name: "loss_ema", label: "smoothed", of: (row) => row.loss_ema, fields: [] }, { name: "loss", label: "last", of: (row) => row.loss, fields: [], faint: true }], format: loss },
+export const MORE_CHARTS = [
   { name: "Evaluation loss", lines: [{ ...fieldLine("eval_loss", "evaluation"), sparse: true }], format: loss, ofSet: "loss" },
   { name: "Bits per byte", lines: [fieldLine("bpb", "training"), { ...fieldLine("eval_bpb", "evaluation"), sparse: true }], format: loss, ofSet: "bpb" },
-  ...SMALL_CHARTS,
   { name: "Model FLOPs utilization", lines: [fieldLine("mfu", "MFU")], format: shareText, ticks: PERCENT },
   { name: "Peak memory", lines: [fieldLine("memory_bytes", "bytes")], format: bytes, ticks: SI },
-  { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (row.loss_ema === null ? null : Math.exp(row.loss_ema)), fields: [] }], format: fewDigits, log: true },
+  { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (smoothedLoss(row) === null ? null : Math.exp(smoothedLoss(row))), fields: [] }], format: fewDigits, log: true },
   { name: "Loss range within a point", lines: [{ name: "spread", label: "spread", of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
   { name: "Data wait as share of step time", lines: [{ name: "waiting", label: "share", of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
   { name: "Slowest rank over median", lines: [fieldLine("step_seconds_spread", "ratio")], format: fewDigits },
@@ -71,7 +69,7 @@ function lineTrace(part, i, count, { rows, xs, breaks, colors }) {
   const ys = rows.map(part.of);
   const dash = i < 2 ? ["solid", "dot"][i] : DASHES[(i + Math.floor(i / colors.length)) % DASHES.length];
   const style = { line: { width: part.faint ? 1 : 1.5, color: part.faint ? `${colors[0]}73` : colors[i % colors.length], dash: part.faint ? "solid" : dash } };
-  const more = { uid: part.name, main: i === 0, end: count > 1 ? part.label : null };
+  const more = { uid: part.name, main: i === 0, end: count > 1 ? part.label : null, label: part.label, falls: part.falls };
   if (!part.sparse) return { ...lineWithGaps(xs, ys, breaks), ...style, ...more, counted: ys };
   // Most rows have no value: connect those that have one.
   const there = rows.flatMap((_, k) => (ys[k] === null ? [] : [k]));
@@ -90,17 +88,18 @@ export function lossContent(view, data, oldRows) {
   const traces = [
     ...lossBand(view, main),
     { uid: "last", ...lineWithGaps(xs, ys("loss"), breaks), line: { width: 1, color: `${main}59` } },
-    { uid: "ema", ...lineWithGaps(xs, ys("loss_ema"), breaks), line: { width: 2, color: main }, main: true, counted: ys("loss_ema") },
+    { uid: "smoothed", ...lineWithGaps(xs, rows.map(smoothedLoss), breaks), line: { width: 2, color: main }, main: true, counted: rows.map(smoothedLoss) },
     evaluationMarkers(view, accent), nonFiniteMarkers(view, accent), ...supersededLines(view, data, oldRows),
   ];
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(row.loss_ema), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
+  const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(smoothedLoss(row)), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
   return { traces, values, columns: ["step", "smoothed", "last", "min", "max"], shapes: eventLines(view, data),
-    label: chartLabel("Train loss", rows, (row) => row.loss_ema, loss), now: currentLoss(rows), note: legendText(view, data, oldRows) };
+    label: chartLabel("Train loss", rows, smoothedLoss, loss), now: currentLoss(rows), note: legendText(view, data, oldRows),
+    runs: [{ name: data.name, rows: data.wholeRun, attempts: data.attempts, of: smoothedLoss }] };
 }
 
 /** The newest smoothed and last value. */
 function currentLoss(rows) {
-  const [smoothed, last] = ["loss_ema", "loss"].map((name) => rows.findLast((row) => isMeasured(row[name]))?.[name]);
+  const [smoothed, last] = [smoothedLoss, (row) => row.loss].map((of) => rows.map(of).findLast(isMeasured));
   return isMeasured(smoothed) ? `${loss(smoothed)} smoothed, ${loss(last)} last` : loss(smoothed);
 }
 
@@ -110,32 +109,32 @@ function lossBand({ rows, xs, breaks }, color) {
   const holes = new Set(there.flatMap((i, k) => ([...breaks].some((gap) => gap <= i && gap > (there[k - 1] ?? -1)) ? [k] : [])));
   const edge = (name) => lineWithGaps(there.map((i) => xs[i]), there.map((i) => rows[i][name]), holes);
   const plain = { line: { width: 0 }, hoverinfo: "skip" };
-  return [{ uid: "low", ...edge("loss_min"), ...plain }, { uid: "high", ...edge("loss_max"), ...plain, fill: "tonexty", fillcolor: `${color}26` }];
+  return [{ uid: "low", label: "min", ...edge("loss_min"), ...plain }, { uid: "high", label: "max", falls: true, ...edge("loss_max"), ...plain, fill: "tonexty", fillcolor: `${color}26` }];
 }
 
 const markerTrace = (uid, points, more) => ({ uid, x: points.map(([x]) => x), y: points.map(([, y]) => y), mode: "markers", ...more });
 
 function evaluationMarkers({ rows, xs }, color) {
   const points = rows.flatMap((row, i) => (isMeasured(row.eval_loss) ? [[xs[i], row.eval_loss]] : []));
-  return markerTrace("eval", points, { marker: { size: 7, symbol: "diamond", color } });
+  return markerTrace("eval", points, { label: "evaluation", marker: { size: 7, symbol: "diamond", color } });
 }
 
 /** Crosses at the height of the smoothed loss, with the number of non-finite steps. */
 function nonFiniteMarkers({ rows, xs, colors }, color) {
-  let height = rows.find((row) => row.loss_ema !== null)?.loss_ema ?? 0;
+  let height = rows.map(smoothedLoss).find(isMeasured) ?? 0;
   const points = rows.flatMap((row, i) => {
-    height = row.loss_ema ?? height;
+    height = smoothedLoss(row) ?? height;
     return row.nonfinite_count ? [[xs[i], height, row.nonfinite_count]] : [];
   });
   const text = points.map(([, , times]) => (times > 1 ? `${times}×` : ""));
-  return { ...markerTrace("bad", points, { marker: { size: 9, symbol: "x-thin", line: { width: 2, color } } }), mode: "markers+text", text, textposition: "top center", textfont: { size: 10, color: colors[1] } };
+  return { ...markerTrace("bad", points, { label: "not finite, at the smoothed loss", marker: { size: 9, symbol: "x-thin", line: { width: 2, color } } }), mode: "markers+text", text, textposition: "top center", textfont: { size: 10, color: colors[1] } };
 }
 
 /** Steps of an earlier attempt that a later one trained again: thin, grey, dotted. */
 function supersededLines({ axis, rows }, { attempts }, oldRows) {
   const inside = (row) => !rows.length || (row.step >= rows[0].first_step && row.first_step <= rows.at(-1).step);
   return [...oldRows].map(([number, all]) => [number, all.filter(inside)]).map(([number, rows]) => ({
-    uid: `old-${number}`, x: xValues(rows, axis, attempts), y: rows.map((row) => row.loss), line: { width: 1, color: GREY, dash: "dot" } }));
+    uid: `old-${number}`, label: `superseded steps of attempt ${number}`, x: xValues(rows, axis, attempts), y: rows.map((row) => row.loss), line: { width: 1, color: GREY, dash: "dot" } }));
 }
 
 /** Vertical lines: restarts dashed, alerts dotted, checkpoints short at the bottom. */
@@ -156,7 +155,7 @@ export function eventLines({ rows, xs, axis, colors }, { attempts, checkpoints, 
 }
 
 /** The note below the chart: steps per point, and a legend of the marks in use. */
-function legendText({ rows }, { resolution, attempts, checkpoints, alerts }, oldRows) {
+function legendText({ rows }, { resolution, attempts, checkpoints, alerts, smoothing, smoothWidth }, oldRows) {
   const bad = rows.reduce((sum, row) => sum + row.nonfinite_count, 0);
   const there = [
     [true, "band min to max"],
@@ -167,7 +166,7 @@ function legendText({ rows }, { resolution, attempts, checkpoints, alerts }, old
     [alerts.some((alert) => isMeasured(alert.step)), "⁞ alert"],
     [checkpoints.length, "╷ checkpoint"],
   ];
-  return rows.length ? [pointSizeText(resolution, rows), ...there.filter(([is]) => is).map(([, text]) => text)].join(" · ") : "";
+  return rows.length ? [pointSizeText(resolution, rows), smoothingText(smoothing, smoothWidth), ...there.filter(([is]) => is).map(([, text]) => text)].filter(Boolean).join(" · ") : "";
 }
 
 // Charts of the job page: fetches metrics in buckets at most every 2 s, and finer ones for the zoomed range.
@@ -176,10 +175,11 @@ const MAX_POINTS = 1000;
 const BASE_FIELDS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];
 
 export class JobCharts {
-  constructor(address) {
-    this.address = address;
+  /** `onCheckpoint(step)`: called when a checkpoint was chosen in the loss chart. */
+  constructor(address, onCheckpoint) {
+    Object.assign(this, { address, onCheckpoint });
     this.group = new ChartGroup();
-    ({ axis: this.group.axis, half: this.halfLife } = chartSettings("step"));
+    ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings("step"));
     this.group.onZoom = () => this.refetch();
     this.group.onTheme = () => this.data && this.draw();
     this.lossChart = new Chart("Train loss", { height: 300, format: loss });
@@ -190,6 +190,18 @@ export class JobCharts {
     this.superseded = new Map();
     this.scheduleRefetch = throttle(() => this.refetch());
     this.tab = null;
+    this.lossChart.extraActions = (x) => this.checkpointActions(x);
+  }
+
+  /** Items of the loss chart's menu at `x`: the checkpoint that is nearest to this place, or the newest one. */
+  checkpointActions(x) {
+    const { rows = [], attempts, checkpoints = [] } = this.data ?? {};
+    if (!checkpoints.length) return [];
+    const xs = x === null ? [] : xValues(rows, this.group.axis, attempts).map(toNumber);
+    const apart = (i) => Math.abs(xs[i] - toNumber(x));
+    const step = xs.length ? rows[xs.reduce((best, _, i) => (apart(i) < apart(best) ? i : best), 0)].step : Infinity;
+    const nearest = checkpoints.reduce((best, one) => (Math.abs(one.step - step) < Math.abs(best.step - step) || step === Infinity && one.step > best.step ? one : best));
+    return [{ label: `Checkpoint at step ${count(nearest.step)}: fork, decay, resume, evaluate …`, press: () => this.onCheckpoint(nearest.step) }];
   }
 
   controls() {
@@ -198,12 +210,12 @@ export class JobCharts {
       this.group.hover(null);
       this.group.setZoom(null);
     };
-    const half = (chosen) => {
-      this.halfLife = chosen;
+    const smoothing = (chosen) => {
+      this.smoothing = chosen;
       this.refetch();
     };
     const hint = h("span", { class: "muted" }, "Drag to zoom, double-click for the whole run");
-    return chartControls({ axis: this.group.axis, half: this.halfLife }, "step", axis, half, hint);
+    return chartControls({ axis: this.group.axis, smoothing: this.smoothing }, "step", axis, smoothing, hint);
   }
 
   /** `{fields, draw(view)}` of an open tab that draws the same rows, or null. */
@@ -218,6 +230,7 @@ export class JobCharts {
   async update(job) {
     const mark = `${job.progress.step} ${job.attempt} ${job.status} ${job.checkpoint?.step} ${job.alerts.length}`;
     this.alerts = job.alerts;
+    this.name = job.name;
     if (mark === this.mark) return;
     const isFirst = this.mark === undefined;
     this.mark = mark;
@@ -240,7 +253,7 @@ export class JobCharts {
     try {
       const { metrics, attempts, checkpoints, isWhole } = await response;
       if (number !== this.requestNumber || this.isClosed) return;
-      this.data = { rows: metrics.data, resolution: metrics.resolution, attempts: attempts.data, checkpoints: checkpoints.data };
+      this.data = { rows: metrics.data, resolution: metrics.resolution, smoothing: this.smoothing, smoothWidth: metrics.smooth_width, attempts: attempts.data, checkpoints: checkpoints.data };
       if (isWhole) this.wholeRun = metrics.data;
       await this.fetchSuperseded(attempts.data);
       this.draw();
@@ -254,7 +267,7 @@ export class JobCharts {
   async fetch() {
     const [from, to] = stepRange(this.group.zoom, this.group.axis, this.wholeRun, this.data?.attempts);
     const fields = [...new Set([...BASE_FIELDS, ...(this.tab?.fields ?? [])])].join(",");
-    const wanted = { max_points: MAX_POINTS, ema_half_life: this.halfLife, fields, after_step: from, until_step: to };
+    const wanted = { max_points: MAX_POINTS, ...smoothingQuery(this.smoothing), fields, after_step: from, until_step: to };
     const [metrics, attempts, checkpoints] = await Promise.all([
       get(withQuery(`${this.address}/metrics`, wanted)), get(`${this.address}/attempts`), get(`${this.address}/checkpoints`)]);
     return { metrics, attempts, checkpoints, isWhole: from === null };
@@ -270,7 +283,7 @@ export class JobCharts {
   }
 
   draw() {
-    const data = { ...this.data, alerts: this.alerts };
+    const data = { ...this.data, alerts: this.alerts, name: this.name ?? "this run", wholeRun: this.wholeRun ?? this.data.rows };
     const { rows, attempts } = data;
     const { axis } = this.group;
     const view = { rows, axis, xs: xValues(rows, axis, attempts), breaks: rowsAfterPause(rows, axis, attempts), colors: isDark() ? DARK_COLORS : LIGHT_COLORS };

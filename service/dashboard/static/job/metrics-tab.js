@@ -1,10 +1,9 @@
-// The metrics tab: nine charts at first, the rest with "Show all" or a search. Charts are drawn when they become visible.
+// The metrics tab: the charts that are not on the overview. A chart is drawn when it becomes visible.
 import { Chart } from "../charts.js";
-import { h, setText, setVisible, updateList } from "../dom.js";
+import { h, setText, updateList } from "../dom.js";
 import { getParam, setParam } from "../router.js";
-import { ALL_CHARTS, chartContent, chartFields } from "./job-charts.js";
+import { MORE_CHARTS, chartContent, chartFields } from "./job-charts.js";
 
-const INITIAL_CHARTS = 9;
 const HEIGHT = 200;
 
 export class MetricsTab {
@@ -14,13 +13,12 @@ export class MetricsTab {
     this.search = h("input", { id: "chart", type: "search", placeholder: "Search the charts", "aria-label": "Search the charts", value: getParam("chart") ?? "" });
     this.matchCount = h("span", { class: "muted", role: "status" });
     this.grid = h("div", { class: "small two" });
-    this.more = h("button", { type: "button", onclick: () => ((this.all = true), this.updateCharts()) });
-    place.append(h("div", { class: "bar" }, this.search, this.matchCount), this.grid, this.more);
+    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid);
     this.search.addEventListener("input", () => {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
     });
-    this.fields = [...new Set(ALL_CHARTS.flatMap(chartFields))];
+    this.fields = [...new Set(MORE_CHARTS.flatMap(chartFields))];
     this.jobCharts.setTab({ fields: this.fields, draw: (view) => this.draw(view) });
     this.updateCharts();
   }
@@ -35,17 +33,14 @@ export class MetricsTab {
 
   updateCharts() {
     const words = this.search.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = ALL_CHARTS.filter((described) => words.every((word) => searchText(described).includes(word)));
-    const shown = words.length || this.all ? fits : fits.slice(0, INITIAL_CHARTS);
+    const shown = MORE_CHARTS.filter((described) => words.every((word) => searchText(described).includes(word)));
     for (const [described, chart] of this.charts) {
       if (shown.includes(described)) continue;
       this.jobCharts.group.remove(chart);
       this.charts.delete(described);
     }
     updateList(this.grid, shown, (described) => described.name, (described) => this.createChart(described));
-    setText(this.matchCount, words.length ? `${fits.length} of ${ALL_CHARTS.length} charts` : "");
-    setVisible(this.more, shown.length < fits.length);
-    setText(this.more, `Show all ${ALL_CHARTS.length} charts`);
+    setText(this.matchCount, words.length ? `${shown.length} of ${MORE_CHARTS.length} charts` : "");
   }
 
   createChart(described) {

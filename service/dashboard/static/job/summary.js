@@ -1,4 +1,4 @@
-// What the page of a job shows above its tabs: labels, key facts, parent and forks, the jobs ahead, and a failure.
+// What the page of a job shows besides charts and lists: description, group, labels, key facts, parent and forks, the jobs ahead, and a failure.
 import { ApiError, get, sendJson, withQuery } from "../api.js";
 import { announce, copyText, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
@@ -7,20 +7,90 @@ import { saveDraft } from "../form/spec-form.js";
 import { ago, bytes, compactNumber, count, dateTime, duration, fewDigits, loss, percent, timeOrDateTime } from "../format.js";
 import { navigate } from "../router.js";
 
-// Labels and priority of a job, with a form to edit what PATCH accepts.
+// One text of a job that is edited where it is shown: Enter saves (in a long text with Ctrl), Escape leaves it as it was.
+
+class EditableText {
+  /** `shown`: the element with the text; `send(value)` saves it, null if it is empty. */
+  constructor(name, shown, send, { long = false } = {}) {
+    Object.assign(this, { name, shown, send, long });
+    this.button = h("button", { type: "button", class: "quiet", onclick: () => this.start() });
+    this.error = h("span", { class: "error", role: "alert", hidden: true });
+    this.node = h("span", { class: long ? "editable long" : "editable" }, shown, this.button, this.error);
+    this.node.addEventListener("keydown", (event) => this.onKey(event));
+  }
+
+  update(value) {
+    this.value = value;
+    setVisible(this.shown, value && !this.input);
+    setText(this.button, value ? "✎" : `Add a ${this.name}`);
+    setAttr(this.button, "aria-label", value ? `Change the ${this.name}` : null);
+  }
+
+  start() {
+    this.input = h(this.long ? "textarea" : "input", { "aria-label": this.name, rows: this.long ? "3" : null });
+    this.input.value = this.value ?? "";
+    this.editor = h("span", { class: "editor-row" }, this.input, h("button", { type: "button", class: "primary", onclick: () => this.save() }, "Save"), h("button", { type: "button", onclick: () => this.stop() }, "Discard"));
+    setVisible(this.shown, false);
+    setVisible(this.button, false);
+    this.node.insertBefore(this.editor, this.error);
+    this.input.focus();
+  }
+
+  onKey(event) {
+    if (!this.input || event.isComposing) return;
+    if (event.key === "Escape") this.stop();
+    if (event.key === "Enter" && event.target === this.input && (!this.long || event.ctrlKey || event.metaKey)) {
+      event.preventDefault();
+      this.save();
+    }
+  }
+
+  async save() {
+    try {
+      const value = this.input.value.trim() || null;
+      if (value !== (this.value ?? null)) await this.send(value);
+      this.stop();
+    } catch (error) {
+      setText(this.error, error instanceof ApiError && error.errors.length ? error.errors.map((problem) => problem.message).join("; ") : error.message);
+      setVisible(this.error, true);
+      this.input?.focus();
+    }
+  }
+
+  stop() {
+    this.editor.remove();
+    this.input = null;
+    setVisible(this.error, false);
+    setVisible(this.button, true);
+    this.update(this.value);
+    this.button.focus();
+  }
+}
+
+// Description, group, owner, labels and priority of a job, with a form to edit all that PATCH accepts.
 
 export class Details {
   constructor(address, done) {
     Object.assign(this, { address, done });
+    const send = (name) => async (value) => this.done(await sendJson("PATCH", this.address, { [name]: value }));
+    this.description = new EditableText("description", h("span", { class: "description" }), send("description"), { long: true });
+    this.group = new EditableText("group", h("a"), send("group"));
+    this.owner = h("span", { class: "muted" });
     this.labels = h("span", { class: "labels" });
     this.priority = h("span", { class: "muted" });
     this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, "✎ Edit");
     this.place = h("div", { class: "editing" });
-    this.node = h("div", { class: "details" }, h("div", { class: "line" }, this.labels, this.priority, this.edit), this.place);
+    this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner, this.priority, this.edit), this.place);
   }
 
   update(job) {
     this.job = job;
+    setText(this.description.shown, job.description);
+    this.description.update(job.description);
+    setText(this.group.shown, `group ${job.group}`);
+    setAttr(this.group.shown, "href", `/?group=${encodeURIComponent(job.group ?? "")}`);
+    this.group.update(job.group);
+    setText(this.owner, job.owner ? `owner ${job.owner}` : "");
     setVisible(this.labels, Object.keys(job.labels).length);
     updateList(this.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
       setText(tag, `${key}=${value}`);

@@ -2,7 +2,9 @@
 import { ApiError, get, request, sendJson, token } from "../api.js";
 import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
-import { navigate } from "../router.js";
+import { Menu } from "../menu.js";
+import { getParam, navigate } from "../router.js";
+import { openResumeDialog } from "./actions.js";
 import { ConfigTab } from "./config-tab.js";
 import { EvaluationsTab } from "./evaluations-tab.js";
 import { LogsTab } from "./logs-tab.js";
@@ -74,24 +76,38 @@ async function runAction(listing, work) {
   }
 }
 
-// Checkpoints of a job with download, export and fork, and the list of exports.
+// Checkpoints of a job, with what can be started from each, and the list of exports.
 
 const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
 const COLUMNS = [["Step", "num"], ["Kind"], ["Loss", "num"], ["Size", "num"], ["Saved"], ["sha256"], ["Actions"]];
 const EXPORT_COLUMNS = [["Step", "num"], ["Format"], ["Size", "num"], ["Path"], ["Files"]];
 
 class CheckpointsTab extends ListTab {
-  constructor(place, address) {
+  constructor(place, address, page) {
     super(place, address, { path: "/checkpoints", caption: "Checkpoints, newest first", none: "No checkpoint yet.", mark: changeMark, columns: COLUMNS, row: checkpointRow });
     this.exported = createTable(EXPORT_COLUMNS, "Exports");
     this.exported.node.classList.add("stack");
     this.exports = h("section", { hidden: true }, h("h2", {}, "Exports"), this.exported.node);
+    this.page = page;
+    this.wanted = getParam("at");
     place.append(this.exports);
   }
 
   async update(job) {
     const mark = this.mark(job);
+    this.job = job;
     await Promise.all([super.update(job), mark === this.exportsMark ? null : this.updateExports(mark)]);
+    this.showWanted();
+  }
+
+  /** Marks the row of the step in the URL once, and moves the focus there. */
+  showWanted() {
+    const row = this.wanted && this.table.body.querySelector(`[data-step="${CSS.escape(this.wanted)}"]`);
+    if (!row) return;
+    this.wanted = null;
+    row.classList.add("highlighted");
+    row.querySelector("button")?.focus();
+    row.scrollIntoView({ block: "center" });
   }
 
   async updateExports(mark = this.exportsMark) {
@@ -108,15 +124,36 @@ class CheckpointsTab extends ListTab {
 
 function checkpointRow(checkpoint, listing) {
   const at = `${listing.address}/checkpoints/${checkpoint.step}`;
-  const doing = [
-    busyButton(listing, "Download", () => download(at, "model.safetensors")),
-    ...Object.entries(FORMATS).map(([format, label]) => busyButton(listing, `Export ${label}`, () => exportCheckpoint(listing, at, format))),
+  const whole = checkpoint.kind === "full";
+  const doing = whole ? [
+    h("button", { type: "button", onclick: () => listing.page.selectCheckpoint("try", checkpoint.step) }, "Generate"),
     busyButton(listing, "Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
     decayControl(listing, checkpoint),
-  ];
-  return h("tr", {}, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
+  ] : [];
+  const menu = new Menu("More", () => checkpointActions(checkpoint, listing, at), { name: `More from step ${count(checkpoint.step)}` });
+  return h("tr", { "data-step": checkpoint.step }, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
     cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
-    h("td", { class: "row-actions" }, checkpoint.kind === "full" ? doing : doing.slice(0, 1)));
+    h("td", { class: "row-actions" }, doing, menu.node));
+}
+
+/** What else can be done with a checkpoint, with the reason for what cannot. */
+function checkpointActions(checkpoint, listing, at) {
+  const { job, page } = listing;
+  const weightsOnly = checkpoint.kind === "full" ? null : "only its weights are stored";
+  const item = (label, work, why = null) => ({ label, why, press: () => runAction(listing, work) });
+  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? "the job cannot be resumed now");
+  const resume = () => openResumeDialog(listing.address, job, (changed) => (announce("resume requested"), page.draw(changed)), checkpoint.step);
+  const evaluate = async () => {
+    await sendJson("POST", `${at}/evaluate`, {});
+    announce(`Step ${count(checkpoint.step)} will be evaluated`);
+    page.selectTab("evaluations");
+  };
+  return [
+    item("Resume with…", resume, weightsOnly ?? resumable),
+    item("Evaluate", evaluate, job.spec.evaluation?.tasks.length ? weightsOnly : "no tasks in evaluation.tasks"),
+    item("Download", () => download(at, "model.safetensors")),
+    ...Object.entries(FORMATS).map(([format, label]) => item(`Export ${label}`, () => exportCheckpoint(listing, at, format), weightsOnly)),
+  ];
 }
 
 /** "Decay from here over N steps": a fork whose learning rate falls from this checkpoint on. */
@@ -153,6 +190,7 @@ function busyButton(listing, name, work) {
 }
 
 async function exportCheckpoint(listing, at, format) {
+  announce(`The checkpoint is being exported for ${FORMATS[format]} …`);
   const { path } = await sendJson("POST", `${at}/export`, { format });
   announce(`Exported to ${path}`);
   await listing.updateExports();
@@ -254,7 +292,9 @@ function pickEvenly(steps, max) {
 }
 
 class OverviewTab extends ListTab {
-  constructor(place, address) {
+  constructor(place, address, page) {
+    page.overview.insertBefore(page.jobCharts.bar, page.overview.querySelector(".main-chart"));
+    place.append(page.overview, h("h2", { class: "attempts-title" }, "Attempts"));
     super(place, address, {
       path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: changeMark, key: (attempt) => `${attempt.id} ${attempt.ended_at} ${attempt.started_at}`,
       columns: [["Attempt"], ["Trigger"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["Outcome"]],

@@ -2,6 +2,7 @@
 import { ApiError, get } from "../api.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
+import { getParam, setParam } from "../router.js";
 import { streamOnce } from "../sse.js";
 
 const OPTIONS = [
@@ -16,7 +17,8 @@ export class TryTab {
     this.address = address;
     this.none = h("p", { class: "muted", hidden: true }, "No checkpoint yet.");
     this.prompt = h("textarea", { rows: "3", id: "try-prompt", name: "prompt", placeholder: "Text to continue" });
-    this.step = h("select", { id: "try-step", name: "step" });
+    this.step = h("select", { id: "try-step", name: "step", onchange: () => setParam("at", this.step.value === "latest" ? null : this.step.value) });
+    this.wanted = getParam("at");
     this.inputs = OPTIONS.map(({ label, name, ...rest }) => h("input", { type: "number", id: `try-${name}`, name, ...rest }));
     this.button = h("button", { type: "submit", class: "primary" }, "Generate");
     this.stopButton = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, "Stop");
@@ -40,6 +42,11 @@ export class TryTab {
       const steps = [...new Set(data.map((checkpoint) => checkpoint.step))];
       const options = steps.length ? ["latest", ...steps] : [];
       updateList(this.step, options, String, (step) => h("option", { value: step }, step === "latest" ? "newest" : count(step)));
+      if (this.wanted && options.map(String).includes(this.wanted)) {
+        this.step.value = this.wanted;
+        this.wanted = null;
+        this.prompt.focus();
+      }
       setVisible(this.none, !steps.length);
       setVisible(this.form, steps.length);
     } catch {

@@ -1,4 +1,4 @@
-// The job page: status, actions, charts, key facts and tabs.
+// The job page: status, actions and tabs. The overview has the charts and the key facts.
 import { ApiError, get } from "../api.js";
 import { h, markPaint, setAttr, setText, updateList } from "../dom.js";
 import { dateTime } from "../format.js";
@@ -10,6 +10,8 @@ import { markUpdated, poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
 import { openEventStream } from "../sse.js";
 import { FINAL_STATUSES, showStatus, statusBadge } from "../status.js";
+
+const CHART_TABS = new Set(["overview", "metrics"]);
 
 export const jobPage = { title: "Job", open };
 
@@ -29,15 +31,15 @@ class JobPage {
     this.alerts = h("ul", { class: "alerts" });
     this.actions = new Actions(this.address, (job) => this.draw(job));
     this.keyFacts = new KeyFacts();
-    this.jobCharts = new JobCharts(this.address);
+    this.jobCharts = new JobCharts(this.address, (step) => this.selectCheckpoint("checkpoints", step));
     this.details = new Details(this.address, (job) => this.draw(job));
     this.lineage = new Lineage(id);
     this.jobsAhead = new JobsAhead();
+    this.overview = h("div", {}, this.alerts, this.failureCard.node, h("div", { class: "main-chart" }, this.jobCharts.loss, this.keyFacts.node), this.jobCharts.small);
     place.append(h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
-      this.details.node, this.sentence, this.jobsAhead.node, this.lineage.node, this.failureCard.node, this.alerts, this.jobCharts.bar,
-      h("div", { class: "main-chart" }, this.jobCharts.loss, this.keyFacts.node), this.jobCharts.small, this.tabs());
+      this.details.node, this.sentence, this.jobsAhead.node, this.lineage.node, this.tabs());
     this.poller = poll(() => this.load());
-    this.jobCharts.prefetch();
+    if (this.showsCharts()) this.jobCharts.prefetch();
     this.onVisibility = () => this.updateStream();
     document.addEventListener("visibilitychange", this.onVisibility);
   }
@@ -50,7 +52,7 @@ class JobPage {
       tab.addEventListener("keydown", (event) => this.onTabKey(event, name));
       this.tabList.append(tab);
     }
-    return h("section", {}, this.tabList, this.panel);
+    return h("section", { class: "job-tabs" }, this.tabList, this.panel);
   }
 
   onTabKey(event, name) {
@@ -65,17 +67,39 @@ class JobPage {
   selectTab(name) {
     setParam("tab", name === "overview" ? null : name);
     this.openTab();
+    if (this.job && this.showsCharts()) this.jobCharts.update(this.job).catch((error) => console.warn(error));
+  }
+
+  /** Opens a tab at a checkpoint. */
+  selectCheckpoint(name, step) {
+    setParam("at", step);
+    this.tab = this.tab?.kind === name ? this.closeTab() : this.tab;
+    this.selectTab(name);
+  }
+
+  closeTab() {
+    this.tab?.part.close?.();
+    return null;
+  }
+
+  chosenTab() {
+    return getParam("tab") in TABS ? getParam("tab") : "overview";
+  }
+
+  /** Whether the open tab has the charts of the metrics: others do not fetch them. */
+  showsCharts() {
+    return CHART_TABS.has(this.chosenTab());
   }
 
   openTab() {
-    const name = getParam("tab") in TABS ? getParam("tab") : "overview";
+    const name = this.chosenTab();
     for (const tab of this.tabList.children) {
       const chosen = tab.id === `tab-${name}`;
       setAttr(tab, "aria-selected", String(chosen));
       setAttr(tab, "tabindex", chosen ? "0" : "-1");
     }
     if (this.tab?.kind !== name) {
-      this.tab?.part.close?.();
+      this.closeTab();
       this.panel.replaceChildren();
       setAttr(this.panel, "aria-labelledby", `tab-${name}`);
       this.tab = { kind: name, part: new TABS[name](this.panel, this.address, this) };
@@ -93,7 +117,7 @@ class JobPage {
       }
       throw error;
     }
-    await Promise.all([this.jobCharts.update(this.job), this.lineage.update(this.job), this.jobsAhead.update(this.job)]);
+    await Promise.all([this.showsCharts() ? this.jobCharts.update(this.job) : null, this.lineage.update(this.job), this.jobsAhead.update(this.job)]);
     this.updateStream();
   }
 
@@ -130,7 +154,7 @@ class JobPage {
     markUpdated();
     if (kind === "metric") {
       this.keyFacts.updatePoint(data);
-      this.jobCharts.scheduleRefetch();
+      if (this.showsCharts()) this.jobCharts.scheduleRefetch();
     } else this.poller.now();
   }
 
@@ -138,7 +162,7 @@ class JobPage {
     document.removeEventListener("visibilitychange", this.onVisibility);
     this.poller();
     this.stream?.();
-    this.tab?.part.close?.();
+    this.closeTab();
     this.jobCharts.close();
   }
 }

@@ -1,178 +1,25 @@
-// The jobs page: a live table with search and filters, and the queue.
-import { get, token, withQuery } from "../api.js";
-import { copyText, createTable, h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
-import { NONE, ago, compactNumber, count, dateTime, duration, loss, percent } from "../format.js";
+// The workspace: a live table of jobs, the curves of the chosen ones, and the queue. Its state is in the address.
+import { get, token } from "../api.js";
+import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { count } from "../format.js";
+import { addShortcuts } from "../keyboard.js";
+import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { poll } from "../polling.js";
-import { getParam, getParams, setParam, setParams } from "../router.js";
-import { FINAL_STATUSES, STATUSES, showStatus, statusBadge } from "../status.js";
+import { getParam, navigate, setParam } from "../router.js";
+import { FINAL_STATUSES } from "../status.js";
+import { chosenSlots, setChosen } from "../workspace/chosen.js";
+import { ColumnChooser, shownColumns } from "../workspace/column-chooser.js";
+import { NAME_COLUMN, findColumn, sortRows } from "../workspace/columns.js";
+import { Filters, isFiltered, jobMatcher, queryFilter, showsDiscarded } from "../workspace/filters.js";
+import { FOLDS, foldJobs, foldName } from "../workspace/folding.js";
+import { JobStore } from "../workspace/job-store.js";
+import { JobTable } from "../workspace/job-table.js";
+import { MAX_LINES, MAX_RUNS, RunCharts, lineStyle } from "../workspace/run-charts.js";
 
-// Search and filters of the jobs page: text, status, labels, group and discarded jobs, all kept in the URL.
-
-const SCORES = { bpb: "best held-out bits per byte,", eval_loss: "best held-out loss,", loss: "smoothed loss" };
-const DEBOUNCE_MS = 250; // Wait until the user stops typing.
-
-/** Returns the query parameters for `/jobs`. */
-function jobFilter() {
-  const status = getParam("status");
-  return { search: getParam("search"), status: status === "active" ? STATUSES.filter((name) => !FINAL_STATUSES.has(name)) : status, label: getParams("label").filter((name) => name.includes("=")),
-    group: getParam("group"), discarded: getParam("discarded") ? "true" : null };
-}
-
-const isFiltered = () => Boolean(getParam("search") || getParam("status") || getParam("group") || getParam("discarded") || getParams("label").length);
-
-class Filters {
-  /** `onChange` is called after every change of a filter. */
-  constructor(onChange) {
-    this.onChange = onChange;
-    this.search = h("input", { type: "search", id: "search", placeholder: "Part of a name, or an id", value: getParam("search") ?? "", oninput: () => this.onInput() });
-    const options = [["", "any status"], ["active", "not finished"], ...STATUSES.map((name) => [name, name])];
-    this.status = h("select", { id: "status", onchange: () => (setParam("status", this.status.value), onChange()) }, options.map(([value, label]) => h("option", { value }, label)));
-    this.status.value = getParam("status") ?? "";
-    this.label = h("input", { id: "label", placeholder: "key=value", size: "14", autocomplete: "off", onchange: () => this.add() });
-    this.discarded = h("input", { type: "checkbox", id: "discarded", onchange: () => (setParam("discarded", this.discarded.checked ? "1" : ""), onChange()) });
-    this.discarded.checked = getParam("discarded") !== null;
-    this.chosen = h("span", { class: "labels chosen" });
-    this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
-      h("span", { class: "choice" }, h("label", { for: "status" }, "Status"), this.status), h("span", { class: "choice" }, h("label", { for: "label" }, "Label"), this.label),
-      h("span", { class: "choice" }, this.discarded, h("label", { for: "discarded" }, "Discarded")), this.chosen);
-    this.draw();
-  }
-
-  onInput() {
-    clearTimeout(this.timer);
-    this.timer = setTimeout(() => (setParam("search", this.search.value.trim()), this.onChange()), DEBOUNCE_MS);
-  }
-
-  /** Adds a label filter; a job must match all of them. */
-  add() {
-    const text = this.label.value.trim();
-    const broken = text !== "" && !text.includes("=");
-    setAttr(this.label, "aria-invalid", broken ? "true" : null);
-    if (broken || text === "") return;
-    this.label.value = "";
-    this.set([...new Set([...getParams("label"), text])]);
-  }
-
-  set(labels) {
-    setParams("label", labels);
-    this.draw();
-    this.onChange();
-  }
-
-  /** Shows the chosen labels and the chosen group; a press removes one. */
-  draw() {
-    const group = getParam("group");
-    const remove = (label) => {
-      if (label.startsWith("group ")) setParam("group", "");
-      this.set(getParams("label").filter((other) => other !== label));
-      this.label.focus();
-    };
-    updateList(this.chosen, [...(group ? [`group ${group}`] : []), ...getParams("label")], (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${label}`, onclick: () => remove(label) }, label, " ×"));
-  }
-
-  close() {
-    clearTimeout(this.timer);
-  }
-}
-
-// A job as a table row: created once, then updated in place.
-
-const isRunning = (job) => job.status === "running";
-
-/** The columns: [label, class, value to sort by]. A press on the header sorts by it; a second one turns the order round. */
-const COLUMNS = [
-  ["Job", "", (job) => job.created_at], ["Group", "", (job) => job.group], ["Status", "", (job) => job.status], ["Progress", "", (job) => job.progress.percent],
-  ["Loss", "num", (job) => job.progress.loss], ["Score", "num", (job) => job.score?.value ?? null], ["Curve", "num", null], ["Tokens/s", "num", (job) => (isRunning(job) ? job.progress.tokens_per_second : null)],
-  ["ETA", "num", (job) => (isRunning(job) ? job.progress.eta_seconds : null)], ["Devices", "", (job, devices) => devices(job).join(", ") || null],
-];
-/** Orders of the service, which sorts all jobs; by another column the page sorts those that it has loaded. */
-const SERVICE_ORDERS = { Job: "oldest", "-Job": "newest", Score: "score", "-Score": "-score" };
-
-/** Returns [label of the column to sort by, whether in descending order]; by default the newest jobs are first. */
-function sorting() {
-  const text = getParam("sort") ?? "-Job";
-  return text.startsWith("-") ? [text.slice(1), true] : [text, false];
-}
-
-/** Returns the jobs by the chosen column; those without a value are last. */
-function sortJobs(jobs, devices) {
-  const [label, descending] = sorting();
-  const value = COLUMNS.find(([name]) => name === label)?.[2];
-  if (!value || getParam("sort") in SERVICE_ORDERS || getParam("sort") === null) return jobs;
-  const compare = (a, b) => (a === b ? 0 : a === null ? 1 : b === null ? -1 : (a < b ? -1 : 1) * (descending ? -1 : 1));
-  return jobs.map((job) => [value(job, devices) ?? null, job]).sort(([a], [b]) => compare(a, b)).map(([, job]) => job);
-}
-
-function createJobRow() {
-  const cells = {
-    name: h("a", { class: "name" }), id: h("code"), made: h("span"), labels: h("span", { class: "labels" }), status: statusBadge(), why: h("span", { class: "status-detail" }),
-    step: h("span"), share: h("span", { class: "muted" }), meter: h("progress", { class: "meter", max: "100" }), loss: h("span"), line: svg("polyline"),
-    group: h("a"), score: h("span"), rate: h("td", { class: "num", "data-name": "tok/s" }), eta: h("td", { class: "num", "data-name": "ETA" }), devices: h("td", { class: "devices", "data-name": "on" }),
-  };
-  cells.spark = svg("svg", { class: "spark", viewBox: "0 0 84 22", "aria-hidden": "true" }, cells.line);
-  const part = h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made, cells.labels)), h("td", { "data-name": "group" }, cells.group), h("td", {}, cells.status, cells.why),
-    h("td", { class: "progress" }, h("span", { class: "progress-text" }, cells.step, cells.share), cells.meter), h("td", { class: "num", "data-name": "loss" }, cells.loss), h("td", { class: "num", "data-name": "score" }, cells.score), h("td", {}, cells.spark), cells.rate, cells.eta, cells.devices);
-  return Object.assign(part, { inside: cells });
-}
-
-/** Updates a row. `devices`: ids that the job holds; `curve`: recent values of its loss. */
-function updateJobRow(part, job, devices, curve) {
-  const { inside: cells } = part;
-  const { progress } = job;
-  setAttr(cells.name, "href", `/jobs/${job.id}`);
-  setText(cells.name, job.name);
-  setText(cells.id, job.id);
-  setText(cells.made, ago(job.created_at));
-  setAttr(cells.made, "title", dateTime(job.created_at));
-  updateList(cells.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
-    setText(tag, `${key}=${value}`);
-    setAttr(tag, "href", `/?label=${encodeURIComponent(`${key}=${value}`)}`);
-  });
-  showStatus(cells.status, job.status);
-  setText(cells.why, statusDetail(job));
-  setCell(cells.step, progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE);
-  setText(cells.share, progress.steps ? percent(progress.percent) : "");
-  setVisible(cells.meter, progress.percent !== null);
-  setAttr(cells.meter, "value", progress.percent ?? 0);
-  setAttr(cells.meter, "aria-label", `Progress of ${job.name}`);
-  setCell(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
-  setCell(cells.score, job.score ? loss(job.score.value) : NONE);
-  setAttr(cells.score, "title", job.score && `${SCORES[job.score.metric]} at step ${count(job.score.step)}`);
-  setCell(cells.group, job.group ?? NONE);
-  setAttr(cells.group, "href", job.group === null ? null : `/?group=${encodeURIComponent(job.group)}`);
-  setAttr(cells.name, "title", job.description || null);
-  const running = isRunning(job);
-  setCell(cells.rate, running ? compactNumber(progress.tokens_per_second) : NONE);
-  setCell(cells.eta, running ? duration(progress.eta_seconds) : NONE);
-  setCell(cells.devices, devices.join(", ") || NONE);
-  drawSparkline(cells.line, curve);
-}
-
-/** Sets the text of a cell. In a narrow window, CSS hides cells without a value. */
-function setCell(node, text) {
-  setText(node, text);
-  node.closest("td").classList.toggle("empty-cell", text === NONE);
-}
-
-/** Why the job is not simply running: what it waits for, its phase, or why it ended. */
-function statusDetail(job) {
-  if (job.status === "queued") return `position ${count(job.queue.position)}, waits for ${job.queue.waiting_for}`;
-  if (job.preparation) return `corpus ${percent(job.preparation.percent)}, ${duration(job.preparation.eta_seconds)} left`;
-  const spaced = (name) => name?.replaceAll("_", " ");
-  return [job.phase && job.phase !== "training" ? spaced(job.phase) : null, spaced(job.reason)].filter(Boolean).join(", ");
-}
-
-function drawSparkline(line, values) {
-  const low = Math.min(...values);
-  const span = Math.max(...values) - low || 1;
-  const at = (value, i) => `${((i / Math.max(1, values.length - 1)) * 82 + 1).toFixed(1)},${(20 - ((value - low) / span) * 18).toFixed(1)}`;
-  setAttr(line, "points", values.length > 1 ? values.map(at).join(" ") : "");
-}
-
-const PAGE_SIZE = 100;
 const SPARK_POINTS = 64;
 const SPARK_REFRESH_MS = 10_000;
 const MAX_SPARKS_PER_POLL = 6; // sparklines fetched in one poll
+const MAX_QUEUE = 20;
 const AUTH_OPTION = '-H "Authorization: Bearer $TRAINYARD_TOKEN" ';
 const exampleCommands = () => ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
   `curl ${token.get() ? AUTH_OPTION : ""}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
@@ -180,98 +27,276 @@ const exampleCommands = () => ["trainyard demo", "trainyard submit --data_path c
 export const jobsPage = { title: "Jobs", open };
 
 function open(place) {
-  const state = { jobs: [], devices: [], queued: [], sparks: new Map(), more: false, limit: PAGE_SIZE };
-  const view = build(place, state, () => poller.now());
-  const poller = poll(async () => {
-    await load(state);
-    draw(view, state);
-    await loadSparks(state);
-    draw(view, state);
-  });
-  return () => (poller(), view.filters.close());
+  const page = new Workspace(place);
+  return () => page.close();
 }
 
-async function load(state) {
-  const filter = { ...jobFilter(), order: SERVICE_ORDERS[getParam("sort") ?? "-Job"], limit: PAGE_SIZE };
-  const pages = [await get(withQuery("/jobs", filter))];
-  while (pages.at(-1).has_more && pages.length * PAGE_SIZE < state.limit) {
-    pages.push(await get(withQuery("/jobs", { ...filter, after: pages.at(-1).data.at(-1).id })));
+/** Returns `{key, descending}` of the column to sort by; null for the newest jobs first. */
+function sorting() {
+  const text = getParam("sort") ?? "";
+  const key = text.replace(/^-/, "");
+  return findColumn(key) || key === NAME_COLUMN.key ? { key, descending: text.startsWith("-") } : null;
+}
+
+/** The first press on a header sorts by it, the second turns the order round, the third shows the newest first again. */
+function nextSort(key) {
+  const now = sorting();
+  if (now?.key !== key) return key;
+  return now.descending ? null : `-${key}`;
+}
+
+class Workspace {
+  constructor(place) {
+    this.stores = new Map();
+    this.sparks = new Map();
+    this.devices = [];
+    [this.listed, this.lines, this.columns] = [[], [], []];
+    this.open = new Set((getParam("open") ?? "").split(",").filter(Boolean));
+    this.count = h("span", { class: "muted", role: "status" });
+    this.fold = h("select", { id: "fold", onchange: () => (setParam("fold", this.fold.value), this.draw(), this.poller.now()) }, Object.entries(FOLDS).map(([value, label]) => h("option", { value }, label)));
+    this.fold.value = this.foldMode();
+    this.chooser = new ColumnChooser(() => this.listed, () => (this.draw(), this.poller.now()));
+    this.filters = new Filters(() => (this.draw(), this.poller.now()), h("span", { class: "choice end" }, h("label", { for: "fold" }, "Fold"), this.fold), this.chooser.node);
+    this.table = new JobTable({ sort: (key) => this.sort(key), choose: (row, wanted) => this.choose(row, wanted), toggle: (row) => this.toggle(row), move: () => this.loadSparksSoon() });
+    this.charts = new RunCharts(() => this.poller.now());
+    this.build(place);
+    this.removeShortcuts = addShortcuts(this.shortcuts());
+    this.poller = poll(() => this.load());
   }
-  state.jobs = pages.flatMap((page) => page.data);
-  state.more = pages.at(-1).has_more;
-  const [queued, devices] = await Promise.all([get("/jobs?status=queued&limit=100"), get("/devices")]);
-  state.queued = queued.data.sort((a, b) => a.queue.position - b.queue.position);
-  state.devices = devices.data;
-}
 
-/** Fetches the sparklines of the newest jobs; a finished job's only once. */
-async function loadSparks(state) {
-  const due = state.jobs.slice(0, 30).filter((job) => {
-    const known = state.sparks.get(job.id);
-    const same = known?.step === job.progress.step;
-    return job.progress.step > 0 && !same && !(known && !FINAL_STATUSES.has(job.status) && performance.now() - known.at < SPARK_REFRESH_MS);
-  });
-  await Promise.all(due.slice(0, MAX_SPARKS_PER_POLL).map(async (job) => {
-    const metrics = await get(`/jobs/${job.id}/metrics?max_points=${SPARK_POINTS}`);
-    const values = metrics.data.map((point) => point.loss_ema).filter((value) => value !== null);
-    state.sparks.set(job.id, { at: performance.now(), step: job.progress.step, values });
-  }));
-}
+  build(place) {
+    this.empty = emptyState();
+    this.nothing = h("p", { class: "muted", hidden: true }, "No job matches the search and the filters. ", h("a", { href: "/" }, "Show all"));
+    this.loading = h("p", { class: "muted", role: "status" }, "Loading the jobs…");
+    this.chosenCount = h("h2");
+    this.watch = h("button", { type: "button", class: "quiet", onclick: () => this.toggleWatch() });
+    this.compare = h("a", { class: "button" }, "Compare");
+    const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, "Clear");
+    this.missingNote = h("p", { class: "muted", hidden: true });
+    this.curves = h("section", { class: "curves", hidden: true, "aria-label": "Curves of the chosen jobs" },
+      h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.compare, clear)), this.missingNote, this.charts.node);
+    this.queue = h("ol", { class: "queue" });
+    this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), h("a", { href: "/system" }, "Show the queue"));
+    this.queueBox = h("section", { hidden: true }, h("h2", {}, "Queue"), this.queue, this.queueRest);
+    this.place = place;
+    place.classList.add("workspace");
+    place.append(h("div", { class: "head" }, h("h1", {}, "Jobs"), this.count, h("a", { class: "button", href: "/submit" }, "New job")), this.filters.node,
+      this.loading, this.empty, this.nothing, this.table.node, this.curves, this.queueBox);
+    for (const part of [this.empty, this.table.node, this.filters.node]) setVisible(part, false);
+  }
 
-function build(place, state, again) {
-  const view = { filters: new Filters(again), rows: createTable(COLUMNS, "Jobs"), queue: h("ol", { class: "queue" }), count: h("span", { class: "muted", role: "status" }) };
-  view.rows.node.classList.add("stack");
-  view.heads = COLUMNS.map(([label, , value], i) => sortButton(view.rows.node.querySelectorAll("th")[i], label, value, () => (draw(view, state), again())));
-  view.empty = emptyState();
-  view.nothing = h("p", { class: "muted", hidden: true }, "No job matches the search and the filters. ", h("a", { href: "/" }, "Show all"));
-  view.more = h("button", { type: "button", hidden: true, onclick: () => ((state.limit += PAGE_SIZE), again()) }, `Show ${PAGE_SIZE} more`);
-  view.queueBox = h("section", { hidden: true }, h("h2", {}, "Queue"), view.queue);
-  place.append(h("div", { class: "head" }, h("h1", {}, "Jobs"), view.count, h("a", { class: "button", href: "/submit" }, "New job")), view.filters.node,
-    view.empty, view.nothing, view.rows.node, view.more, view.queueBox);
-  for (const part of [view.empty, view.rows.node]) setVisible(part, false);
-  return view;
-}
+  foldMode() {
+    return getParam("fold") in FOLDS ? getParam("fold") : "";
+  }
 
-/** Replaces the label of a header by a button that sorts by its column, and returns a function that shows the order. */
-function sortButton(head, label, value, onChange) {
-  if (!value) return () => {};
-  const press = () => {
-    const [chosen, descending] = sorting();
-    setParam("sort", chosen === label && !descending ? `-${label}` : label);
-    onChange();
-  };
-  const mark = h("span", { "aria-hidden": "true" });
-  head.replaceChildren(h("button", { type: "button", class: "quiet sort", onclick: press }, label, mark));
-  return () => {
-    const [chosen, descending] = sorting();
-    setAttr(head, "aria-sort", chosen !== label ? null : descending ? "descending" : "ascending");
-    setText(mark, chosen !== label ? "" : descending ? " ↓" : " ↑");
-  };
+  store() {
+    const discarded = showsDiscarded();
+    if (!this.stores.has(discarded)) this.stores.set(discarded, new JobStore(discarded));
+    return this.stores.get(discarded);
+  }
+
+  async load() {
+    const store = this.store();
+    await store.update(queryFilter(), () => this.draw());
+    if (this.columns.some((column) => column.key === "devices")) this.devices = (await get("/devices")).data;
+    await this.findChosen();
+    this.draw();
+    await this.charts.update(this.lines);
+    await this.loadSparks();
+    this.draw();
+  }
+
+  /** Fetches chosen jobs that no list has, such as a discarded one. */
+  async findChosen() {
+    this.others ??= new Map();
+    const unknown = chosenSlots().filter((id) => id && !this.find(id) && !this.others.has(id));
+    await Promise.all(unknown.map(async (id) => this.others.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(() => null))));
+  }
+
+  find(id) {
+    for (const store of this.stores.values()) if (store.jobs.has(id)) return store.jobs.get(id);
+    return this.others?.get(id) ?? null;
+  }
+
+  /** Fetches the sparklines of the jobs in view; a finished job's only once. */
+  async loadSparks() {
+    if (!this.columns.some((column) => column.key === "curve")) return;
+    const due = this.table.jobsInView().filter((job) => {
+      const known = this.sparks.get(job.id);
+      const same = known?.step === job.progress.step;
+      return job.progress.step > 0 && !same && !(known && !FINAL_STATUSES.has(job.status) && performance.now() - known.at < SPARK_REFRESH_MS);
+    });
+    await Promise.all(due.slice(0, MAX_SPARKS_PER_POLL).map(async (job) => {
+      const metrics = await get(`/jobs/${job.id}/metrics?max_points=${SPARK_POINTS}`);
+      const values = metrics.data.map((point) => point.loss_ema).filter((value) => value !== null);
+      this.sparks.set(job.id, { at: performance.now(), step: job.progress.step, values });
+    }));
+    if (due.length > MAX_SPARKS_PER_POLL) this.loadSparksSoon();
+  }
+
+  /** Scrolling shows jobs without a sparkline. */
+  loadSparksSoon() {
+    clearTimeout(this.sparkTimer);
+    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.drawRows(), () => {}), 150);
+  }
+
+  sort(key) {
+    setParam("sort", nextSort(key));
+    this.draw();
+  }
+
+  toggle(row) {
+    if (!this.open.delete(row.key)) this.open.add(row.key);
+    setParam("open", [...this.open].join(","));
+    this.draw();
+  }
+
+  choose(row, wanted) {
+    const before = location.href;
+    const ids = row.jobs.map((job) => job.id);
+    setChosen(ids, wanted);
+    const runs = chosenSlots().filter(Boolean).length;
+    if (wanted && (runs > MAX_RUNS || this.chosenLines().length > MAX_LINES)) {
+      history.replaceState(null, "", before);
+      announce(`At most ${MAX_LINES} curves of ${MAX_RUNS} jobs are drawn`);
+    }
+    this.drawCurves();
+  }
+
+  clear() {
+    setParam("jobs", null);
+    this.drawCurves();
+  }
+
+  /** Draws the chosen curves now; the next poll tries again if the service is unreachable. */
+  drawCurves() {
+    this.draw();
+    this.charts.update(this.lines).catch(() => this.poller.now());
+  }
+
+  /** The lines to draw: `{key, name, slot, jobs}`, in the order of their slots. Folded jobs are one line. */
+  chosenLines() {
+    const slots = chosenSlots();
+    const jobs = slots.filter(Boolean).map((id) => this.find(id)).filter(Boolean);
+    const folds = foldJobs(jobs, this.foldMode());
+    const isFolded = folds.length < jobs.length;
+    return folds.map(({ key, jobs: members }, i) => ({ key, jobs: members, name: this.nameOf(key, members), slot: isFolded ? i : slots.indexOf(members[0].id) }));
+  }
+
+  nameOf(key, jobs) {
+    return this.foldMode() === "group" && key.startsWith("fold-") ? jobs[0].group : foldName(jobs);
+  }
+
+  /** The rows of the table: sorted, folded, and the jobs of an open fold below it. */
+  rows() {
+    const order = sorting();
+    const column = order && (order.key === NAME_COLUMN.key ? NAME_COLUMN : findColumn(order.key));
+    const sort = (rows) => (column ? sortRows(rows, column, order.descending) : rows);
+    const slots = new Set(chosenSlots());
+    const styles = new Map(this.lines.flatMap((line) => [[line.key, lineStyle(line.slot)], ...(line.jobs.length === 1 ? [[line.jobs[0].id, lineStyle(line.slot)]] : [])]));
+    const row = (key, jobs, name, depth) => ({ key, jobs, name, depth, open: this.open.has(key), chosen: jobs.filter((job) => slots.has(job.id)).length, style: styles.get(key) ?? null });
+    const folds = foldJobs(this.listed, this.foldMode()).map(({ key, jobs }) => row(key, jobs, this.nameOf(key, jobs), 0));
+    return sort(folds).flatMap((fold) => {
+      if (fold.jobs.length === 1 || !fold.open) return [fold];
+      return [fold, ...sort(fold.jobs.map((job) => row(job.id, [job], job.name, 1)))];
+    });
+  }
+
+  draw() {
+    const store = this.store();
+    const jobs = store.all();
+    this.listed = jobs.filter(jobMatcher());
+    this.lines = this.chosenLines();
+    this.columns = shownColumns(jobs);
+    const some = this.listed.length > 0;
+    const isLoading = store.loadedAt === null;
+    setVisible(this.loading, isLoading && !some);
+    setVisible(this.empty, !isLoading && !jobs.length && !isFiltered());
+    setVisible(this.nothing, !isLoading && !some && isFiltered());
+    setVisible(this.filters.node, some || isFiltered());
+    setVisible(this.table.node, some);
+    this.filters.offer(jobs);
+    setText(this.count, this.countText(store, jobs));
+    this.table.show({ rows: this.rows(), columns: this.columns, sort: sorting(), isFull: this.lines.length >= MAX_LINES, context: { devices: (job) => this.held(job), spark: (job) => this.sparks.get(job.id)?.values ?? [] } });
+    if (some) markPaint("text");
+    this.drawChosen();
+    this.drawQueue(jobs);
+  }
+
+  countText(store, jobs) {
+    const more = store.isComplete ? "" : "+";
+    const all = `${count(jobs.length)}${more} ${jobs.length === 1 ? "job" : "jobs"}`;
+    if (store.loadedAt === null) return `${all}, loading`;
+    return this.listed.length < jobs.length ? `${count(this.listed.length)} of ${all}` : all;
+  }
+
+  held(job) {
+    return this.devices.filter((device) => device.job_id === job.id).map((device) => device.id);
+  }
+
+  drawChosen() {
+    const jobs = this.lines.flatMap((line) => line.jobs);
+    setVisible(this.curves, jobs.length);
+    this.place.classList.toggle("charted", jobs.length > 0);
+    setText(this.chosenCount, `${count(jobs.length)} chosen`);
+    setAttr(this.compare, "href", `/compare?jobs=${jobs.slice(0, MAX_LINES).map((job) => job.id).join(",")}`);
+    setVisible(this.compare, jobs.length > 1);
+    const watchable = jobs.filter(canWatch);
+    setVisible(this.watch, watchable.length);
+    setText(this.watch, watchable.every(isWatched) ? "Do not notify me" : "Notify me at the end");
+    const missing = chosenSlots().filter((id) => id && this.others?.get(id) === null && !this.find(id));
+    setVisible(this.missingNote, missing.length);
+    setText(this.missingNote, `Not found: ${missing.join(", ")}`);
+    this.charts.setLines(this.lines);
+  }
+
+  toggleWatch() {
+    const jobs = this.lines.flatMap((line) => line.jobs).filter(canWatch);
+    setWatched(jobs, !jobs.every(isWatched)).then(() => this.drawChosen());
+    this.drawChosen();
+  }
+
+  drawQueue(jobs) {
+    const queued = jobs.filter((job) => job.status === "queued" && job.queue).sort((a, b) => a.queue.position - b.queue.position);
+    setVisible(this.queueBox, queued.length);
+    setVisible(this.queueRest, queued.length > MAX_QUEUE);
+    setText(this.queueRest.firstChild, `and ${count(queued.length - MAX_QUEUE)} more. `);
+    updateList(this.queue, queued.slice(0, MAX_QUEUE), (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
+      setAttr(part, "value", job.queue.position);
+      setAttr(part.firstChild, "href", `/jobs/${job.id}`);
+      setText(part.firstChild, job.name);
+      const priority = job.spec?.resources.priority;
+      setText(part.lastChild, ` waits for ${job.queue.waiting_for}${priority ? `, priority ${priority}` : ""}`);
+    });
+  }
+
+  shortcuts() {
+    const focused = (act) => () => {
+      const row = this.table.focusedRow();
+      return row ? act(row) : false;
+    };
+    return [
+      { key: "j", does: "move to the next row", run: () => this.table.moveFocus(1) },
+      { key: "k", does: "move to the previous row", run: () => this.table.moveFocus(-1) },
+      { key: "x", does: "choose the row, or not", run: focused((row) => this.choose(row, row.chosen < row.jobs.length)) },
+      { key: "o", does: "open the job of the row, or its fold", run: focused((row) => (row.jobs.length > 1 ? this.toggle(row) : navigate(`/jobs/${row.jobs[0].id}`))) },
+      { key: "c", does: "compare the chosen jobs on a page", run: () => (this.lines.length ? navigate(this.compare.getAttribute("href")) : announce("Choose jobs first: x, or their check boxes")) },
+    ];
+  }
+
+  close() {
+    this.poller();
+    clearTimeout(this.sparkTimer);
+    this.removeShortcuts();
+    this.filters.close();
+    this.chooser.close();
+    this.table.close();
+    this.charts.close();
+  }
 }
 
 function emptyState() {
   const parts = exampleCommands().map((command) =>
     h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": `Copy: ${command}`, onclick: () => copyText(command, "Command") }, "Copy")));
   return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Start one with any of these commands, or with ", h("a", { href: "/submit" }, "the form"), ":"), parts);
-}
-
-function draw(view, state) {
-  const jobs = state.jobs;
-  setVisible(view.empty, !jobs.length && !isFiltered());
-  setVisible(view.nothing, !jobs.length && isFiltered());
-  setVisible(view.filters.node, jobs.length || isFiltered());
-  setVisible(view.rows.node, jobs.length);
-  setVisible(view.more, state.more);
-  setText(view.count, `${count(jobs.length)}${state.more ? "+" : ""} ${jobs.length === 1 ? "job" : "jobs"}`);
-  view.heads.forEach((show) => show());
-  const held = (job) => state.devices.filter((device) => device.job_id === job.id).map((device) => device.id);
-  updateList(view.rows.body, sortJobs(jobs, held), (job) => job.id, createJobRow, (part, job) => updateJobRow(part, job, held(job), state.sparks.get(job.id)?.values ?? []));
-  setVisible(view.queueBox, state.queued.length);
-  updateList(view.queue, state.queued, (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
-    setAttr(part, "value", job.queue.position);
-    setAttr(part.firstChild, "href", `/jobs/${job.id}`);
-    setText(part.firstChild, job.name);
-    const { priority } = job.spec.resources;
-    setText(part.lastChild, ` waits for ${job.queue.waiting_for}${priority ? `, priority ${priority}` : ""}`);
-  });
 }

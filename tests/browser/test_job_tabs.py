@@ -1,0 +1,136 @@
+"""The tabs of a job: each has the whole height; what starts from a checkpoint or the curve; texts edited in place."""
+
+import re
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Page, expect
+
+from tests.browser.page_checks import check_both_themes
+from tests.browser.test_charts import figure
+from tests.browser.test_job_actions import choose_of_row, job_named
+from tests.browser.test_submit_page import field
+from tests.service.harness import ServiceHarness
+from tests.service.test_log_reader import log
+
+HEIGHT = 800
+
+
+def test_a_tab_has_the_whole_height_and_only_the_overview_fetches_curves(
+    service: str, rig: ServiceHarness, page: Page
+) -> None:
+    job_id = job_named(rig, "fast")["id"]
+    log(rig, job_id, "".join(f"step {step} loss 3\n" for step in range(500)))
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.set_viewport_size({"width": 1280, "height": HEIGHT})
+    page.goto(f"{service}/jobs/{job_id}?tab=logs")
+    box = page.get_by_role("region", name="Log", exact=True)
+    expect(box).to_contain_text("step 499")
+    place = box.bounding_box()
+    assert place is not None
+    assert place["y"] < HEIGHT / 2.5
+    assert place["height"] > HEIGHT * 0.7
+    assert figure(page, "Train loss").count() == 0
+    assert [url for url in asked if "/metrics?" in url] == []
+    check_both_themes(page, "logs-tab")
+    page.get_by_role("tab", name="overview").click()
+    expect(figure(page, "Train loss").locator(".nsewdrag").first).to_be_visible()
+    expect(page.get_by_role("region", name="Attempts").get_by_role("row")).to_have_count(2)
+    page.get_by_role("tab", name="metrics").click()
+    expect(figure(page, "Perplexity").locator(".nsewdrag").first).to_be_visible()
+    assert figure(page, "Train loss").count() == 0
+    expect(page.get_by_label("X axis")).to_be_visible()
+    page.get_by_role("tab", name="overview").click()
+    expect(figure(page, "Train loss")).to_be_visible()
+    expect(page.get_by_label("X axis")).to_have_count(1)
+
+
+@pytest.mark.parametrize(
+    ("name", "primary", "impossible"),
+    [
+        ("fast", "fork…", {"pause": "is succeeded", "resume": "finished", "kill": "is succeeded"}),
+        ("holds-the-slots", "pause", {"resume": "running", "fork…": "no checkpoint", "delete": "cancel it first"}),
+        ("waits", "pause", {"save now": "queued", "delete": "cancel it first"}),
+    ],
+)
+def test_one_action_is_a_button_and_the_menu_has_the_reasons(
+    service: str, rig: ServiceHarness, page: Page, name: str, primary: str, impossible: dict[str, str]
+) -> None:
+    job: dict[str, Any] = job_named(rig, name)
+    page.goto(f"{service}/jobs/{job['id']}")
+    buttons = page.get_by_role("group", name="Actions", exact=True).get_by_role("button")
+    expect(buttons).to_have_text([primary, "More actions"])
+    page.get_by_role("button", name="More actions").click()
+    menu = page.get_by_role("group", name="More actions")
+    for verb, reason in impossible.items():
+        item = menu.get_by_role("button", name=re.compile(f"^{verb} ?"), disabled=True).first
+        expect(item).to_contain_text(reason)
+    listed = menu.get_by_role("button").count()
+    menu.get_by_role("button", disabled=True).first.click(force=True)
+    expect(menu.get_by_role("button")).to_have_count(listed)
+    assert rig.job(job["id"])["desired"] == job["desired"], "nothing was requested"
+    check_both_themes(page, f"actions-{name}")
+
+
+def test_generate_and_resume_start_from_a_checkpoint_and_from_the_curve(
+    service: str, rig: ServiceHarness, page: Page
+) -> None:
+    job_id = job_named(rig, "fast")["id"]
+    page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
+    row = page.get_by_role("row", name=re.compile("^20 "))
+    row.get_by_role("button", name="More from step 20").click()
+    expect(row.get_by_role("button", name="Evaluate")).to_contain_text("no tasks in evaluation.tasks")
+    page.keyboard.press("Escape")
+    choose_of_row(row, 20, "Resume with…")
+    expect(page.get_by_role("dialog", name="Resume fast")).to_be_visible()
+    expect(field(page, "step").locator("option:checked")).to_have_text("20")
+    page.keyboard.press("Escape")
+    row.get_by_role("button", name="Generate").click()
+    expect(page.get_by_role("tab", name="try")).to_have_attribute("aria-selected", "true")
+    expect(page.get_by_label("Step", exact=True)).to_have_value("20")
+    expect(page.get_by_label("Prompt")).to_be_focused()
+    page.get_by_role("tab", name="overview").click()
+    chart = figure(page, "Train loss")
+    box = chart.locator(".nsewdrag").first.bounding_box()
+    assert box is not None
+    # Between 30 and 40, so nearer to the checkpoint at 40.
+    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 30, button="right")
+    chart.get_by_role("button", name="Checkpoint at step 40").click()
+    marked = page.locator("tr.highlighted")
+    expect(marked).to_contain_text("40")
+    expect(marked.get_by_role("button", name="Generate")).to_be_focused()
+    assert "at=40" in page.url
+
+
+def test_description_and_group_are_edited_in_place(service: str, rig: ServiceHarness, page: Page) -> None:
+    job_id = job_named(rig, "waits")["id"]
+    page.goto(f"{service}/jobs/{job_id}")
+    page.get_by_role("button", name="Add a description").click()
+    page.keyboard.type("<b>why</b>")
+    page.keyboard.press("Enter")
+    page.keyboard.type("and so on")
+    page.keyboard.press("Control+Enter")
+    change = page.get_by_role("button", name="Change the description")
+    expect(change).to_be_focused()
+    expect(page.locator(".description")).to_have_text("<b>why</b>\nand so on")
+    page.get_by_role("button", name="Add a group").click()
+    page.get_by_label("group", exact=True).fill("x" * 300)
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").filter(has_text="at most")).to_be_visible()
+    page.get_by_label("group", exact=True).fill("sweep 1")
+    page.keyboard.press("Enter")
+    link = page.get_by_role("link", name="group sweep 1")
+    expect(link).to_have_attribute("href", "/?group=sweep%201")
+    expect(page.locator(".details")).to_contain_text("owner local")
+    change.click()
+    page.get_by_label("description", exact=True).fill("other")
+    page.keyboard.press("Escape")
+    job = rig.job(job_id)
+    assert (job["description"], job["group"]) == ("<b>why</b>\nand so on", "sweep 1")
+    check_both_themes(page, "details")
+    link.click()
+    expect(page.locator(".jobs tr")).to_have_count(1)
