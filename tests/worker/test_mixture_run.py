@@ -128,6 +128,7 @@ def rows_by_step(folder: Path) -> Rows:
     return {step: sorted(row for rows in by_rank for row in rows[step]) for step in common}
 
 
+@pytest.mark.timeout(1800)
 def test_twenty_kills_of_a_mixture_that_continues_on_one_to_three_ranks(data: Path, tmp_path: Path) -> None:
     """Every attempt has the losses and the rows of the untouched run, whatever its number of ranks."""
     described = mixture(data, batch_size=6, accumulation_steps=2, dtype="float32", max_steps=STEPS)
