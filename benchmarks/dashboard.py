@@ -68,7 +68,7 @@ SCROLL = """async () => {
 }"""
 """Times between frames in ms while the table is scrolled from its top to its end."""
 
-REDRAW_VISIBLE = REDRAW.replace(".slice(0, 6)", ".filter((node) => node.chart.isVisible)")
+REDRAW_VISIBLE = REDRAW.replace(".slice(0, 6)", ".filter((chart) => chart.isVisible)")
 
 
 def main() -> None:
