@@ -46,6 +46,22 @@ REDRAW = """async () => {
 }"""
 
 
+SCROLL = """async () => {
+  const box = document.querySelector('.runs');
+  const frames = [];
+  box.scrollTop = 0;
+  let before = await new Promise(requestAnimationFrame);
+  while (box.scrollTop + box.clientHeight < box.scrollHeight) {
+    box.scrollTop += 400;
+    const now = await new Promise(requestAnimationFrame);
+    frames.push(now - before);
+    before = now;
+  }
+  return frames;
+}"""
+"""Times between frames in ms while the table is scrolled from its top to its end."""
+
+
 def main() -> None:
     try:
         from playwright.sync_api import sync_playwright

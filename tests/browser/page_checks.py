@@ -67,11 +67,15 @@ MOVING = """() => {
   return [document.getAnimations().length, moving.map((node) => `${node.tagName}.${node.className}`)];
 }"""
 
+TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""The page hears of a new size with the next frame."""
+
 
 def assert_no_overflow(page: Page) -> None:
     """Check a phone and a zoom of 200 %, where the window is half as wide: no horizontal scroll, nothing clipped."""
     for width, height in ((640, 400), (360, 800)):
         page.set_viewport_size({"width": width, "height": height})
+        page.evaluate(TWO_FRAMES)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         overflowing = page.evaluate(OVERFLOWING)
         assert overflowing == [], (width, overflowing)
