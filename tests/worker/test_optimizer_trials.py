@@ -59,7 +59,7 @@ def test_the_shortest_run_is_found(shortest: int | None, tmp_path: Path, monkeyp
     found = measured.shortest("muon", {}, 1, 1.5)
     assert (found.steps if found else None) == shortest
     stored = measured.results()
-    assert len(stored) <= 7
+    assert len(stored) <= 9
     monkeypatch.setattr(optimizers, "run_trial", None)  # all results are stored: nothing runs again
     again = measured.shortest("muon", {}, 1, 1.5)
     assert (again.steps if again else None) == shortest
