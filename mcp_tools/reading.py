@@ -209,7 +209,8 @@ class PlanJob(McpTool):
 
     async def run(self, api: RestApi) -> Answer:
         """Return the main numbers of the plan."""
-        return brief_plan(await api.call("POST", "/jobs/plan", body=self.spec))
+        plan = await api.call("POST", "/jobs/plan", body=self.spec)
+        return {**brief_plan(plan), "warnings": plan["warnings"]}
 
 
 class WaitForJob(McpTool):

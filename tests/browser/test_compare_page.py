@@ -15,6 +15,8 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
+pytestmark = pytest.mark.long
+
 
 def test_compare_page_shows_curves_and_differing_settings(service: str, page: Page) -> None:
     broken: list[str] = []

@@ -20,6 +20,8 @@ from trainyard.contract.corpus_report import CorpusReport, SourceReport
 from trainyard.worker.data.fileset import FileSetOptions, open_files
 from trainyard.worker.data.tokenizers import ByteTokenizer
 
+pytestmark = pytest.mark.long
+
 NOW = "2026-01-31T16:31:05Z"
 
 

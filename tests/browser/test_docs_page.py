@@ -11,6 +11,8 @@ from playwright.sync_api import Page, expect
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 
+pytestmark = pytest.mark.long
+
 TOKEN = "the-operator's-own"
 
 

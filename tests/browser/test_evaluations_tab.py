@@ -13,6 +13,8 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_evaluations import report_score
 
+pytestmark = pytest.mark.long
+
 
 def test_scores_are_drawn_listed_and_compared(rig: ServiceHarness, page: Page) -> None:
     jobs = []

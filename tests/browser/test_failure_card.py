@@ -16,6 +16,8 @@ from tests.service.test_checkpoints import write_checkpoint
 from trainyard.contract.messages import ErrorCard
 from trainyard.contract.status import Reason
 
+pytestmark = pytest.mark.long
+
 HINT = "Set training.batch_size to 16 and training.accumulation_steps to 16: the result is the same."
 
 

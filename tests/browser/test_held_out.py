@@ -13,6 +13,8 @@ from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 
+pytestmark = pytest.mark.long
+
 SETS = ("code", "zh")
 
 

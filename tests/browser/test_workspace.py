@@ -21,6 +21,8 @@ from tests.service.live_server import served
 from trainyard.service.db.models import JobRow
 from trainyard.service.ids import new_id
 
+pytestmark = pytest.mark.long
+
 RATES = {"low": 1e-4, "high": 1e-3}
 
 

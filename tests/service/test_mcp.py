@@ -110,6 +110,7 @@ def test_an_agent_that_may_only_submit_drives_the_whole_loop(rig: ServiceHarness
         plan = await me.call("plan_job", spec=specs[0])
         assert plan["steps"] == 64
         assert plan["memory_bytes"] > 0
+        assert isinstance(plan["warnings"], list), "also if there are none"
         jobs = [await me.call("launch_job", spec=spec, idempotency_key=spec["name"]) for spec in specs]
         again = await me.call("launch_job", spec=json.dumps(specs[0]), idempotency_key=specs[0]["name"])
         assert again["id"] == jobs[0]["id"], "the answer was lost: no second run is started"

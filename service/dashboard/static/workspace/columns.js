@@ -142,7 +142,7 @@ function updateStatus(cell, { jobs }) {
   const [[most]] = [...counts].sort(([, a], [, b]) => b - a);
   showStatus(cell.firstChild, most);
   const rest = [...counts].filter(([status]) => status !== most).map(([status, number]) => `${number} ${status}`);
-  const detail = jobs.length === 1 ? statusDetail(jobs[0]) : [`${counts.get(most)} of ${jobs.length}`, ...rest].join(", ");
+  const detail = jobs.length === 1 ? statusDetail(jobs[0]) : counts.size === 1 ? "" : [`${counts.get(most)} of ${jobs.length}`, ...rest].join(", ");
   setText(cell.lastChild, detail);
   setAttr(cell.lastChild, "title", detail.length > 20 ? detail : null);
 }
@@ -189,7 +189,8 @@ function createCurve() {
 function updateCurve({ line }, { jobs }, column, context) {
   const values = jobs.length === 1 ? context.spark(jobs[0]) : [];
   const low = Math.min(...values);
-  const span = Math.max(...values) - low || 1;
+  // Nearly constant values are a flat line, not magnified noise.
+  const span = Math.max(Math.max(...values) - low, Math.abs(low) / 100) || 1;
   const at = (value, i) => `${((i / Math.max(1, values.length - 1)) * 82 + 1).toFixed(1)},${(20 - ((value - low) / span) * 18).toFixed(1)}`;
   setAttr(line, "points", values.length > 1 ? values.map(at).join(" ") : "");
 }

@@ -123,7 +123,7 @@ export class JobTable {
       setText(parts.made, ago(job.created_at));
       setAttr(parts.made, "title", dateTime(job.created_at));
     }
-    setAttr(parts.name, "title", [row.name.length > 26 ? row.name : "", isFold ? "" : job.description].filter(Boolean).join("\n") || null);
+    setAttr(parts.name, "title", [row.name.length > 18 ? row.name : "", isFold ? "" : job.description].filter(Boolean).join("\n") || null);
     this.columns.forEach((column, i) => column.update(part.values[i], row, column, this.context));
   }
 

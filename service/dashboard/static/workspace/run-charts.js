@@ -190,7 +190,7 @@ export class RunCharts {
     // Attempts of the fork do not cover the time of its ancestors.
     const joins = !TIME_AXES.has(axis);
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
-    const mine = trace(job.id, own, { line: { width: 1.8, ...style }, main: isMain, end: endLabel(name), counted: true, falls: chart === CHARTS[0] });
+    const mine = trace(job.id, own, { line: { width: 1.8, ...style }, main: isMain, end: endLabel(name), label: name, counted: true, falls: chart === CHARTS[0] });
     if (!joins || !inherited.length) return [mine];
     const alone = inherited.filter((row) => !drawn.has(row.job_id));
     const joinMarker = trace(`${job.id}-joint`, own.slice(0, 1), { label: `${job.name}, fork`, mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
@@ -211,12 +211,12 @@ export class RunCharts {
     const fill = transparent(style.color);
     const outline = { mode: "lines", line: { width: 0, color: style.color }, hoverinfo: "skip" };
     const markers = chart.sparse ? { mode: "lines+markers", marker: { size: 5 } } : {};
-    const solid = { uid: key, x, y: mean.map((y, i) => (whole[i] ? y : null)), ...markers, line: { width: 2.4, ...style }, main: isMain, end: endLabel(name), counted: mean, falls: chart === CHARTS[0] };
-    const traces = [{ uid: `${key}-low`, x, y: low, ...outline }, { uid: `${key}-high`, x, y: high, ...outline, fill: "tonexty", fillcolor: fill }, solid];
+    const solid = { uid: key, x, y: mean.map((y, i) => (whole[i] ? y : null)), ...markers, line: { width: 2.4, ...style }, main: isMain, end: endLabel(name), label: name, counted: mean, falls: chart === CHARTS[0] };
+    const traces = [{ uid: `${key}-low`, label: `${name}, lowest`, x, y: low, ...outline }, { uid: `${key}-high`, label: `${name}, highest`, x, y: high, ...outline, fill: "tonexty", fillcolor: fill }, solid];
     if (whole.every(Boolean)) return traces;
     // Each dotted part begins and ends on the mean of all.
     const dotted = mean.map((y, i) => (whole[i] && (whole[i - 1] ?? true) && (whole[i + 1] ?? true) ? null : y));
-    return [...traces, { uid: `${key}-rest`, x, y: dotted, mode: "lines", line: { width: 1.4, color: style.color, dash: "dot" } }];
+    return [...traces, { uid: `${key}-rest`, label: `${name}, mean of some`, x, y: dotted, mode: "lines", line: { width: 1.4, color: style.color, dash: "dot" } }];
   }
 
   drawLegend(lines) {
