@@ -44,9 +44,12 @@ def service(rig: ServiceHarness) -> Iterator[str]:
         yield f"http://{host}:{port}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One browser for all tests; each page has its own context with its own cache and storage."""
+    """One browser for all tests; each page has its own context with its own cache and storage.
+
+    It ends with this package: while it lives, an event loop runs in this thread, and tests of asyncio cannot start one.
+    """
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:

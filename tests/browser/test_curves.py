@@ -50,7 +50,10 @@ def runs(rig: ServiceHarness) -> Iterator[Runs]:
 
 
 def y_range(chart: Locator) -> list[float]:
-    found: list[float] = chart.locator(".plot").evaluate("node => node._fullLayout.yaxis.range")
+    plot = chart.locator(".plot")
+    # The note under a chart is there before its lines.
+    chart.page.wait_for_function("node => node._fullLayout?.yaxis", arg=plot.element_handle())
+    found: list[float] = plot.evaluate("node => node._fullLayout.yaxis.range")
     return found
 
 
