@@ -126,6 +126,7 @@ def host(tmp_path: Path, corpus: Path) -> Iterator[Host]:
         made.launcher.kill(AttemptRef(CORPUS, number))
 
 
+@pytest.mark.long
 def test_it_prepares_without_torch_and_without_a_device(host: Host) -> None:
     host.start()
     report = host.end()

@@ -21,6 +21,8 @@ from tests.browser.test_charts import figure
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 
+pytestmark = pytest.mark.long
+
 STEPS = 400
 SPIKE = 250
 

@@ -16,6 +16,8 @@ from tests.browser.test_submit_page import field
 from tests.service.harness import ServiceHarness
 from tests.service.test_log_reader import log
 
+pytestmark = pytest.mark.long
+
 HEIGHT = 800
 
 

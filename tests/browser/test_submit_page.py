@@ -16,6 +16,8 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from trainyard.service.devices.inventory import Device
 
+pytestmark = pytest.mark.long
+
 
 def field(page: Page, name: str) -> Locator:
     return page.get_by_label(name, exact=True)

@@ -159,6 +159,7 @@ fileset.open_files(expand(sys.argv[1]), options)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     seed = random.randrange(10**6)

@@ -179,6 +179,7 @@ def addresses(home: Home) -> list[str]:
     return [line.split()[-1] for line in home.log().splitlines() if "ready at" in line]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
 def test_a_leader_stopped_and_woken_launches_nothing_twice(servers: list[Home], any_url: str) -> None:
     for server in servers:
@@ -244,6 +245,7 @@ def launch_by_a_leader_that_sleeps(servers: list[Home], line: int) -> bool:
     return stopped
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
 def test_a_leader_stopped_in_a_launch_and_woken_launches_nothing_twice(servers: list[Home], any_url: str) -> None:
     servers[0].wanted["lease_scale"] = 0.25

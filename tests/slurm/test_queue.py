@@ -13,6 +13,8 @@ from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.slurm_jobs import attempts, completed, events, fake, in_slurm, submit
 from trainyard.contract.rundir import read_json
 
+pytestmark = pytest.mark.long
+
 
 def waiting(home: Home, job_id: str) -> dict[str, Any]:
     """The job once Slurm has said what it waits for."""

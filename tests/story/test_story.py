@@ -76,6 +76,7 @@ def test_the_learning_rate_is_the_formula_at_every_step(served: Served, untouche
         assert abs(row["learning_rate"] - expected) < 1e-12
 
 
+@pytest.mark.long
 def test_torchrun_killed_and_resumed_gives_the_same_weights(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
     until(lambda: served.step(job_id) >= 30)
