@@ -1,4 +1,4 @@
-"""What a conversation with the service needs, without doing it: the steps of a flow.
+"""Flows: sequences of requests as generators, without input and output.
 
 A flow is a generator. It yields a step, such as `Send`, and receives the result of the step, or its exception. So all
 rules (retries, pages, waiting, downloads) are written once. `connection.Connection` runs flows with a blocking HTTP
