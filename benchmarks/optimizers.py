@@ -70,7 +70,13 @@ def trials() -> list[Trial]:
         "betas 0.9, 0.95": {"betas": (0.9, 0.95)},
     }
     found = [Trial(name, THIRD, {**MUON, **changes}) for name, changes in ideas.items()]
-    return [*found, Trial("batch from 4", THIRD, MUON, first_rows=4), Trial("recipe fast", THIRD, fast())]
+    together = {
+        "recipe fast": {},
+        "recipe fast, embedding x 2": {"embedding_lr_multiplier": 2.0},
+        "recipe fast, zero projections": {"zero_init_projections": True},
+    }
+    found.append(Trial("batch from 4", THIRD, MUON, first_rows=4))
+    return [*found, *(Trial(name, THIRD, {**fast(), **changes}) for name, changes in together.items())]
 
 
 @dataclass(frozen=True)
