@@ -129,7 +129,7 @@ def open_page(playwright: Any, url: str) -> dict[str, float]:
         time.sleep(PAGE_OPEN_SECONDS)
         browser = playwright.chromium.connect_over_cdp(address)
         [page] = [page for context in browser.contexts for page in context.pages if page.url == url]
-        page.wait_for_function("performance.getEntriesByName('curve').length > 0")
+        page.wait_for_function("() => performance.getEntriesByName('curve').length > 0")
         found: dict[str, float] = page.evaluate(MARKS)
         browser.close()
     return found

@@ -149,12 +149,12 @@ def test_zoom_survives_updates_and_a_reload(run: Run, page: Page) -> None:
     say(run.attempt, range(81, 121))
     run.rig.ship(run.attempt)
     expect(page.locator(".facts")).to_contain_text("120 of 400")
-    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'smoothed')")
+    page.wait_for_function("() => document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'smoothed')")
     assert zoomed(page) == before
     assert page.evaluate("[scrollY, document.activeElement.id]") == [120, "tab-config"]
     page.reload()
     expect(chart.locator(".nsewdrag").first).to_be_visible()
-    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.xaxis.autorange === false")
+    page.wait_for_function("() => document.querySelector('.js-plotly-plot').layout.xaxis.autorange === false")
     assert [round(end) for end in zoomed(page)] == [round(end) for end in before]
     chart.get_by_role("button", name="whole run").click()
     expect(chart).to_have_attribute("aria-label", re.compile("step 1 to 120"))

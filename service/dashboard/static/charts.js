@@ -156,6 +156,7 @@ export class Chart {
     const drawn = traces.filter((trace) => trace.x.length).map(({ counted: _, main: __, end: ___, label: ____, falls: _____, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.addListeners();
+    markPaint("curve");
     await this.applyZoom();
     this.updateCrosshair();
     this.rule.update();
@@ -341,7 +342,6 @@ export class ChartGroup {
       if (number !== this.redrawNumber) return;
       const isNew = !chart.started;
       await chart.draw();
-      if (chart.started) markPaint("curve");
       if (isNew && chart.started) await nextPaint();
     }
   }
