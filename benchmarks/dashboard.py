@@ -1,4 +1,4 @@
-"""Measures the dashboard in a browser: first paint, a long run, redraws, latency of updates, memory."""
+"""Measures the dashboard in a browser: first paint, a long run, redraws, latency of updates, memory, many jobs."""
 
 import contextlib
 import shutil
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from sqlalchemy import update
 
 from benchmarks.load import curve, live
 from benchmarks.load.live import Agent
 from benchmarks.load.tables import Figure, machine, quantile
 from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served, until
+from trainyard.contract.status import JobStatus
+from trainyard.service.db.models import JobRow
 from trainyard.service.jobs import repository
 
 CHROMIUM = shutil.which("chromium")
@@ -26,6 +29,10 @@ REDRAWS = 20
 REPORTS = 10
 UPDATES = 1000
 POLL_MS = 2000
+JOBS = 1000
+CHOSEN = 10
+STEPS = 2000
+"""Points of each of the chosen jobs."""
 TALL = {"width": 1280, "height": 2400}
 
 MARKS = "Object.fromEntries(performance.getEntriesByType('mark').map((mark) => [mark.name, mark.startTime]))"
@@ -36,8 +43,8 @@ PAGE_OPEN_SECONDS = 4.0
 """Waits for the browser to start, and for the page to be complete before a debugger is attached."""
 
 REDRAW = """async () => {
-  const all = [...document.querySelectorAll('figure')].map((node) => node.chart);
-  const charts = all.filter((chart) => chart.started).slice(0, 6);
+  const figures = [...document.querySelectorAll('figure')];
+  const charts = figures.map((node) => node.chart).filter((chart) => chart.started).slice(0, 6);
   const moved = (trace) => ({ ...trace, x: [...trace.x], y: trace.y.map((y) => (y === null ? null : y * 1.01)) });
   for (const chart of charts) chart.show({ ...chart.content, traces: chart.content.traces.map(moved) });
   const began = performance.now();
@@ -61,6 +68,8 @@ SCROLL = """async () => {
 }"""
 """Times between frames in ms while the table is scrolled from its top to its end."""
 
+REDRAW_VISIBLE = REDRAW.replace(".slice(0, 6)", ".filter((chart) => chart.isVisible)")
+
 
 def main() -> None:
     try:
@@ -79,6 +88,9 @@ def main() -> None:
             measure_opening(playwright, service, small, large), measure_open_page(browser, service, small, large)
         ):
             print(figure.line(), flush=True)
+        with start_workspace() as (workspace, ids):
+            for figure in measure_workspace(playwright, browser, workspace, ids):
+                print(figure.line(), flush=True)
         browser.close()
 
 
@@ -96,6 +108,37 @@ def start_bench() -> Iterator[tuple[Served, Agent, Agent]]:
                     small.metric()
                 small.upload(wire)
             yield service, small, large
+
+
+@contextlib.contextmanager
+def start_workspace() -> Iterator[tuple[Served, list[str]]]:
+    """Start a service with a thousand jobs; yield it with the ids of ten that have curves."""
+    with live.home_with_jobs(JOBS) as (home, agents):
+        chosen = [agent.job_id for agent in agents[-CHOSEN:]]
+        with live.database(home) as database:
+            for job_id in chosen:
+                curve.fill(database, job_id, STEPS)
+            with database.write() as session:
+                ended = {"status": JobStatus.SUCCEEDED, "progress": {"step": STEPS, "steps": STEPS, "percent": 100.0}}
+                session.execute(update(JobRow).values(**ended))
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
+            yield service, chosen
+
+
+def measure_workspace(playwright: Any, browser: Any, service: Served, ids: list[str]) -> Iterator[Figure]:
+    at = [open_page(playwright, f"{service.url}/", "text") for _ in range(OPENS)][1:]
+    yield Figure(f"{JOBS:,} jobs listed: first rows painted", _median(at, "text"), "ms", 1000)
+    page = browser.new_page(viewport=TALL)
+    page.set_default_timeout(120_000)
+    page.goto(f"{service.url}/?jobs={','.join(ids)}")
+    page.wait_for_function("() => document.querySelectorAll('figure .js-line').length >= 40")
+    page.wait_for_function("() => document.querySelector('.runs table').ariaRowCount >= 1001")
+    frames = page.evaluate(SCROLL)
+    yield Figure(f"{JOBS:,} jobs scrolled through: longest of {len(frames)} frames", max(frames), "ms", 50)
+    took = [page.evaluate(REDRAW_VISIBLE) for _ in range(REDRAWS)]
+    shown = f"{CHOSEN} chosen jobs redrawn in {took[0][1]} charts, median of {REDRAWS}"
+    yield Figure(shown, quantile([ms for ms, _ in took[2:]], 0.5), "ms", 150)
+    page.close()
 
 
 def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
@@ -117,8 +160,8 @@ def _median(at: list[dict[str, float]], name: str) -> float:
     return quantile([one[name] for one in at], 0.5)
 
 
-def open_page(playwright: Any, url: str) -> dict[str, float]:
-    """Open a page in a browser with an empty cache and return its performance marks.
+def open_page(playwright: Any, url: str, last: str = "curve") -> dict[str, float]:
+    """Open a page in a browser with an empty cache and return its performance marks. ``last``: the mark to wait for.
 
     No debugger is attached while the page opens: with one the browser compiles the chart library a second time, to
     know the lines of exceptions that the library catches.
@@ -129,7 +172,7 @@ def open_page(playwright: Any, url: str) -> dict[str, float]:
         time.sleep(PAGE_OPEN_SECONDS)
         browser = playwright.chromium.connect_over_cdp(address)
         [page] = [page for context in browser.contexts for page in context.pages if page.url == url]
-        page.wait_for_function("() => performance.getEntriesByName('curve').length > 0")
+        page.wait_for_function("name => performance.getEntriesByName(name).length > 0", arg=last)
         found: dict[str, float] = page.evaluate(MARKS)
         browser.close()
     return found
