@@ -70,7 +70,7 @@ def trials() -> list[Trial]:
         "betas 0.9, 0.95": {"betas": (0.9, 0.95)},
     }
     found = [Trial(name, THIRD, {**MUON, **changes}) for name, changes in ideas.items()]
-    together = {
+    together: dict[str, dict[str, Any]] = {
         "recipe fast": {},
         "recipe fast, embedding x 2": {"embedding_lr_multiplier": 2.0},
         "recipe fast, zero projections": {"zero_init_projections": True},

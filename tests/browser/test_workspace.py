@@ -234,8 +234,12 @@ def test_keys_move_choose_open_compare_and_search(sweep: Sweep, page: Page) -> N
     expect(page.get_by_label("Search")).to_be_focused()
     page.keyboard.type("c")
     assert "/compare" not in page.url, "a text field gets its keys"
+    expect(page).to_have_url(re.compile("search=c"))
     page.get_by_label("Search").fill("")
     page.get_by_label("Search").blur()
+    # The address follows the field a moment later.
+    expect(page).not_to_have_url(re.compile("search="))
+    expect(choose(page, "alone")).to_be_checked()
     page.keyboard.press("c")
     page.wait_for_url(re.compile(f"/compare\\?jobs={sweep.ids['high-s2']},{sweep.ids['alone']}$"))
     page.go_back()
