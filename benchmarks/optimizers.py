@@ -1,7 +1,7 @@
 """How long Muon and `recipe: fast` take to the held-out loss that Hugging Face's Trainer with AdamW ends with.
 
 docs/experiments.md has the protocol. The default is the comparison with one seed; ``--seeds 3 --trials all`` repeats
-all of it. Without transformers, our AdamW stands in for Trainer's: the same model and update, but our loop's time.
+all of it. Without transformers, our AdamW replaces Trainer's: the same model and update, but our loop's time.
 """
 
 import argparse

@@ -70,7 +70,7 @@ Flow = Generator[Step, Any, T]
 """A flow that returns a value."""
 
 ItemFlow = Generator[Step | Item[T], Any, None]
-"""A flow that gives its caller values while it goes on."""
+"""A flow that gives its caller values before it ends."""
 
 
 def as_item(flow: Flow[T]) -> ItemFlow[T]:

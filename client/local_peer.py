@@ -175,7 +175,7 @@ def _ask_for_proof(connection: socket.socket, url: str, nonce: str) -> str:
     except http.client.HTTPException as error:
         raise UntrustedListener(_NO_SERVICE) from error
     finally:
-        asking.sock = None  # The caller goes on with the connection.
+        asking.sock = None  # The caller continues to use the connection.
         if connection.fileno() >= 0:
             connection.settimeout(before)
     if response.status in (502, 503, 504):
@@ -211,7 +211,7 @@ def _owners(here: Endpoint, there: Endpoint) -> tuple[int, ...] | None:
     """Return the users of the programs that listen at ``there`` or have the other end, or None if that is unknown.
 
     Empty if no program of this host does: the kernel passes the connection on, to a container for example, as root has
-    told it.
+    configured it.
     """
     tables = [table for table in map(Path, TABLES) if os.access(table, os.R_OK)]
     if not tables:

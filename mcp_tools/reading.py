@@ -82,7 +82,7 @@ class ShowJob(McpTool):
 
 
 class ReadCurve(McpTool):
-    """Read the curve of a job as a small table. Each row stands for `resolution` steps; `step` is its last one.
+    """Read the curve of a job as a small table. Each row covers `resolution` steps; `step` is its last one.
 
     To follow a run, call it again with `after_step` set to the last step of the answer.
     """
@@ -216,7 +216,7 @@ class PlanJob(McpTool):
 class WaitForJob(McpTool):
     """Wait until a job comes to an end, pauses or fails, or until it reaches `until_step`; then return it.
 
-    The wait is short. If `reached` is false, the run goes on: call it again.
+    The wait is short. If `reached` is false, the run continues: call it again.
     """
 
     tool_name: ClassVar[str] = "wait_for_job"

@@ -25,7 +25,7 @@ MAX_AUTO_WIDTH = 1000
 
 
 class Cell(NamedTuple):
-    """The finite points of a few adjacent steps. ``middle``: the step that stands for all of them."""
+    """The finite points of a few adjacent steps. ``middle``: the step that represents them."""
 
     middle: float
     first_step: int

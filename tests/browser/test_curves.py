@@ -83,10 +83,10 @@ def test_first_steps_do_not_flatten_the_rest_and_a_spike_is_shown(runs: Runs, pa
     whole = chart.get_by_role("button", name="full range")
     whole.click()
     expect(whole).to_have_attribute("aria-pressed", "true")
-    page.wait_for_function("document.querySelector('.plot')._fullLayout.yaxis.range[1] > 9")
+    page.wait_for_function("() => document.querySelector('.plot')._fullLayout.yaxis.range[1] > 9")
     expect(chart).not_to_contain_text("points above")
     whole.click()
-    page.wait_for_function("document.querySelector('.plot')._fullLayout.yaxis.range[1] < 7")
+    page.wait_for_function("() => document.querySelector('.plot')._fullLayout.yaxis.range[1] < 7")
     chart.get_by_role("button", name="log").click()
     expect(whole).to_be_hidden()
 

@@ -52,7 +52,7 @@ class ClientApi:
     async def scope(self) -> Scope:
         """See `RestApi.scope`."""
         answer = await self.call("GET", "/version")
-        # An older service does not tell. It decides at each call.
+        # An older service does not return it, and decides at each call.
         return Scope(answer.get("scope", Scope.ADMIN))
 
     def _read(self, path: str) -> Flow[str]:

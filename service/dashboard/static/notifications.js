@@ -58,7 +58,7 @@ async function check() {
     const job = await get(`/jobs/${id}`).catch((error) => (error instanceof ApiError && error.status === 404 ? null : Promise.reject(error)));
     if (job && canWatch(job)) continue;
     const names = read();
-    // Another tab has told the user.
+    // Another tab has notified the user.
     if (!(id in names)) continue;
     delete names[id];
     write(names);
