@@ -3,6 +3,8 @@ PYTHON ?= python3
 # Processes the tests are spread over, one more than two cores: most tests wait for a process or a database, not for a core. A module's tests stay
 # together, because many share a service and a finished run.
 WORKERS ?= 3
+# The order of make test-random; `last` repeats the previous one.
+SEED ?= default
 # How long make nightly kills.
 MINUTES ?= 480
 VENV   := .venv
@@ -22,7 +24,7 @@ ifndef SIZE_$(TORCH)
 $(error TORCH=$(TORCH) is unknown: give TORCH=cpu or TORCH=cuda)
 endif
 
-.PHONY: help setup check audit format test test-long gpu demo dev bench soak nightly slurm-test clean
+.PHONY: help setup check audit format test test-long test-random gpu demo dev bench soak nightly slurm-test clean
 
 help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
@@ -30,6 +32,7 @@ help:
 	@echo "make audit   known vulnerabilities of the pinned packages, by pip-audit"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
 	@echo "make test-long    the tests that do not fit into ten minutes: guides, fault processes, two releases"
+	@echo "make test-random SEED=7 WORKERS=2    the tests of make test in a random order; it prints the seed that repeats it"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
 	@echo "make nightly MINUTES=480    random kills of everything for the given time, and their account as JSON"
@@ -82,6 +85,10 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -n 2 --dist loadscope -m "long and not soak" $(PYTEST_ARGS)
+
+test-random: setup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not soak and not long" \
+		-p randomly --randomly-seed=$(SEED) --randomly-dont-reset-seed $(PYTEST_ARGS)
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
