@@ -146,8 +146,8 @@ function currentValue(job, name) {
 // Table of key facts beside the loss chart.
 
 const NAMES = {
-  Step: t("Step"), Loss: t("Loss"), "Bits per byte": t("Bits per byte"), "Held-out": t("Held-out"), "Learning rate": t("Learning rate"), "Gradient norm": t("Gradient norm"), Tokens: t("Tokens"), "Tokens/s": t("Tokens/s"), MFU: t("MFU"),
-  ETA: t("ETA"), "Limits left": t("Limits left"), Checkpoint: t("Checkpoint"), Attempt: t("Attempt"), Parameters: t("Parameters"), Device: t("Device"), "Slowest rank": t("Slowest rank"), Started: t("Started"),
+  step: t("Step"), loss: t("Loss"), bpb: t("Bits per byte"), heldOut: t("Held-out"), rate: t("Learning rate"), norm: t("Gradient norm"), tokens: t("Tokens"), speed: t("Tokens/s"), mfu: t("MFU"),
+  eta: t("ETA"), limits: t("Limits left"), checkpoint: t("Checkpoint"), attempt: t("Attempt"), parameters: t("Parameters"), device: t("Device"), slowest: t("Slowest rank"), started: t("Started"),
 };
 
 export class KeyFacts {
@@ -168,32 +168,32 @@ export class KeyFacts {
     this.updatePoint({ ...progress });
     const running = job.status === "running";
     this.steps = progress.steps;
-    this.put("Step", this.stepText(progress.step));
+    this.put("step", this.stepText(progress.step));
     // `plan.tokens` is one epoch of the corpus, so the total comes from the number of steps.
     const tokens = plan.tokens_per_step && progress.steps ? plan.tokens_per_step * progress.steps : null;
-    this.put("Tokens", tokens ? t("{part} of {whole}", { part: compactNumber(progress.tokens), whole: compactNumber(tokens) }) : compactNumber(progress.tokens));
-    this.put("Tokens/s", running ? compactNumber(progress.tokens_per_second) : "–");
-    this.put("MFU", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
-    this.put("ETA", running ? duration(progress.eta_seconds) : "–");
-    this.put("Limits left", limitsLeft(job.limits_left), t("training time and tokens until limits.max_minutes and training.max_tokens"));
-    this.put("Checkpoint", checkpoint ? t("{step}, {ago}", { step: count(checkpoint.step), ago: ago(checkpoint.created_at) }) : t("none yet"), checkpoint ? dateTime(checkpoint.created_at) : null);
-    this.put("Attempt", job.attempt ?? "–");
-    this.put("Parameters", compactNumber(plan.parameters));
-    this.put("Device", plan.device ? `${plan.world_size ?? 1} × ${plan.device}` : "–", plan.device_name);
-    this.put("Started", timeOrDateTime(job.started_at), dateTime(job.started_at));
+    this.put("tokens", tokens ? t("{part} of {whole}", { part: compactNumber(progress.tokens), whole: compactNumber(tokens) }) : compactNumber(progress.tokens));
+    this.put("speed", running ? compactNumber(progress.tokens_per_second) : "–");
+    this.put("mfu", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
+    this.put("eta", running ? duration(progress.eta_seconds) : "–");
+    this.put("limits", limitsLeft(job.limits_left), t("training time and tokens until limits.max_minutes and training.max_tokens"));
+    this.put("checkpoint", checkpoint ? t("{step}, {ago}", { step: count(checkpoint.step), ago: ago(checkpoint.created_at) }) : t("none yet"), checkpoint ? dateTime(checkpoint.created_at) : null);
+    this.put("attempt", job.attempt ?? "–");
+    this.put("parameters", compactNumber(plan.parameters));
+    this.put("device", plan.device ? `${plan.world_size ?? 1} × ${plan.device}` : "–", plan.device_name);
+    this.put("started", timeOrDateTime(job.started_at), dateTime(job.started_at));
   }
 
   /** Shows a point of the metric stream before the next poll. */
   updatePoint(row) {
-    if (row.step) this.put("Step", this.stepText(row.step));
-    this.put("Loss", row.nonfinite ? t("not finite") : loss(row.loss));
-    this.put("Bits per byte", loss(row.bpb));
+    if (row.step) this.put("step", this.stepText(row.step));
+    this.put("loss", row.nonfinite ? t("not finite") : loss(row.loss));
+    this.put("bpb", loss(row.bpb));
     // A point without an evaluation leaves the last one there.
     const isEvaluated = typeof row.eval_loss === "number";
-    if (isEvaluated) this.put("Held-out", heldOutText(row), t("step {step}, all held-out sets together", { step: count(row.eval_step ?? row.step) }));
-    this.put("Learning rate", fewDigits(row.learning_rate));
-    this.put("Gradient norm", fewDigits(row.grad_norm));
-    this.put("Slowest rank", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
+    if (isEvaluated) this.put("heldOut", heldOutText(row), t("step {step}, all held-out sets together", { step: count(row.eval_step ?? row.step) }));
+    this.put("rate", fewDigits(row.learning_rate));
+    this.put("norm", fewDigits(row.grad_norm));
+    this.put("slowest", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
   }
 
   /** Returns the text and the title for the rank that computed longest; a run with one rank has none. */
