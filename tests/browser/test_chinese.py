@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Browser, Page, Response, expect
+from playwright.sync_api import Browser, Error, Page, Response, expect
 
 from tests.browser.page_checks import assert_no_overflow, check_both_themes
 from tests.service.harness import ServiceHarness
@@ -33,12 +33,16 @@ TEXTS = """() => {
 
 LATIN = re.compile(r"[A-Za-z][A-Za-z_.\-/=@\d]*")
 ALSO_CHINESE = frozenset(
-    """
-    Trainyard API JSON token rank Rank bpb acc acc_norm MFU FLOPs CPU GPU NVLink NUMA PCIe XID PNG SVG CSV curl Python MiniMind Hugging Face
-    Top p sha256 ID x kB MB GB TB B M k key=value
-    """.split()
+    {
+        *("Trainyard", "API", "JSON", "token", "rank", "Rank", "bpb", "acc", "acc_norm", "MFU", "FLOPs", "CPU"),
+        *("GPU", "NVLink", "NUMA", "PCIe", "XID", "PNG", "SVG", "CSV", "curl", "Python", "MiniMind", "Hugging", "Face"),
+        *("Top", "p", "sha256", "ID", "x", "kB", "MB", "GB", "TB", "B", "M", "k", "key=value"),
+    }
 )
 """Words that Chinese texts of the field have as they are, and units."""
+
+MARKS = "·:,;()" + "".join(map(chr, (0xFF08, 0xFF09, 0xFF0C, 0x3002, 0xFF1A)))
+"""Punctuation next to a value, also Chinese."""
 
 WORDS = frozenset(word for names in (JobStatus, CorpusStatus, Phase, Reason) for word in names)
 """Values of the API for which the pages have words."""
@@ -63,17 +67,16 @@ class Reader:
         self.page = page
         self.values: set[str] = set()
         page.on("response", self._keep)
-        page.on("request", lambda _: None)
 
     def _keep(self, response: Response) -> None:
         if "json" in response.headers.get("content-type", "") and "/i18n/" not in response.url:
             try:
                 self.values.update(text.replace("`", "") for text in strings(response.json()) if text not in WORDS)
-            except Exception:  # noqa: BLE001 - the page has been left, so that the body is gone
-                return
+            except Error:
+                return  # The page has been left, so its body is gone.
 
     def english(self) -> list[str]:
-        """Return the page's own texts that have words in Latin letters, apart from those that Chinese texts have too."""
+        """Return the page's own texts with words in Latin letters, apart from those that Chinese texts have too."""
         sentences = sorted((value for value in self.values if len(value) > 11), key=len, reverse=True)
         found = []
         for text in dict.fromkeys(self.page.evaluate(TEXTS)):
@@ -81,7 +84,7 @@ class Reader:
             for sentence in sentences:
                 for shown in (sentence, sentence[:1].upper() + sentence[1:]):
                     rest = rest.replace(shown, "")
-            rest = " ".join(part for part in rest.split(" ") if part.strip("·:,;()（），。：") not in self.values)
+            rest = " ".join(part for part in rest.split(" ") if part.strip(MARKS) not in self.values)
             words = [word.rstrip(".") for word in LATIN.findall(rest)]
             # A name of a setting has a dot or an underscore.
             if any(word not in ALSO_CHINESE | self.values and not re.search(r"\w[._]\w", word) for word in words):

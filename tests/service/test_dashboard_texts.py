@@ -1,4 +1,4 @@
-"""The dashboard's translation is complete: every text of the pages has an entry, no entry is unused, placeholders agree."""
+"""The dashboard's translation: every text of the pages has an entry, no entry is unused, placeholders agree."""
 
 import json
 import re
@@ -20,11 +20,12 @@ TWO_TEXTS = re.compile(rf"[^\"`']*?,\s*({STRING}),\s*({STRING})\s*[,)]")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
 
-ENGLISH = re.compile(r"[A-Za-z]{2,}[ ,:]+[A-Za-z]|^\W*[A-Z][a-z]+\b")
+ENGLISH = re.compile(r"[A-Za-z]{2,}[,:]? [A-Za-z]|^\W*[A-Z][a-z]+\b")
 """What reads like a text: two words, or a capitalized one."""
 
+
 def calls(source: str) -> Iterator[tuple[str, list[int], list[str], str]]:
-    """Yield each call of a translating function: its name, offsets of the literals, English texts, and the code after them.
+    """Yield each call of a translating function: its name, offsets of the literals, their texts, and the code after.
 
     Fails if a text is not a literal.
     """
@@ -116,64 +117,68 @@ SAME = frozenset({"key=value", "python"})
 def test_every_placeholder_gets_a_value() -> None:
     for path in SCRIPTS:
         for function, _, texts, rest in calls(path.read_text()):
-            needed = {name for text in texts for name in PLACEHOLDER.findall(text)} - ({"n"} if function == "tn" else set())
+            needed = {name for text in texts for name in PLACEHOLDER.findall(text)} - (
+                {"n"} if function == "tn" else set()
+            )
             if needed and not re.match(r",\s*\w+\)", rest):  # Values in a variable are not followed.
                 assert rest.startswith(", {"), f"{path.name}: {texts} has no values"
                 missing = {name for name in needed if not re.search(rf"[{{,]\s*(\.\.\.\w+, )?{name}\b", rest)}
                 assert not missing or "..." in rest[:20], f"{path.name}: {texts} has no value for {missing}"
 
 
-def literals(source: str) -> dict[int, str]:
-    """Return the strings and templates of a script by their offset; `…` is for a value in a template."""
-    found: dict[int, str] = {}
+TOKEN = re.compile(
+    rf"(?P<space>\s+|//[^\n]*|/\*.*?\*/)|(?P<text>{STRING}|'(?:[^'\\\n]|\\.)*')|(?P<template>`)|(?P<word>[\w$]+)|(?P<sign>.)",
+    re.DOTALL,
+)
+REGEX = re.compile(r"/(?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/[a-z]*")
+BEFORE_REGEX = frozenset("(,=:[!&|?{};>") | {"return"}
+"""After one of these, a slash begins a regular expression; after all others, it divides."""
 
-    def code(at: int) -> int:
-        """Read from `at` to the brace that closes, or to the end; return the offset after it."""
-        depth, before = 0, "("
-        while at < len(source):
-            letter, two = source[at], source[at : at + 2]
-            if two == "//":
-                at = source.find("\n", at) % (len(source) + 1)
-                continue
-            if two == "/*":
-                at = source.index("*/", at) + 2
-                continue
-            if letter in "\"'":
-                match = QUOTED.match(source, at)
-                assert match is not None, source[at : at + 60]
-                found[at], at = match.group()[1:-1], match.end()
-            elif letter == "`":
-                at = template(at)
-            elif letter == "/" and (before in "(,=:[!&|?{};>" or source[:at].endswith("return ")):
-                match = REGEX.match(source, at)
-                assert match is not None, source[at : at + 60]
-                at = match.end()
-            else:
-                depth += {"{": 1, "}": -1}.get(letter, 0)
-                at += 1
-                if depth < 0:
-                    return at
-            if not letter.isspace():
-                before = letter
+
+class Literals:
+    """The strings and templates of a script by their offset; `…` is for a value in a template."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.found: dict[int, str] = {}
+        assert self._code(0) == len(source)
+
+    def _code(self, start: int) -> int:
+        """Read to the brace that closes, or to the end; return the offset after it."""
+        depth, before, at = 0, "(", start
+        while at < len(self.source):
+            match = TOKEN.match(self.source, at)
+            assert match is not None
+            token, kind = match.group(), match.lastgroup
+            at = self._end(match, token, before)
+            depth += {"{": 1, "}": -1}.get(token, 0)
+            if depth < 0:
+                return at
+            before = before if kind == "space" else token
         return at
 
-    def template(start: int) -> int:
+    def _end(self, match: re.Match[str], token: str, before: str) -> int:
+        """Keep a text; return where the token ends."""
+        if match["text"]:
+            self.found[match.start()] = token[1:-1]
+        if match["template"]:
+            return self._template(match.start())
+        if token == "/" and before in BEFORE_REGEX:
+            whole = REGEX.match(self.source, match.start())
+            assert whole is not None, self.source[match.start() : match.end() + 60]
+            return whole.end()
+        return match.end()
+
+    def _template(self, start: int) -> int:
         text, at = "", start + 1
-        while source[at] != "`":
-            if source[at : at + 2] == "${":
-                text, at = text + "…", code(at + 2)
+        while self.source[at] != "`":
+            if self.source.startswith("${", at):
+                text, at = text + "…", self._code(at + 2)
             else:
-                step = 2 if source[at] == "\\" else 1
-                text, at = text + source[at : at + step], at + step
-        found[start] = text
+                step = 2 if self.source[at] == "\\" else 1
+                text, at = text + self.source[at : at + step], at + step
+        self.found[start] = text
         return at + 1
-
-    assert code(0) == len(source)
-    return found
-
-
-QUOTED = re.compile(rf"{STRING}|'(?:[^'\\\n]|\\.)*'")
-REGEX = re.compile(r"/(?![*/])(?:[^/\\\[\n]|\\.|\[(?:[^\]\\\n]|\\.)*\])+/[a-z]*")
 
 
 def bare_texts(source: str) -> list[str]:
@@ -181,8 +186,11 @@ def bare_texts(source: str) -> list[str]:
     translated = {at for _, starts, _, _ in calls(source) for at in starts}
     return [
         text
-        for at, text in literals(source).items()
-        if ENGLISH.search(text) and at not in translated and not source[:at].endswith(NOT_SHOWN) and text not in NOT_TEXTS
+        for at, text in Literals(source).found.items()
+        if ENGLISH.search(text)
+        and at not in translated
+        and not source[:at].endswith(NOT_SHOWN)
+        and text not in NOT_TEXTS
     ]
 
 
@@ -197,8 +205,10 @@ NOT_TEXTS = frozenset(
         *("Hugging Face", "… · Trainyard", "True", "False", "None"),
         *("trainyard demo", "trainyard submit --data_path corpus.jsonl --watch", "trainyard corpus build PATH"),
         *('-H "Authorization: Bearer $TRAINYARD_TOKEN" ', r"trainyard submit - <<'…'\n…\n…"),
-        r'from trainyard import Client\n\nspec = …\n\nwith Client("…") as client:\n    job = client.submit(spec)\n    print(job["id"])',
-        "learning_rate,grad_norm,tokens,tokens_per_second,at,eval_loss,eval_bpb,eval",
+        (
+            r"from trainyard import Client\n\nspec = …\n\n"
+            r'with Client("…") as client:\n    job = client.submit(spec)\n    print(job["id"])'
+        ),
     }
 )
 """Keys, headers, styles, selectors, products, commands and code: the same in every language."""
@@ -219,7 +229,8 @@ def test_the_texts_of_the_html_page_are_marked() -> None:
 def test_the_search_for_texts_finds_them() -> None:
     source = """
       // "A comment" says nothing.
-      const shown = t("Known text {n}", { n: `${count(n)}` }), other = h("p", { class: "a b c" }, "A bare text", /"[^/"]+"/.test(x) ? "two words" : `Of ${t("Inside")}`);
+      const shown = t("Known text {n}", { n: `${count(n)}` });
+      const other = h("p", { class: "a b c" }, "A bare text", /"[^/"]+"/.test(x) ? "two words" : `Of ${t("Inside")}`);
       tn(a.b(c), "one", "several", { n });
     """
     assert [texts for _, _, texts, _ in calls(source)] == [["Known text {n}"], ["Inside"], ["one", "several"]]

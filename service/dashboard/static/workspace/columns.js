@@ -40,7 +40,7 @@ export const COLUMNS = [
   number("train_bpb", t("Train bpb"), 85, (job) => job.progress.bpb, loss),
   { key: "curve", label: t("Curve"), width: 96, numeric: true, value: null, create: createCurve, update: updateCurve },
   number("tokens", t("Tokens"), 85, (job) => job.progress.tokens, compactNumber),
-  number("speed", t("Tokens/s"), 85, (job) => job.progress.tokens_per_second, compactNumber),
+  number("speed", t("Tokens/s"), 105, (job) => job.progress.tokens_per_second, compactNumber),
   number("eta", t("ETA"), 90, (job) => (isRunning(job) ? job.progress.eta_seconds : null), duration),
   number("rate", t("Learning rate"), 100, inSpec("training", "learning_rate"), formatValue),
   number("batch", t("Batch"), 70, batch, count),
