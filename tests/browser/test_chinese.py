@@ -1,5 +1,6 @@
 """The dashboard in Chinese: every page's own words, both themes, a narrow window, and the way back to English."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ from tests.browser.page_checks import assert_no_overflow, check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from trainyard.contract.status import CorpusStatus, JobStatus, Phase, Reason
+from trainyard.service.dashboard.assets import STATIC
 
 pytestmark = pytest.mark.long
 
 TEXTS = """() => {
-  const apart = 'code, pre, kbd, .mono, .unit, textarea, script, style, noscript, svg, #swagger-ui, [lang="en"]';
+  const apart = 'code, pre, kbd, .mono, .unit, .group .title, textarea, script, style, noscript, svg, #swagger-ui, [lang="en"]';
   const found = [];
   const add = (text) => text && found.push(text.trim().replace(/\\s+/g, ' '));
   for (const node of document.querySelectorAll('body *')) {
@@ -29,17 +31,28 @@ TEXTS = """() => {
   }
   return [document.title, ...found];
 }"""
-"""The visible texts, without code, settings' names and the pages of Swagger UI, and the texts of attributes."""
+"""The visible texts, without code, the names of settings and of their groups, and the page of Swagger UI, and the texts of attributes."""
 
 LATIN = re.compile(r"[A-Za-z][A-Za-z_.\-/=@\d]*")
-ALSO_CHINESE = frozenset(
-    {
-        *("Trainyard", "API", "JSON", "token", "rank", "Rank", "bpb", "acc", "acc_norm", "MFU", "FLOPs", "CPU"),
-        *("GPU", "NVLink", "NUMA", "PCIe", "XID", "PNG", "SVG", "CSV", "curl", "Python", "MiniMind", "Hugging", "Face"),
-        *("Top", "p", "sha256", "ID", "x", "kB", "MB", "GB", "TB", "B", "M", "k", "key=value"),
-    }
-)
-"""Words that Chinese texts of the field have as they are, and units."""
+ALSO_CHINESE = frozenset(LATIN.findall(" ".join(json.loads((STATIC / "i18n" / "zh.json").read_text()).values()))) | {
+    *(
+        "Trainyard",
+        "JSON",
+        "curl",
+        "Python",
+        "Hugging",
+        "Face",
+        "MiniMind",
+        "sha256",
+        "acc",
+        "acc_norm",
+        "bpb",
+        "exp",
+        "loss",
+    ),
+    *("x", "B", "kB", "MB", "GB", "TB", "k", "M", "T"),
+}
+"""Words that Chinese texts of the field have as they are, names, and units."""
 
 MARKS = "·:,;()" + "".join(map(chr, (0xFF08, 0xFF09, 0xFF0C, 0x3002, 0xFF1A)))
 """Punctuation next to a value, also Chinese."""
@@ -80,7 +93,7 @@ class Reader:
         sentences = sorted((value for value in self.values if len(value) > 11), key=len, reverse=True)
         found = []
         for text in dict.fromkeys(self.page.evaluate(TEXTS)):
-            rest = text
+            rest = "" if text in self.values else text.replace("`", "")
             for sentence in sentences:
                 for shown in (sentence, sentence[:1].upper() + sentence[1:]):
                     rest = rest.replace(shown, "")
