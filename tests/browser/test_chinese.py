@@ -33,7 +33,7 @@ TEXTS = """() => {
 }"""
 """The visible texts, without code, the names of settings and of their groups, and the page of Swagger UI, and the texts of attributes."""
 
-LATIN = re.compile(r"[A-Za-z][A-Za-z_.\-/=@\d]*")
+LATIN = re.compile(r"(?<!\d)[A-Za-z][A-Za-z_.\-/=@\d]*")
 ALSO_CHINESE = frozenset(LATIN.findall(" ".join(json.loads((STATIC / "i18n" / "zh.json").read_text()).values()))) | {
     *(
         "Trainyard",
