@@ -73,6 +73,8 @@ def _meant(given: str, known: Sequence[str]) -> str:
 def explain(error: TrainyardError, console: Console) -> None:
     """Print on stderr what went wrong and what to do."""
     console.error(f"trainyard: {error}")
+    for note in getattr(error, "__notes__", ()):
+        console.error(f"  {note}")
     if isinstance(error, ApiError):
         if error.status == UNAUTHORIZED:
             console.error("  give it with --token or TRAINYARD_TOKEN; an admin of the service can create one")

@@ -123,6 +123,28 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        (["watch", "pre12"], "did you mean pre-12?"),
+        (
+            ["generate", "pre-12@newest", "text"],
+            "'newest' is not a step: after @ comes a number or latest, as in pre-12@1200",
+        ),
+    ],
+)
+def test_a_mistyped_job_gets_a_suggestion(run: Run, line: list[str], note: str) -> None:
+    code, _, err = run(*line)
+    assert (code, f"  {note}\n" in err) == (1, True), err
+
+
+def test_a_corpus_in_place_of_a_spec_gets_the_flag_for_it(run: Run, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "one"}\n{"text": "two"}\n')
+    code, _, err = run("submit", str(corpus))
+    assert (code, "if it is the corpus, give it with --data_path" in err) == (2, True), err
+
+
 def test_without_a_token_the_error_names_the_option(run: Run, service: FakeService) -> None:
     service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
     code, _, err = run("list")
