@@ -39,6 +39,16 @@ def test_the_display_of_a_running_job() -> None:
     ]
 
 
+def test_a_narrow_terminal_shows_the_whole_address_or_none() -> None:
+    url = "http://127.0.0.1:8000/jobs/job_7f3kq9"
+    assert [drawn(scene(), width)[-1] for width in (61, 60, 44, 43)] == [
+        f"live, updated 1 s ago   {url}",
+        f"live   {url}",
+        f"live   {url}",
+        "live, updated 1 s ago",
+    ]
+
+
 def test_an_evaluation_has_its_bits_per_byte() -> None:
     evaluated = scene()
     evaluated.curve.last_eval = {"step": 12000, "eval_loss": 3.021, "eval_bpb": 1.25}
@@ -48,7 +58,7 @@ def test_an_evaluation_has_its_bits_per_byte() -> None:
 def test_there_is_a_display_before_the_first_poll() -> None:
     empty = WatchState(handle="pre-12", url=URL, connection_error="connection refused")
     assert drawn(empty)[0].startswith("pre-12")
-    assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
+    assert drawn(empty)[-1] == f"reconnecting, no answer yet   {URL}"
 
 
 def test_a_lost_service_keeps_the_numbers_and_shows_the_time() -> None:

@@ -49,7 +49,7 @@ def render(state: WatchState, now: datetime, width: int = 100) -> list[Line]:
         lines.append(_checkpoint(state, now))
     alerts = (state.job.get("alerts") or [])[:MAX_ALERTS]
     lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in alerts]
-    lines.append(_footer(state, now))
+    lines.append(_footer(state, now, width))
     return [_truncate(line, width) for line in lines[:MAX_LINES]]
 
 
@@ -162,14 +162,16 @@ def _by_minutes(state: WatchState, now: datetime) -> float | None:
     return max(0.0, 60 * minutes - (now - saved).total_seconds()) if minutes and saved else None
 
 
-def _footer(state: WatchState, now: datetime) -> Line:
+def _footer(state: WatchState, now: datetime, width: int) -> Line:
     url = f"{state.url}/jobs/{state.job['id']}" if state.job.get("id") else state.url
     if state.connection_error is not None:
-        since = duration((now - state.answered_at).total_seconds()) if state.answered_at else "now"
-        return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {url}", "")]
+        since = f"for {duration((now - state.answered_at).total_seconds())}" if state.answered_at else "yet"
+        return [(f"reconnecting, no answer {since}", "bold yellow"), (f"   {url}", "")]
     updated = local_time(state.progress.get("updated_at")) or state.answered_at
     age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
-    return [(f"live{age}   {url}", "dim")]
+    # Half an address opens nothing, so on a narrow terminal the age is left out first.
+    fitting = (text for text in (f"live{age}   {url}", f"live   {url}") if len(text) <= width)
+    return [(next(fitting, f"live{age}"), "dim")]
 
 
 def _truncate(line: Line, width: int) -> Line:
