@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, URL, job, metric
+from trainyard.client.cli.formatting import display_width
 from trainyard.client.cli.watch.checkpoints import KeptCheckpoints
 from trainyard.client.cli.watch.render import MAX_LINES, plain, render
 from trainyard.client.cli.watch.state import WatchState
@@ -92,9 +93,10 @@ def test_messages_and_alerts_are_there_but_never_too_many_lines() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 20, 40, 80, 200])
-def test_no_line_is_longer_than_the_screen(width: int) -> None:
-    lines = drawn(scene(name="n" * 300 + "\x1b[2J", message="m" * 500), width)
-    assert max(map(len, lines)) <= width
+@pytest.mark.parametrize("letter", ["n", "预"])
+def test_no_line_is_longer_than_the_screen(width: int, letter: str) -> None:
+    lines = drawn(scene(name=letter * 300 + "\x1b[2J", message=letter * 500), width)
+    assert max(map(display_width, lines)) <= width
     assert not any("\x1b" in line or "\n" in line for line in lines)
 
 

@@ -9,6 +9,7 @@ from trainyard.client.cli.formatting import (
     bar,
     compact_number,
     count,
+    display_width,
     duration,
     fixed,
     local_time,
@@ -63,7 +64,7 @@ def _title(state: WatchState, width: int) -> Line:
     attempt = f"   attempt {job['attempt']}" if job.get("attempt") else ""
     left = f"{one_line(str(job.get('name', state.handle)), 40)}{attempt}   {job.get('id', '')}"
     hint = "Ctrl-C detaches; the job keeps running"
-    gap = width - len(left) - len(hint)
+    gap = width - display_width(left) - display_width(hint)
     return [(left, "bold"), (" " * gap + hint, "dim")] if gap >= 3 else [(left, "bold")]
 
 
@@ -170,7 +171,7 @@ def _footer(state: WatchState, now: datetime, width: int) -> Line:
     updated = local_time(state.progress.get("updated_at")) or state.answered_at
     age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
     # Half an address opens nothing, so on a narrow terminal the age is left out first.
-    fitting = (text for text in (f"live{age}   {url}", f"live   {url}") if len(text) <= width)
+    fitting = (text for text in (f"live{age}   {url}", f"live   {url}") if display_width(text) <= width)
     return [(next(fitting, f"live{age}"), "dim")]
 
 
@@ -180,7 +181,7 @@ def _truncate(line: Line, width: int) -> Line:
     left = width
     for text, style in line:
         spans.append((one_line(text, left), style))
-        left -= len(text)
+        left -= display_width(text)
         if left <= 0:
             break
     return spans
