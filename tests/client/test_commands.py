@@ -3,6 +3,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
+from tests.client.fake_service import FakeService, body_of, job, listed, metric, problem, refused
 from trainyard.client.cli.main import main
 from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
@@ -121,6 +122,14 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     assert err == (
         "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  run `trainyard list` to see all jobs\n"
     )
+
+
+def test_ages_are_by_the_clock_of_the_service(run: Run, service: FakeService) -> None:
+    response = listed([job(created_at="2020-01-31T18:28:05Z")])
+    response.headers["date"] = "Fri, 31 Jan 2020 18:31:05 GMT"  # the clock of this host is years ahead
+    service.faults = [lambda _: response]
+    code, out, _ = run("list")
+    assert (code, re.search("[23] min ago", out) is not None) == (0, True), out
 
 
 @pytest.mark.parametrize(

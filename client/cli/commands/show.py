@@ -4,7 +4,7 @@ import csv
 import io
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version as installed_version
 from itertools import chain
 from types import SimpleNamespace
@@ -40,11 +40,11 @@ def connect(args: SimpleNamespace) -> Client:
 
 
 def list_jobs(args: SimpleNamespace, console: Console) -> int:
-    now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
         filters |= {"owner": args.owner, "order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
+        now = trainyard.server_time
     shown = jobs[: args.limit]
     if args.json:
         console.json_list(shown, has_more=len(jobs) > len(shown))
@@ -99,7 +99,7 @@ def show(args: SimpleNamespace, console: Console) -> int:
         evaluated = (job.get("progress") or {}).get("eval_loss") is not None
         held_out = trainyard.held_out(job["id"]) if evaluated else {}
         scores = _newest_scores(trainyard, job["id"])
-        console.lines(job_page(job, datetime.now(UTC), held_out, scores))
+        console.lines(job_page(job, trainyard.server_time, held_out, scores))
     return Exit.SUCCEEDED
 
 

@@ -1,7 +1,7 @@
 """`trainyard token create|list|limit|rotate|revoke`: the named tokens of the service."""
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,7 +70,7 @@ def list_tokens(args: SimpleNamespace, console: Console) -> int:
     if not tokens:
         console.error("no named tokens; create one:  trainyard token create NAME --scope submit")
         return Exit.SUCCEEDED
-    now = datetime.now(UTC)
+    now = trainyard.server_time
     header = ("NAME", "SCOPE", "JOBS", "DEVICES", "CREATED", "LAST USED", "STATUS")
     console.lines(table(header, [_row(token, now) for token in tokens]))
     return Exit.SUCCEEDED
