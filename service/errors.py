@@ -325,7 +325,7 @@ class RequestInvalid(ServiceError):
 
 
 class KeyReused(ServiceError):
-    """The Idempotency-Key was used before, with another body."""
+    """The Idempotency-Key was used before, with another body. Use a new key for another request."""
 
     status, code = 422, "idempotency_key_reused"
 

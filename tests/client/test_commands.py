@@ -154,6 +154,19 @@ def test_a_corpus_in_place_of_a_spec_gets_the_flag_for_it(run: Run, tmp_path: Pa
     assert (code, "if it is the corpus, give it with --data_path" in err) == (2, True), err
 
 
+def test_a_folder_that_cannot_be_written_is_an_error_and_no_traceback(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "export"
+    code, _, err = run("export", "pre-12@12000", "--out", str(out))
+    assert (code, err.splitlines()[-1]) == (1, f"trainyard: {out} cannot be read or written: Not a directory")
+
+
+def test_a_checkpoint_that_does_not_exist_leads_to_the_list(run: Run) -> None:
+    code, _, err = run("checkpoints", "pre-12", "--delete", "7", "-y")
+    assert code == 1
+    assert "`trainyard checkpoints JOB` lists the checkpoints of a job" in err
+
+
 def test_without_a_token_the_error_names_the_option(run: Run, service: FakeService) -> None:
     service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
     code, _, err = run("list")
