@@ -110,6 +110,9 @@ def _newest_scores(trainyard: Client, job_id: str) -> list[Any]:
         return []  # a service of 0.1, or the job was deleted just now
 
 
+NO_POINTS = "no points yet; `trainyard show JOB` has the state of the job"
+
+
 def metrics(args: SimpleNamespace, console: Console) -> int:
     """Print the points while they are fetched, so that a long curve takes no memory."""
     with connect(args) as trainyard:
@@ -131,6 +134,7 @@ def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> 
     source = iter(points)
     first = next(source, None)
     if first is None:
+        console.error(NO_POINTS)
         return
     buffer = io.StringIO()
     names = [column for name in first for column in ([name] if name != "eval" else cells)]
@@ -146,9 +150,14 @@ def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> 
 
 
 def _print_points(points: Iterable[Any], console: Console) -> None:
+    source = iter(points)
+    first = next(source, None)
+    if first is None:
+        console.error(NO_POINTS)
+        return
     form = "{:>10}  {:>10}  {:>10}  {:>9}  {:>11}  {:>7}  {:>9}  {:>8}"
     console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "BPB", "EVAL LOSS", "EVAL BPB"))
-    for point in points:
+    for point in chain([first], source):
         cells = (
             count(point["step"]),
             "not finite" if point.get("nonfinite") and point.get("loss") is None else fixed(point.get("loss"), 4),
