@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -25,6 +27,7 @@ PAGE = 100
 CONNECTED = "connection.connect_tcp.complete"
 """The HTTP client's event of a new connection."""
 
+MIN_CLOCK_OFFSET = timedelta(minutes=1)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 T = TypeVar("T")
@@ -60,6 +63,8 @@ class Exchange:
 
     def __init__(self, url: str, retries: RetryPolicy) -> None:
         self.url = url.rstrip("/")
+        self.clock_offset = timedelta()
+        """The clock of the service minus that of this host, by the last response; 0 if it is less than a minute."""
         self._retries = retries
 
     def _settings(self, token: str | None, timeout: float) -> dict[str, Any]:
@@ -230,6 +235,7 @@ class Exchange:
                 message = f"{_cause(error)}; whether {request.method} {request.url.path} was done is not known"
                 raise ServiceUnreachable(self.url, message) from error
             raise RetryableError(_cause(error)) from error
+        self.clock_offset = _clock_offset(response.headers.get("date"), datetime.now(UTC))
         if repeatable and response.status_code in (502, 503, 504):
             raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
@@ -411,3 +417,12 @@ def _problem(response: httpx2.Response) -> dict[str, Any]:
     if isinstance(problem, dict):
         return problem
     return {"detail": f"HTTP {response.status_code} {response.reason_phrase} without an explanation"}
+
+
+def _clock_offset(date: str | None, now: datetime) -> timedelta:
+    # The header has whole seconds, and the response took a while.
+    try:
+        offset = parsedate_to_datetime(date) - now if date else timedelta()
+    except (TypeError, ValueError):
+        return timedelta()
+    return offset if abs(offset) >= MIN_CLOCK_OFFSET else timedelta()
