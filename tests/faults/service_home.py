@@ -21,12 +21,12 @@ from trainyard.contract.rundir import RunDir, read_json
 ROOT = Path(__file__).parents[2]
 
 
-def until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "") -> Any:
+def until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "", every: float = 0.02) -> Any:
     """The first true value of ``condition``; fails the test after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"it did not come true in {seconds:g} s: {what or condition}"
-        time.sleep(0.02)
+        time.sleep(every)
     return value
 
 
@@ -151,7 +151,7 @@ class Home:
         found: list[dict[str, Any]] = self.get(f"/jobs/{job_id}/metrics?limit=10000").json()["data"]
         return found
 
-    def wait(self, job_id: str, *statuses: str, seconds: float = 60.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, seconds: float = 60.0, every: float = 0.02) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
         def reached() -> bool:
@@ -160,7 +160,7 @@ class Home:
             return found.get("status") in statuses
 
         with telling(lambda: f"{json.dumps(found, indent=1)[:3000]}\n{self.log()[-3000:]}"):
-            until(reached, seconds, f"{job_id} is {statuses}")
+            until(reached, seconds, f"{job_id} is {statuses}", every)
         return found
 
     def run(self, job_id: str) -> RunDir:

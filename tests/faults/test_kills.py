@@ -243,7 +243,7 @@ def gloo_spec(corpus: Path, groups: dict[str, dict[str, Any]] | None = None) -> 
 def untouched(home: Home, part: Part) -> tuple[Any, list[float]]:
     home.start()
     job_id = submit(home, part)
-    home.wait(job_id, "succeeded", seconds=1800)
+    home.wait(job_id, "succeeded", seconds=1800, every=0.5)
     result = result_of(home, part, job_id)
     home.kill()
     return result
