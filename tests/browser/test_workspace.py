@@ -402,12 +402,16 @@ def test_polls_that_bring_nothing_new_draw_no_chart(sweep: Sweep, page: Page) ->
     sweep.rig.exit(sweep.running, "completed", step=20)
     page.goto(f"{sweep.url}/?jobs={sweep.ids['low-s1']},{sweep.ids['high-s1']}")
     expect(page.locator("figure .js-line").nth(1)).to_be_attached()
-    page.wait_for_function("() => document.querySelectorAll('figure .js-line').length >= 8")
-    page.evaluate("() => { const { react } = Plotly; window.drawn = 0;"
-                  " Plotly.react = (...given) => { window.drawn += 1; return react(...given); }; }")  # fmt: skip
-    for _ in range(3):
+
+    def await_poll() -> None:
         with page.expect_response(lambda response: "/jobs?" in response.url):
             pass
+
+    await_poll()  # It begins after the charts of the one before are drawn.
+    page.evaluate("() => { const { react } = Plotly; window.drawn = 0;"
+                  " Plotly.react = (...given) => { window.drawn += 1; return react(...given); }; }")  # fmt: skip
+    await_poll()
+    await_poll()
     assert page.evaluate("window.drawn") == 0
     page.get_by_label("Choose low-s2").check()
     page.wait_for_function("() => window.drawn > 0")
