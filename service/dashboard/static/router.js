@@ -1,6 +1,7 @@
 // URLs and pages. A page is `{title, open(place, params)}`; `place` is an empty element, and `open` returns a function that closes it.
 // Its modules are loaded when it is opened first, so that the first page waits only for its own.
 import { h } from "./dom.js";
+import { t } from "./i18n.js";
 
 const routes = [];
 let closePage = () => {};
@@ -44,8 +45,8 @@ export function openPage() {
   }
   closePage = match ? openWhenLoaded(match, place) : () => {};
   if (match) return;
-  document.title = "Not found · Trainyard";
-  place.append(h("h1", {}, "Not found"), h("p", {}, h("a", { href: "/" }, "To the jobs")));
+  document.title = `${t("Not found")} · Trainyard`;
+  place.append(h("h1", {}, t("Not found")), h("p", {}, h("a", { href: "/" }, t("To the jobs"))));
 }
 
 /** Returns a function that closes the page, also one that is not loaded yet. */
@@ -57,7 +58,7 @@ function openWhenLoaded({ load, params }, place) {
     document.title = `${page.title} · Trainyard`;
     close = page.open(place, params) ?? close;
   };
-  const fail = () => place.append(h("p", { class: "error", role: "alert" }, "This page could not be loaded. "), h("button", { type: "button", onclick: () => location.reload() }, "Load again"));
+  const fail = () => place.append(h("p", { class: "error", role: "alert" }, t("This page could not be loaded.")), h("button", { type: "button", onclick: () => location.reload() }, t("Load again")));
   load().then(open, fail);
   return () => {
     isClosed = true;
