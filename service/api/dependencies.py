@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 
 from trainyard.contract.scopes import Scope
 from trainyard.service import home
+from trainyard.service.api.shared_reads import SharedReads
 from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
@@ -48,6 +49,10 @@ class AppState:
     @cached_property
     def leader(self) -> LeaderMonitor:
         return LeaderMonitor()
+
+    @cached_property
+    def shared_reads(self) -> SharedReads:
+        return SharedReads(self.database, lambda: self.scheduler.waiting_version)
 
     @cached_property
     def authenticator(self) -> Authenticator:

@@ -31,6 +31,18 @@ JOB_BY_ID = JOBS_WITH_PLACEMENT.where(JOBS.c.id == bindparam("job_id"))
 SPEC_BY_ID = select(JOBS.c.spec).where(JOBS.c.id == bindparam("job_id"))
 NUMBER_BY_ID = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
 
+CURVE_OF_JOB = select(
+    JOBS.c.number, JOBS.c.status, JOBS.c.attempt, JOBS.c.sealed_step, JOBS.c.spec, JOBS.c.facts
+).where(JOBS.c.id == bindparam("job_id"))
+REPORTED_OF_JOB = (
+    select(ATTEMPTS.c.number, ATTEMPTS.c.acked_seq, ATTEMPTS.c.start_step)
+    .where(ATTEMPTS.c.job_id == bindparam("job_id"))
+    .order_by(ATTEMPTS.c.number)
+)
+"""With `CURVE_OF_JOB`, what changes with each change of a live job's curve: every point comes in a numbered line."""
+
+NEWEST_ATTEMPT_OF_JOB = select(JOBS.c.attempt).where(JOBS.c.id == bindparam("job_id"))
+
 FULL_CHECKPOINTS = (
     select(*CHECKPOINTS.c)
     .where(CHECKPOINTS.c.job_id.in_(bindparam("ids", expanding=True)), CHECKPOINTS.c.kind == "full")
@@ -81,6 +93,14 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
         raise JobNotFound()
     spec: dict[str, Any] = row.spec
     return spec
+
+
+def newest_attempt(connection: Connection, job_id: str) -> int:
+    """Return the number of the job's newest attempt; 0: it was never started. Raises JobNotFound."""
+    number = connection.scalar(NEWEST_ATTEMPT_OF_JOB, {"job_id": job_id}) if JOB_ID.fullmatch(job_id) else None
+    if number is None:
+        raise JobNotFound()
+    return int(number)
 
 
 def owner_of(connection: Connection, job_id: str) -> str:

@@ -7,6 +7,7 @@ from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import Limit, OptionalText
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, SampleRow
 from trainyard.service.errors import RequestInvalid, with_problems
@@ -18,6 +19,7 @@ router = APIRouter(prefix="/jobs/{job_id}", dependencies=[READ], route_class=Ser
 
 
 @router.get("/checkpoints", tags=["checkpoints"])
+@shared()
 def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
     """List the published checkpoints that exist on disk, newest first."""
     found: list[Checkpoint] = []
@@ -33,6 +35,7 @@ def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: Op
 
 
 @router.get("/events", tags=["events"])
+@shared()
 def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
     """List the events, oldest first: changes of status, warnings, saves and restarts, each with its actor."""
     with state.database.connection() as connection:
@@ -41,6 +44,7 @@ def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: Optiona
 
 
 @router.get("/samples", tags=["samples"])
+@shared()
 def list_samples(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Sample]:
     """List the texts that the model generated, oldest first."""
     with state.database.connection() as connection:
@@ -49,6 +53,7 @@ def list_samples(state: StateDep, job_id: str, limit: Limit = 100, after: Option
 
 
 @router.get("/attempts", tags=["attempts"])
+@shared()
 def list_attempts(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Attempt]:
     """List the attempts, oldest first: why each was launched, its start step, and how it ended."""
     with state.database.read() as session:

@@ -16,6 +16,7 @@ from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.corpora import ensure_corpus
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import NO_FIELDS, JsonBody
@@ -168,6 +169,7 @@ def _to_response(state: AppState, rows: JobRows) -> Job:
 
 
 @router.get("/jobs", dependencies=[READ])
+@shared()
 def list_jobs(
     state: StateDep,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
@@ -213,6 +215,7 @@ def list_jobs(
 
 
 @router.get("/jobs/{job_id}", dependencies=[READ])
+@shared()
 def get_job(state: StateDep, job_id: str) -> Job:
     """Return one job."""
     return load_response(state, job_id)
