@@ -15,6 +15,7 @@ from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.evaluations.runner import EvaluationRunner
 from trainyard.service.generation.pool import GenerationPool
+from trainyard.service.jobs.rendered import RenderedJobs
 from trainyard.service.jobs.submission import HostLimits
 from trainyard.service.leadership import LeaderMonitor
 from trainyard.service.logs.line_index import LineIndexCache
@@ -39,6 +40,7 @@ class AppState:
     broadcaster: MetricBroadcaster
     sender: Sender
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
+    rendered_jobs: RenderedJobs = field(default_factory=RenderedJobs)
     line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
     matrix_speed: MatrixSpeed | None = None
 

@@ -19,6 +19,7 @@ from starlette.responses import Response
 
 from trainyard.service.db.engine import Database
 from trainyard.service.db.versions import DatabaseVersion
+from trainyard.service.ids import JOB_ID
 
 MAX_AGE_SECONDS = 1.0
 """For what is not in the database: the clock ("checkpoint 5 s ago"), and files that were removed by hand."""
@@ -168,8 +169,11 @@ class SharedReads:
                 del self._flights[key]
 
     def _read_part(self, part: Part, request: Request) -> object:
+        job_id = request.path_params["job_id"]
+        if not JOB_ID.fullmatch(job_id):
+            return None
         with self._database.connection() as connection:
-            return part(connection, request.path_params["job_id"], request.scope["query_string"])
+            return part(connection, job_id, request.scope["query_string"])
 
     def _keep(self, key: Key, response: SharedResponse) -> None:
         before = self._responses.pop(key, None)

@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.auth.principal import LOCAL
-from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
+from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.ids import JOB_ID
 from trainyard.service.jobs.lifecycle import JobState
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
+EVENTS = EventRow.__table__
 
 NEWEST_ATTEMPT = and_(ATTEMPTS.c.job_id == JOBS.c.id, ATTEMPTS.c.number == JOBS.c.attempt)
 JOBS_WITH_PLACEMENT: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(
@@ -40,6 +41,9 @@ REPORTED_OF_JOB = (
     .order_by(ATTEMPTS.c.number)
 )
 """With `CURVE_OF_JOB`, what changes with each change of a live job's curve: every point comes in a numbered line."""
+
+EVENTS_OF_JOB = select(func.max(EVENTS.c.number), func.count()).where(EVENTS.c.job_id == bindparam("job_id"))
+"""What changes with each event that is added to a job, or removed: events are never changed."""
 
 NEWEST_ATTEMPT_OF_JOB = select(JOBS.c.attempt).where(JOBS.c.id == bindparam("job_id"))
 

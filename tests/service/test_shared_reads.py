@@ -22,6 +22,8 @@ from trainyard.service.db.models import JobRow
 
 READERS = 1000
 PATHS = ("", "/metrics", "/metrics?max_points=100", "/events", "/checkpoints", "/attempts", "/samples")
+"""Below a job."""
+
 Write = Callable[[ServiceHarness, str, FakeAttempt], Any]
 
 _accept = itertools.count()
@@ -99,6 +101,37 @@ def test_each_kind_of_write_changes_the_tags_and_nothing_stale_is_sent(any_rig: 
     for path in changed:
         after = any_rig.client.get(f"/jobs/{job_id}{path}", headers={"If-None-Match": tags[f"/jobs/{job_id}{path}"]})
         assert (after.status_code, after.headers["etag"] != tags[f"/jobs/{job_id}{path}"]) == (200, True), path
+
+
+@pytest.mark.parametrize("fields", ["all", "summary"])
+def test_a_job_of_a_list_is_as_fresh_as_the_job_itself(any_rig: ServiceHarness, fields: str) -> None:
+    reads_of(any_rig)
+    first, second = any_rig.submit(), any_rig.submit()
+    path = f"/jobs/{second}"
+
+    def require_same() -> None:
+        listed = {job["id"]: job for job in any_rig.get("/jobs", fields=fields)["data"]}
+        for job_id in (first, second):
+            alone = any_rig.job(job_id)
+            assert listed[job_id] == {name: alone[name] for name in listed[job_id]}
+
+    require_same()
+    for change in ({"name": "n"}, {"labels": {"a": "b"}}, {"group": "g"}, {"description": "d"}, {"save_interval": 9}):
+        any_rig.client.patch(path, json=change).raise_for_status()
+        require_same()
+    any_rig.client.patch(path, json={"priority": 5}).raise_for_status()  # moves the other job in the queue
+    require_same()
+    any_rig.reconcile()  # changes what the jobs wait for
+    require_same()
+    any_rig.post_action(second, "cancel")
+    require_same()
+    attempt = any_rig.launcher.of(second)
+    report_checkpoint(any_rig, second, attempt, 5)
+    any_rig.exit(attempt, "stopped", step=5)
+    require_same()
+    shutil.rmtree(any_rig.home / "runs" / second / "checkpoints")
+    any_rig.app.state.app_state.shared_reads.monotonic = lambda: 2.0
+    require_same()
 
 
 def test_a_discarded_job_leaves_the_list_and_a_deleted_one_is_not_found(any_rig: ServiceHarness) -> None:

@@ -1,7 +1,7 @@
 """Routes that list a job's checkpoints, events, samples and attempts."""
 
 from fastapi import APIRouter
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
@@ -11,7 +11,7 @@ from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, SampleRow
 from trainyard.service.errors import RequestInvalid, with_problems
-from trainyard.service.jobs import presenters, repository
+from trainyard.service.jobs import presenters, queries, repository
 from trainyard.service.jobs.listing import page_of
 from trainyard.service.schemas import Attempt, Checkpoint, Event, Page, Sample
 
@@ -34,8 +34,14 @@ def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: Op
     return Page(data=found[:limit], has_more=more or len(found) > limit)
 
 
+def events_part(connection: Connection, job_id: str, _query: bytes) -> object:
+    """Return what changes with the job's events. None for a job that has none: it may not exist."""
+    newest, count = connection.execute(queries.EVENTS_OF_JOB, {"job_id": job_id}).one()
+    return (newest, count) if count else None
+
+
 @router.get("/events", tags=["events"])
-@shared()
+@shared(events_part)
 def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
     """List the events, oldest first: changes of status, warnings, saves and restarts, each with its actor."""
     with state.database.connection() as connection:
