@@ -79,7 +79,9 @@ def _asset_response(asset: Asset, headers: Headers, extra: dict[str, str]) -> Re
 def _add_vary_accept(send: Send) -> Send:
     async def send_with_vary(message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).add_vary_header("Accept")
+            headers = MutableHeaders(scope=message)
+            if headers.get("vary") != "Accept":  # shared reads have it already
+                headers.add_vary_header("Accept")
         await send(message)
 
     return send_with_vary
