@@ -13,8 +13,9 @@ const CONFIRM_QUESTIONS = {
   delete: "Delete this job's record and files? This cannot be undone.",
 };
 const RESUME_WITH = "resume with";
-const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", "cancel", "kill", "delete"];
-const LABELS = { save: "save now", [RESUME_WITH]: "resume with…", fork: "fork…" };
+const DISCARD = "discard";
+const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", DISCARD, "cancel", "kill", "delete"];
+const LABELS = { [DISCARD]: "discard: hide from lists", save: "save now", [RESUME_WITH]: "resume with…", fork: "fork…" };
 
 /** The action that is likely next, or null: to pause what runs, to resume what does not, to fork what is done. */
 function primaryAction({ status }, whyNot) {
@@ -38,6 +39,7 @@ export class Actions {
     this.whyNot = new Map(job.allowed_actions.map(({ action, allowed, why_not: why }) => [action, allowed ? null : why]));
     // A succeeded job can be resumed only with more steps or epochs.
     this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? "it cannot be resumed"));
+    this.whyNot.set(DISCARD, null);
     this.verb = primaryAction(job, this.whyNot);
     setVisible(this.primary, this.verb);
     setText(this.primary, this.verb ? LABELS[this.verb] ?? this.verb : "");
@@ -45,7 +47,7 @@ export class Actions {
 
   others() {
     return ACTIONS.filter((verb) => verb !== this.verb && this.whyNot.has(verb)).map((verb) => ({
-      label: LABELS[verb] ?? verb, why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
+      label: verb === DISCARD && this.job.discarded ? "show in lists again" : LABELS[verb] ?? verb, why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
   }
 
   async press(verb) {
@@ -53,6 +55,7 @@ export class Actions {
     this.showError("");
     try {
       if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce("resume requested"), this.done(job)));
+      if (verb === DISCARD) return await this.discard(!this.job.discarded);
       if (verb === "fork") return navigate(`/submit?fork=${encodeURIComponent(this.job.id)}${this.job.checkpoint ? `&step=${this.job.checkpoint.step}` : ""}`);
       const job = await (verb === "delete" ? sendJson("DELETE", this.address) : sendJson("POST", `${this.address}/${verb}`));
       announce(`${verb} requested`);
@@ -63,6 +66,12 @@ export class Actions {
     }
   }
 
+  /** A mark that can be taken back: nothing is stopped or deleted. */
+  async discard(wanted) {
+    this.done(await sendJson("PATCH", this.address, { discarded: wanted }));
+    announce(wanted ? "Hidden from lists. The filter Discarded shows it" : "Shown in lists again");
+  }
+
   showError(message) {
     setVisible(this.error, message);
     setText(this.error, message);
@@ -70,7 +79,7 @@ export class Actions {
 }
 
 /** Asks for confirmation in a dialog; the button that changes nothing has the focus. */
-function confirmAction(question, verb) {
+export function confirmAction(question, verb) {
   return new Promise((done) => {
     const no = h("button", { type: "button", onclick: () => box.close() }, "Back");
     const yes = h("button", { type: "button", class: "danger", onclick: () => box.close("yes") }, verb);

@@ -1,6 +1,6 @@
 // The metrics tab: the charts that are not on the overview. A chart is drawn when it becomes visible.
 import { Chart } from "../charts.js";
-import { h, setText, updateList } from "../dom.js";
+import { h, setText, setVisible, updateList } from "../dom.js";
 import { getParam, setParam } from "../router.js";
 import { MORE_CHARTS, chartContent, chartFields } from "./job-charts.js";
 
@@ -13,7 +13,8 @@ export class MetricsTab {
     this.search = h("input", { id: "chart", type: "search", placeholder: "Search the charts", "aria-label": "Search the charts", value: getParam("chart") ?? "" });
     this.matchCount = h("span", { class: "muted", role: "status" });
     this.grid = h("div", { class: "small two" });
-    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid);
+    this.emptyNote = h("p", { class: "muted", hidden: true });
+    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid, this.emptyNote);
     this.search.addEventListener("input", () => {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
@@ -29,6 +30,7 @@ export class MetricsTab {
   draw(view) {
     this.view = view;
     for (const [described, chart] of this.charts) chart.show(chartContent(described, view));
+    this.hideEmptyCharts();
   }
 
   updateCharts() {
@@ -43,6 +45,14 @@ export class MetricsTab {
     setText(this.matchCount, words.length ? `${shown.length} of ${MORE_CHARTS.length} charts` : "");
   }
 
+  /** A chart without a point is only named. */
+  hideEmptyCharts() {
+    const empty = [...this.charts].filter(([, chart]) => chart.isEmpty);
+    for (const chart of this.charts.values()) setVisible(chart.node, !chart.isEmpty);
+    setVisible(this.emptyNote, empty.length);
+    setText(this.emptyNote, `Not reported by this run: ${empty.map(([{ name }]) => name).join(", ")}`);
+  }
+
   createChart(described) {
     const chart = new Chart(described.name, { ...described, height: HEIGHT });
     this.charts.set(described, chart);
@@ -50,6 +60,7 @@ export class MetricsTab {
     if (this.view) {
       chart.show(chartContent(described, this.view));
       chart.draw().catch((error) => console.warn(error));
+      this.hideEmptyCharts();
     }
     return node;
   }

@@ -3,8 +3,8 @@ import { ApiError, get, request, sendJson, token } from "../api.js";
 import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
 import { Menu } from "../menu.js";
-import { getParam, navigate } from "../router.js";
-import { openResumeDialog } from "./actions.js";
+import { getParam } from "../router.js";
+import { startsFrom } from "./checkpoint-actions.js";
 import { ConfigTab } from "./config-tab.js";
 import { EvaluationsTab } from "./evaluations-tab.js";
 import { LogsTab } from "./logs-tab.js";
@@ -80,6 +80,7 @@ async function runAction(listing, work) {
 
 const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
 const COLUMNS = [["Step", "num"], ["Kind"], ["Loss", "num"], ["Size", "num"], ["Saved"], ["sha256"], ["Actions"]];
+const BUTTONS = 3; // of what starts from a checkpoint: to generate, fork and decay; the others are in a menu
 const EXPORT_COLUMNS = [["Step", "num"], ["Format"], ["Size", "num"], ["Path"], ["Files"]];
 
 class CheckpointsTab extends ListTab {
@@ -124,55 +125,20 @@ class CheckpointsTab extends ListTab {
 
 function checkpointRow(checkpoint, listing) {
   const at = `${listing.address}/checkpoints/${checkpoint.step}`;
-  const whole = checkpoint.kind === "full";
-  const doing = whole ? [
-    h("button", { type: "button", onclick: () => listing.page.selectCheckpoint("try", checkpoint.step) }, "Generate"),
-    busyButton(listing, "Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
-    decayControl(listing, checkpoint),
-  ] : [];
-  const menu = new Menu("More", () => checkpointActions(checkpoint, listing, at), { name: `More from step ${count(checkpoint.step)}` });
+  // Asked for at each press, because what is possible changes with the state of the job.
+  const starts = () => startsFrom(checkpoint, listing.page, (work) => runAction(listing, work));
+  const doing = checkpoint.kind === "full" ? starts().slice(0, BUTTONS).map(({ label }, i) => h("button", { type: "button", onclick: () => starts()[i].press() }, label)) : [];
+  const menu = new Menu("More", () => [...starts().slice(BUTTONS), ...filesOf(checkpoint, listing, at)], { name: `More from step ${count(checkpoint.step)}` });
   return h("tr", { "data-step": checkpoint.step }, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
     cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
     h("td", { class: "row-actions" }, doing, menu.node));
 }
 
-/** What else can be done with a checkpoint, with the reason for what cannot. */
-function checkpointActions(checkpoint, listing, at) {
-  const { job, page } = listing;
+/** Items of a menu that download or export the checkpoint. */
+function filesOf(checkpoint, listing, at) {
   const weightsOnly = checkpoint.kind === "full" ? null : "only its weights are stored";
   const item = (label, work, why = null) => ({ label, why, press: () => runAction(listing, work) });
-  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? "the job cannot be resumed now");
-  const resume = () => openResumeDialog(listing.address, job, (changed) => (announce("resume requested"), page.draw(changed)), checkpoint.step);
-  const evaluate = async () => {
-    await sendJson("POST", `${at}/evaluate`, {});
-    announce(`Step ${count(checkpoint.step)} will be evaluated`);
-    page.selectTab("evaluations");
-  };
-  return [
-    item("Resume with…", resume, weightsOnly ?? resumable),
-    item("Evaluate", evaluate, job.spec.evaluation?.tasks.length ? weightsOnly : "no tasks in evaluation.tasks"),
-    item("Download", () => download(at, "model.safetensors")),
-    ...Object.entries(FORMATS).map(([format, label]) => item(`Export ${label}`, () => exportCheckpoint(listing, at, format), weightsOnly)),
-  ];
-}
-
-/** "Decay from here over N steps": a fork whose learning rate falls from this checkpoint on. */
-function decayControl(listing, checkpoint) {
-  const about = `over how many steps, from step ${checkpoint.step}`;
-  const steps = h("input", { type: "number", min: "1", step: "1", class: "decay", placeholder: "steps", "aria-label": `Decay ${about}` });
-  return h("span", { class: "bar" }, busyButton(listing, "Decay from here", () => decay(listing, checkpoint, steps)), steps);
-}
-
-async function decay(listing, checkpoint, input) {
-  const steps = Number(input.value);
-  if (!Number.isInteger(steps) || steps < 1) {
-    input.focus();
-    throw new Error("Decay from here: type the number of steps next to the button.");
-  }
-  const { plan } = await get(listing.address);
-  const training = { lr_scheduler: "wsd", decay_steps: steps, max_steps: checkpoint.step - plan.base_step + steps };
-  const job = await sendJson("POST", `${listing.address}/fork`, { step: checkpoint.step, data: "keep", overrides: { training } });
-  navigate(`/jobs/${job.id}`);
+  return [item("Download", () => download(at, "model.safetensors")), ...Object.entries(FORMATS).map(([format, label]) => item(`Export ${label}`, () => exportCheckpoint(listing, at, format), weightsOnly))];
 }
 
 /** Creates a button that is disabled while its action runs. */

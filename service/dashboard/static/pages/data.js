@@ -5,10 +5,13 @@ import { NONE, ago, bytes, compactNumber, count, dateTime, duration, fewDigits, 
 import { markUpdated, poll } from "../polling.js";
 import { showStatus, statusBadge } from "../status.js";
 
-const COLUMNS = [["Corpus"], ["State"], ["Documents", "num"], ["Tokens", "num"], ["Bytes per token", "num"], ["Jobs", "num"]];
+const COLUMNS = [["Corpus"], ["State"], ["Documents", "num"], ["Tokens", "num"], ["Bytes per token", "num"], ["Used by"], ["Actions"]];
+const MAX_NAMED = 2; // jobs of a corpus that the list names
 const FILES = [["File"], ["Size", "num"], ["Documents", "num"], ["Tokens", "num"], ["Bad", "num"]];
 const LENGTHS = [["Tokens of a document", "num"], ["Documents", "num"], ["Share"]];
 const BAD = [["File"], ["Line", "num"], ["Reason"]];
+const USERS = [["Job"], ["Status"], ["Owner"], ["Step", "num"], ["Submitted"]];
+const MAX_OLDER = 20; // jobs fetched one by one in a poll
 const PAGE_SIZE = 50;
 const IDLE_MS = 10_000; // The list has all reports, so it is fetched less often while nothing is being prepared.
 const isGoing = (corpus) => ["queued", "preparing"].includes(corpus.status);
@@ -16,6 +19,12 @@ const COMMAND = "trainyard corpus build PATH";
 
 export const dataPage = { title: "Data", open: openList };
 export const corpusPage = { title: "Corpus", open: openCorpus };
+
+/** The jobs that corpora name, by id: one request for the newest of them, because a list of corpora has ids only. */
+const fetchJobs = async () => new Map((await get("/jobs?limit=100&fields=summary")).data.map((job) => [job.id, job]));
+
+/** Whether a job waits for its corpus. */
+const waitsForCorpus = (job) => job?.status === "preparing";
 
 const listed = (paths) => [paths ?? []].flat();
 
@@ -68,23 +77,23 @@ function openList(place) {
   let idleUntil = 0;
   return poll(async () => {
     if (Date.now() < idleUntil) return;
-    const { data, has_more: more } = await get(`/corpora?limit=${PAGE_SIZE}`);
+    const [{ data, has_more: more }, jobs] = await Promise.all([get(`/corpora?limit=${PAGE_SIZE}`), fetchJobs()]);
     idleUntil = data.some(isGoing) ? 0 : Date.now() + IDLE_MS;
     setText(total, `${count(data.length)}${more ? "+" : ""} ${data.length === 1 ? "corpus" : "corpora"}`);
     setVisible(empty, !data.length);
     setVisible(table.node, data.length);
-    updateList(table.body, data, (corpus) => corpus.id, corpusRow, updateRow);
+    updateList(table.body, data, (corpus) => corpus.id, corpusRow, (row, corpus) => updateRow(row, corpus, jobs));
   });
 }
 
 function corpusRow() {
   const cells = { name: h("a", { class: "name" }), id: h("code"), made: h("span"), status: statusBadge(), progress: new Progress(),
-    documents: h("td", { class: "num", "data-name": "documents" }), tokens: h("td", { class: "num", "data-name": "tokens" }), fit: h("td", { class: "num", "data-name": "bytes per token" }), jobs: h("td", { class: "num", "data-name": "jobs" }) };
+    documents: h("td", { class: "num", "data-name": "documents" }), tokens: h("td", { class: "num", "data-name": "tokens" }), fit: h("td", { class: "num", "data-name": "bytes per token" }), jobs: h("ul", { class: "plain" }), start: h("a", { class: "button" }, "Start a run") };
   return Object.assign(h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made)), h("td", { class: "whole" }, cells.status, cells.progress.node),
-    cells.documents, cells.tokens, cells.fit, cells.jobs), { inside: cells });
+    cells.documents, cells.tokens, cells.fit, h("td", { class: "whole" }, cells.jobs), h("td", { class: "row-actions" }, cells.start)), { inside: cells });
 }
 
-function updateRow(row, corpus) {
+function updateRow(row, corpus, jobs) {
   const { inside: cells } = row;
   const { report } = corpus;
   setAttr(cells.name, "href", `/data/${corpus.id}`);
@@ -94,11 +103,24 @@ function updateRow(row, corpus) {
   setAttr(cells.made, "title", dateTime(corpus.created_at));
   showStatus(cells.status, corpus.status);
   cells.progress.update(corpus);
-  const numbers = [[cells.documents, count(report?.documents)], [cells.tokens, compactNumber(report?.tokens)], [cells.fit, fewDigits(report?.bytes_per_token)], [cells.jobs, count(corpus.jobs.length)]];
+  const numbers = [[cells.documents, count(report?.documents)], [cells.tokens, compactNumber(report?.tokens)], [cells.fit, fewDigits(report?.bytes_per_token)]];
+  setAttr(cells.start, "href", `/submit?corpus=${encodeURIComponent(corpus.id)}`);
+  setAttr(cells.start, "aria-label", `Start a run from ${nameOf(corpus)}`);
+  updateUsers(cells.jobs, corpus.jobs, jobs);
   for (const [cell, text] of numbers) {
     setText(cell, text);
     cell.classList.toggle("empty-cell", text === NONE);
   }
+}
+
+/** Names the newest jobs of a corpus, with those that wait for it first, and counts the others. */
+function updateUsers(list, ids, jobs) {
+  const order = [...ids].sort((a, b) => waitsForCorpus(jobs.get(b)) - waitsForCorpus(jobs.get(a)));
+  const more = ids.length - MAX_NAMED;
+  updateList(list, [...order.slice(0, MAX_NAMED), ...(more > 0 ? [""] : [])], (id) => id, (id) => h("li", {}, id === "" ? h("span", { class: "muted" }) : h("a", { href: `/jobs/${id}` }), " ", h("span", { class: "muted" })), (part, id) => {
+    setText(part.firstChild, id === "" ? `and ${count(more)} more` : jobs.get(id)?.name ?? id);
+    setText(part.lastChild, waitsForCorpus(jobs.get(id)) ? "waits for it" : "");
+  });
 }
 
 function openCorpus(place, { id }) {
@@ -117,12 +139,13 @@ class CorpusPage {
     this.hint = h("p", { class: "error", hidden: true });
     this.note = h("p", { class: "sentence", hidden: true });
     this.facts = h("dl", { class: "facts short" });
-    this.jobs = h("ul", { class: "plain" });
+    this.users = createTable(USERS, "Jobs that use the corpus");
+    this.users.node.classList.add("stack");
     this.noJobs = h("p", { class: "muted" }, "No job.");
     this.sources = h("div");
-    this.start = h("a", { class: "button", href: `/submit?corpus=${encodeURIComponent(id)}` }, "Start a run from it");
+    this.start = h("a", { class: "button primary", href: `/submit?corpus=${encodeURIComponent(id)}` }, "Start a run from it");
     this.body = h("div", {}, h("section", {}, h("h2", {}, "Files"), this.paths), h("section", { hidden: true }, h("h2", {}, "Together"), this.facts),
-      this.sources, h("section", {}, h("h2", {}, "Used by"), this.jobs, this.noJobs));
+      this.sources, h("section", {}, h("h2", {}, "Used by"), this.users.node, this.noJobs));
     place.append(h("p", { class: "muted" }, h("a", { href: "/data" }, "Data")), h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)),
       this.start), this.note, this.progress.node, this.hint, this.body);
     this.poller = poll(() => this.load());
@@ -130,8 +153,9 @@ class CorpusPage {
 
   async load() {
     try {
-      const [corpus, jobs] = await Promise.all([get(this.address), get("/jobs?limit=100&fields=summary")]);
-      this.draw(corpus, new Map(jobs.data.map((job) => [job.id, job])));
+      const [corpus, jobs] = await Promise.all([get(this.address), fetchJobs()]);
+      await this.fetchOlder(corpus.jobs, jobs);
+      this.draw(corpus, jobs);
     } catch (error) {
       if (!(error instanceof ApiError) || error.status !== 404) throw error;
       setText(this.note, "There is no such corpus.");
@@ -140,6 +164,14 @@ class CorpusPage {
       this.poller();
       markUpdated();
     }
+  }
+
+  /** Fetches the jobs that are too old for the list, once each; null: it was deleted. */
+  async fetchOlder(ids, jobs) {
+    this.older ??= new Map();
+    const unknown = ids.filter((id) => !jobs.has(id) && !this.older.has(id)).slice(0, MAX_OLDER);
+    await Promise.all(unknown.map(async (id) => this.older.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(() => null))));
+    for (const id of ids) if (!jobs.has(id) && this.older.get(id)) jobs.set(id, this.older.get(id));
   }
 
   draw(corpus, jobs) {
@@ -154,11 +186,8 @@ class CorpusPage {
     setText(this.note, gone || unknown);
     setVisible(this.note, gone || unknown);
     updateList(this.paths, pathsOf(corpus.spec), ([source, path]) => `${source} ${path}`, ([source, path]) => h("li", {}, source ? `${source}: ` : "", h("code", { class: "wrap" }, path)));
-    updateList(this.jobs, corpus.jobs, (job) => job, (job) => h("li", {}, h("a", { href: `/jobs/${job}` }), " ", statusBadge()), (part, job) => {
-      setText(part.firstChild, jobs.get(job)?.name ?? job);
-      setVisible(part.lastChild, jobs.has(job));
-      if (jobs.has(job)) showStatus(part.lastChild, jobs.get(job).status);
-    });
+    updateList(this.users.body, corpus.jobs, (job) => job, userRow, (row, job) => updateUserRow(row, job, jobs.get(job)));
+    setVisible(this.users.node, corpus.jobs.length);
     setVisible(this.noJobs, !corpus.jobs.length);
     this.drawReport(corpus);
   }
@@ -173,6 +202,23 @@ class CorpusPage {
     fillFacts(this.facts, report ? corpusFacts(report) : []);
     this.sources.replaceChildren(...sources.map((source) => sourceSection(source, sources.length > 1, spec.tokenizer_path)));
   }
+}
+
+function userRow(id) {
+  const cells = { name: h("a", { class: "name", href: `/jobs/${id}` }), status: statusBadge(), detail: h("span", { class: "status-detail" }), owner: h("td", { "data-name": "owner" }), step: h("td", { class: "num", "data-name": "step" }), made: h("td", { "data-name": "submitted" }) };
+  return Object.assign(h("tr", {}, h("td", {}, cells.name), h("td", { class: "whole" }, cells.status, cells.detail), cells.owner, cells.step, cells.made), { cells });
+}
+
+/** `job`: null if it was deleted. */
+function updateUserRow({ cells }, id, job) {
+  setText(cells.name, job?.name ?? id);
+  setVisible(cells.status, job);
+  if (job) showStatus(cells.status, job.status);
+  setText(cells.detail, job ? (waitsForCorpus(job) ? "waits for this corpus" : "") : "deleted");
+  setText(cells.owner, job?.owner ?? NONE);
+  setText(cells.step, job?.progress ? count(job.progress.step) : NONE);
+  setText(cells.made, job ? ago(job.created_at) : NONE);
+  setAttr(cells.made, "title", job ? dateTime(job.created_at) : null);
 }
 
 const share = (value) => (value > 0 && value < 0.001 ? "below 0.1 %" : value === 0 ? "0 %" : percent(100 * (value ?? NaN)));

@@ -27,7 +27,7 @@ const text = (key, label, width, value, title = null) => ({ key, label, width, v
 /** `key` is the name in the address, `width` in px; `value(job)` is sorted by, and null if there is none. */
 export const COLUMNS = [
   { ...text("status", "Status", 150, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
-  { ...number("progress", "Progress", 140, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
+  { ...number("progress", "Progress", 170, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
   { ...text("group", "Group", 100, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
   { ...number("score", "Score", 75, (job) => job.score?.value ?? null, loss), hint: "The best held-out bits per byte, else the best held-out loss, else the smoothed loss",
     title: (job) => job.score && `${SCORES[job.score.metric]} at step ${count(job.score.step)}` },
