@@ -93,7 +93,7 @@ def test_webhooks_need_operate(make_rig: MakeHarness, any_url: str) -> None:
 
 def test_an_admin_gives_a_job_to_another_owner(any_rig: ServiceHarness) -> None:
     alice, bob = (created(any_rig, name, scope="submit") for name in ("alice", "bob"))
-    operator, admin = (created(any_rig, scope, scope=scope) for scope in ("operate", "admin"))
+    operator, admin = (created(any_rig, f"with-{scope}", scope=scope) for scope in ("operate", "admin"))
     created(any_rig, "gone", scope="submit")
     any_rig.client.delete("/tokens/gone")
     job = any_rig.client.post("/jobs", json=any_rig.spec(), headers=bearer(alice)).json()
@@ -117,7 +117,7 @@ def test_an_admin_gives_a_job_to_another_owner(any_rig: ServiceHarness) -> None:
     events = any_rig.data(job["id"], "events")
     assert events[0]["actor"] == "alice", "who submitted it is kept"
     [changed] = [event for event in events if event["kind"] == "changed"]
-    assert (changed["actor"], changed["message"]) == ("admin", "changed owner; the owner was alice and is bob")
+    assert (changed["actor"], changed["message"]) == ("with-admin", "changed owner; the owner was alice and is bob")
     assert [one["id"] for one in any_rig.get("/jobs", owner="bob")["data"]] == [job["id"]]
     assert any_rig.get("/jobs", owner="alice")["data"] == []
     assert any_rig.client.patch(path, json={"owner": "local"}).json()["owner"] == "local"

@@ -1,6 +1,6 @@
 // Actions of a job: the one that is likely next as a button, all others in a menu, with the reason if one is not possible; and the dialog to resume with changes.
 import { ApiError, get, sendJson } from "../api.js";
-import { announce, h, setAttr, setText, setVisible } from "../dom.js";
+import { announce, h, setText, setVisible } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
 import { Menu } from "../menu.js";
