@@ -1,5 +1,6 @@
 // URLs and pages. A page is `{title, open(place, params)}`; `place` is an empty element, and `open` returns a function that closes it.
 import { h } from "./dom.js";
+import { t } from "./i18n.js";
 
 const routes = [];
 let closePage = () => {};
@@ -41,9 +42,9 @@ export function openPage() {
     if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = match ? `${match.made.title} · Trainyard` : "Not found · Trainyard";
+  document.title = match ? `${match.made.title} · Trainyard` : `${t("Not found")} · Trainyard`;
   if (match) closePage = match.made.open(place, match.params) ?? (() => {});
-  else place.append(h("h1", {}, "Not found"), h("p", {}, h("a", { href: "/" }, "To the jobs")));
+  else place.append(h("h1", {}, t("Not found")), h("p", {}, h("a", { href: "/" }, t("To the jobs"))));
 }
 
 /** Sets a query parameter of the URL without a history entry; null removes it. */

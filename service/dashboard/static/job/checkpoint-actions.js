@@ -3,6 +3,7 @@ import { ApiError, sendJson } from "../api.js";
 import { announce, h, setText, setVisible } from "../dom.js";
 import { RateCurve } from "../form/plan-view.js";
 import { count, duration } from "../format.js";
+import { t } from "../i18n.js";
 import { navigate } from "../router.js";
 import { openResumeDialog } from "./actions.js";
 
@@ -17,20 +18,20 @@ const DECAY_PART = 0.1;
 export function startsFrom(checkpoint, page, run) {
   const { job } = page;
   const { step } = checkpoint;
-  const weightsOnly = checkpoint.kind === "full" ? null : "only its weights are stored";
+  const weightsOnly = checkpoint.kind === "full" ? null : t("only its weights are stored");
   const item = (label, work, why = null) => ({ label, why: weightsOnly ?? why, press: () => run(work) });
-  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? "the job cannot be resumed now");
+  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? t("the job cannot be resumed now"));
   const evaluate = async () => {
     await sendJson("POST", `${page.address}/checkpoints/${step}/evaluate`, {});
-    announce(`Step ${count(step)} will be evaluated`);
+    announce(t("Step {step} will be evaluated", { step: count(step) }));
     page.selectTab("evaluations");
   };
   return [
-    item("Generate", () => page.selectCheckpoint("try", step)),
-    item("Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${step}`)),
-    item("Decay from here…", () => openDecayDialog(page, checkpoint)),
-    item("Resume with…", () => openResumeDialog(page.address, job, (changed) => (announce("resume requested"), page.draw(changed)), step), resumable),
-    item("Evaluate", evaluate, job.spec.evaluation?.tasks.length ? null : "no tasks in evaluation.tasks"),
+    item(t("Generate"), () => page.selectCheckpoint("try", step)),
+    item(t("Fork from here"), () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${step}`)),
+    item(t("Decay from here…"), () => openDecayDialog(page, checkpoint)),
+    item(t("Resume with…"), () => openResumeDialog(page.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), step), resumable),
+    item(t("Evaluate"), evaluate, job.spec.evaluation?.tasks.length ? null : t("no tasks in evaluation.tasks")),
   ];
 }
 
@@ -41,18 +42,18 @@ function openDecayDialog({ address, job }, checkpoint) {
   const curve = new RateCurve();
   const time = h("p", { class: "muted", role: "status" });
   const error = h("p", { class: "error", role: "alert" });
-  const start = h("button", { type: "submit", class: "primary" }, "Start the decay");
+  const start = h("button", { type: "submit", class: "primary" }, t("Start the decay"));
   const form = h("form", { novalidate: true, onsubmit: (event) => (event.preventDefault(), send()) },
-    h("div", { class: "bar" }, h("label", { for: "decay-steps" }, "Steps of the decay"), steps), curve.node, time, error,
-    h("div", { class: "bar" }, start, h("button", { type: "button", onclick: () => box.close() }, "Back")));
-  const box = h("dialog", { class: "wide", "aria-labelledby": "decay-title" }, h("h2", { id: "decay-title" }, `Decay from step ${at}`),
-    h("p", { class: "muted" }, `A fork of ${job.name} continues from step ${at} with the same data. Its learning rate falls over these steps, and then it ends.`), form);
+    h("div", { class: "bar" }, h("label", { for: "decay-steps" }, t("Steps of the decay")), steps), curve.node, time, error,
+    h("div", { class: "bar" }, start, h("button", { type: "button", onclick: () => box.close() }, t("Back"))));
+  const box = h("dialog", { class: "wide", "aria-labelledby": "decay-title" }, h("h2", { id: "decay-title" }, t("Decay from step {step}", { step: at })),
+    h("p", { class: "muted" }, t("A fork of {name} continues from step {step} with the same data. Its learning rate falls over these steps, and then it ends.", { name: job.name, step: at })), form);
 
   /** Returns the body of the fork; null after showing an error if the number is not valid. */
   const body = () => {
     const length = Number(steps.value);
     const valid = Number.isInteger(length) && length >= 1;
-    setText(error, valid ? "" : "Type a whole number of steps, at least 1.");
+    setText(error, valid ? "" : t("Type a whole number of steps, at least 1."));
     const training = { lr_scheduler: "wsd", decay_steps: length, max_steps: checkpoint.step - job.plan.base_step + length };
     return valid ? { step: checkpoint.step, data: "keep", overrides: { training } } : null;
   };
@@ -67,7 +68,7 @@ function openDecayDialog({ address, job }, checkpoint) {
       const found = await sendJson("POST", `${address}/fork/plan`, wanted);
       if (number !== latest) return;
       curve.show(found.learning_rate ?? []);
-      setText(time, found.eta_seconds === null ? "" : `About ${duration(found.eta_seconds)}`);
+      setText(time, found.eta_seconds === null ? "" : t("about {value}", { value: duration(found.eta_seconds) }));
     } catch (problem) {
       if (number === latest) show(problem);
     }

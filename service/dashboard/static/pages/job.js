@@ -2,11 +2,12 @@
 import { ApiError, get } from "../api.js";
 import { h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { dateTime } from "../format.js";
+import { t } from "../i18n.js";
 import { Actions } from "../job/actions.js";
 import { startsFrom } from "../job/checkpoint-actions.js";
 import { JobCharts } from "../job/job-charts.js";
 import { Details, FailureCard, JobsAhead, KeyFacts, Lineage } from "../job/summary.js";
-import { TABS } from "../job/tabs.js";
+import { TABS, TAB_NAMES } from "../job/tabs.js";
 import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { markUpdated, poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
@@ -15,7 +16,7 @@ import { FINAL_STATUSES, showStatus, statusBadge } from "../status.js";
 
 const CHART_TABS = new Set(["overview", "metrics"]);
 
-export const jobPage = { title: "Job", open };
+export const jobPage = { title: t("Job"), open };
 
 function open(place, { id }) {
   const page = new JobPage(place, id);
@@ -49,9 +50,9 @@ class JobPage {
 
   tabs() {
     this.panel = h("div", { role: "tabpanel", id: "panel", tabindex: "0", class: "panel" });
-    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": "About this job" });
+    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": t("About this job") });
     for (const name of Object.keys(TABS)) {
-      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, name);
+      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, TAB_NAMES[name]);
       tab.addEventListener("keydown", (event) => this.onTabKey(event, name));
       this.tabList.append(tab);
     }
@@ -84,7 +85,7 @@ class JobPage {
   startsFrom(checkpoint) {
     if (!this.job) return [];
     const run = (work) => Promise.resolve().then(work).catch((error) => this.actions.showError(error.message));
-    return [...startsFrom(checkpoint, this, run), { label: "Show it in the list", press: () => this.selectCheckpoint("checkpoints", checkpoint.step) }];
+    return [...startsFrom(checkpoint, this, run), { label: t("Show it in the list"), press: () => this.selectCheckpoint("checkpoints", checkpoint.step) }];
   }
 
   closeTab() {
@@ -122,7 +123,7 @@ class JobPage {
       this.draw(await get(this.address));
     } catch (error) {
       if (error instanceof ApiError && error.status === 404) {
-        setText(this.sentence, "Job not found.");
+        setText(this.sentence, t("Job not found."));
         this.poller?.();
       }
       throw error;
@@ -156,8 +157,8 @@ class JobPage {
     const watched = isWatched(this.job);
     setVisible(this.watch, canWatch(this.job) || watched);
     setAttr(this.watch, "aria-pressed", String(watched));
-    setText(this.watch, watched ? "Notifies me at the end" : "Notify me at the end");
-    setAttr(this.watch, "title", watched ? "Press to stop watching this job" : "A notification of the browser tells that the job has ended");
+    setText(this.watch, watched ? t("Notifies me at the end") : t("Notify me at the end"));
+    setAttr(this.watch, "title", watched ? t("Press to stop watching this job") : t("The browser shows a notification when the job has ended"));
   }
 
   toggleWatch() {

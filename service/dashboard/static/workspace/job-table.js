@@ -2,6 +2,7 @@
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { ago, count, dateTime } from "../format.js";
 import { NAME_COLUMN } from "./columns.js";
+import { t } from "../i18n.js";
 
 const ROW_HEIGHT = 46; // px, as in workspace.css
 const OVERSCAN = 6; // rows above and below the view
@@ -17,8 +18,8 @@ export class JobTable {
     this.head = h("tr");
     this.body = h("tbody", { class: "jobs" });
     [this.above, this.below] = [spacer(), spacer()];
-    this.table = h("table", { class: "runs-table" }, h("caption", { class: "visually-hidden" }, "Jobs"), this.columnNodes, h("thead", {}, this.head), this.above, this.body, this.below);
-    this.node = h("div", { class: "scroll runs", tabindex: "0", role: "region", "aria-label": "Jobs", onscroll: () => this.onScroll() }, this.table);
+    this.table = h("table", { class: "runs-table" }, h("caption", { class: "visually-hidden" }, t("Jobs")), this.columnNodes, h("thead", {}, this.head), this.above, this.body, this.below);
+    this.node = h("div", { class: "scroll runs", tabindex: "0", role: "region", "aria-label": t("Jobs"), onscroll: () => this.onScroll() }, this.table);
     this.onResize = new ResizeObserver(() => this.drawRows());
     this.onResize.observe(this.node);
   }
@@ -104,7 +105,7 @@ export class JobTable {
     const { parts } = part;
     const [job] = row.jobs;
     const isFold = row.jobs.length > 1;
-    setAttr(parts.box, "aria-label", `Choose ${row.name}`);
+    setAttr(parts.box, "aria-label", t("Choose {name}", { name: row.name }));
     parts.box.checked = row.chosen === row.jobs.length;
     parts.box.indeterminate = row.chosen > 0 && row.chosen < row.jobs.length;
     parts.box.disabled = this.isFull && row.chosen === 0;
@@ -115,7 +116,7 @@ export class JobTable {
       setAttr(parts.name, "aria-expanded", String(row.open));
       setText(parts.name.firstChild, row.open ? "▾" : "▸");
       setText(parts.name.lastChild, row.name);
-      setText(parts.made, `${count(row.jobs.length)} jobs`);
+      setText(parts.made, t("{n} jobs", { n: count(row.jobs.length) }));
     } else {
       setAttr(parts.name, "href", `/jobs/${job.id}`);
       setText(parts.name, job.name);
