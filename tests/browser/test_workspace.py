@@ -267,7 +267,7 @@ def test_actions_on_all_chosen_jobs(sweep: Sweep, page: Page) -> None:
     expect(menu.get_by_role("button", name="Resume", disabled=True)).to_contain_text("no chosen job")
     check_both_themes(page, "bulk-actions")
     menu.get_by_role("button", name="Discard: hide from lists: 3 jobs").click()
-    expect(page.locator("#toast")).to_have_text("discard: 3 of 3")
+    expect(page.locator("#toast")).to_have_text("Discard: hide from lists: 3 of 3")
     assert all(sweep.rig.job(job_id)["discarded"] for job_id in chosen)
     expect(rows(page)).to_have_count(2)
     button.click()
@@ -277,7 +277,7 @@ def test_actions_on_all_chosen_jobs(sweep: Sweep, page: Page) -> None:
     button.click()
     menu.get_by_role("button", name="Cancel: 1 job").click()
     page.get_by_role("dialog").get_by_role("button", name="cancel").click()
-    expect(page.locator("#toast")).to_have_text("cancel: 1 of 1")
+    expect(page.locator("#toast")).to_have_text("Cancel: 1 of 1")
     assert sweep.rig.job(sweep.ids["alone"])["desired"] != "run"
 
 
