@@ -11,9 +11,9 @@ from trainyard.contract.patterns import ONE_LINE
 from trainyard.contract.rundir import RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.api.routers.jobs import find_job
 from trainyard.service.auth.permissions import READ
 from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
+from trainyard.service.jobs import queries
 from trainyard.service.logs import reader
 from trainyard.service.schemas import LogChunk, LogLines, LogMatch, LogMatches
 
@@ -98,11 +98,12 @@ def validate_rank(rank: str, tail: int | None = None, offset: int | None = None)
 
 
 def _file(state: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
-    job = find_job(state, job_id)
-    number = attempt or job.attempt
-    if job.attempt == 0:
+    with state.database.connection() as connection:
+        newest = queries.newest_attempt(connection, job_id)
+    number = attempt or newest
+    if newest == 0:
         raise LogNotFound("The job has no log yet: it has not started.")
-    if number > job.attempt:
-        raise LogNotFound(f"The job has no attempt of this number: its newest is {job.attempt}.")
-    directory = RunDir(state.settings.runs / job.id).attempt(number)
+    if not 1 <= number <= newest:
+        raise LogNotFound(f"The job has no attempt of this number: its newest is {newest}.")
+    directory = RunDir(state.settings.runs / job_id).attempt(number)
     return reader.log_file(directory, None if rank == AGENT else int(rank))
