@@ -29,23 +29,23 @@ const text = (key, label, width, value, title = null) => ({ key, label, width, v
 
 /** `key` is the name in the address, `width` in px; `value(job)` is sorted by, and null if there is none. */
 export const COLUMNS = [
-  { ...text("status", t("Status"), 150, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
-  { ...number("progress", t("Progress"), 140, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
-  { ...text("group", t("Group"), 100, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
-  { ...number("score", t("Score"), 75, (job) => job.score?.value ?? null, loss), hint: t("The best held-out bits per byte, else the best held-out loss, else the smoothed loss"),
+  { ...text("status", t("Status"), 138, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
+  { ...number("progress", t("Progress"), 155, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
+  { ...text("group", t("Group"), 95, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
+  { ...number("score", t("Score"), 70, (job) => job.score?.value ?? null, loss), hint: t("The best held-out bits per byte, else the best held-out loss, else the smoothed loss"),
     title: (job) => job.score && SCORES[job.score.metric](count(job.score.step)) },
   number("eval_loss", t("Held-out loss"), 105, (job) => job.progress.eval_loss, loss),
   number("bpb", t("Held-out bpb"), 105, (job) => job.progress.eval_bpb, loss),
-  { ...number("loss", t("Loss"), 75, (job) => job.progress.loss, loss), missing: (job) => (job.progress.nonfinite ? t("not finite") : NONE) },
+  { ...number("loss", t("Loss"), 70, (job) => job.progress.loss, loss), missing: (job) => (job.progress.nonfinite ? t("not finite") : NONE) },
   number("train_bpb", t("Train bpb"), 85, (job) => job.progress.bpb, loss),
-  { key: "curve", label: t("Curve"), width: 96, numeric: true, value: null, create: createCurve, update: updateCurve },
+  { key: "curve", label: t("Curve"), width: 94, numeric: true, value: null, create: createCurve, update: updateCurve },
   number("tokens", t("Tokens"), 85, (job) => job.progress.tokens, compactNumber),
-  number("speed", t("Tokens/s"), 105, (job) => job.progress.tokens_per_second, compactNumber),
-  number("eta", t("ETA"), 90, (job) => (isRunning(job) ? job.progress.eta_seconds : null), duration),
+  number("speed", t("Tokens/s"), 92, (job) => job.progress.tokens_per_second, compactNumber),
+  number("eta", t("ETA"), 84, (job) => (isRunning(job) ? job.progress.eta_seconds : null), duration),
   number("rate", t("Learning rate"), 100, inSpec("training", "learning_rate"), formatValue),
   number("batch", t("Batch"), 70, batch, count),
   number("parameters", t("Parameters"), 95, (job) => job.plan?.parameters ?? null, compactNumber),
-  { ...text("labels", t("Labels"), 145, (job) => Object.entries(job.labels).map((pair) => pair.join("=")).join(" ") || null), create: () => h("td", {}, h("span", { class: "labels" })), update: updateLabels },
+  { ...text("labels", t("Labels"), 126, (job) => Object.entries(job.labels).map((pair) => pair.join("=")).join(" ") || null), create: () => h("td", {}, h("span", { class: "labels" })), update: updateLabels },
   text("owner", t("Owner"), 100, (job) => job.owner),
   number("duration", t("Duration"), 100, trainedSeconds, duration),
   { ...number("created", t("Created"), 110, (job) => Date.parse(job.created_at), (at) => ago(new Date(at).toISOString())), title: (job) => dateTime(job.created_at) },
@@ -116,7 +116,10 @@ function textCell({ numeric }) {
 function updateNumber(cell, { jobs }, column) {
   const values = jobs.map((job) => column.value(job)).filter((value) => Number.isFinite(value));
   const [first] = jobs;
-  if (!values.length) return setText(cell, column.missing?.(first) ?? NONE);
+  if (!values.length) {
+    setText(cell, column.missing?.(first) ?? NONE);
+    return setAttr(cell, "title", null);
+  }
   setText(cell, column.format(values.reduce((sum, value) => sum + value, 0) / values.length));
   const range = t("mean of {n}: {low} to {high}", { n: count(values.length), low: column.format(Math.min(...values)), high: column.format(Math.max(...values)) });
   return setAttr(cell, "title", jobs.length > 1 ? range : column.title?.(first));
