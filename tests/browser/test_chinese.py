@@ -21,7 +21,8 @@ from trainyard.service.dashboard.assets import STATIC
 pytestmark = pytest.mark.long
 
 TEXTS = """() => {
-  const apart = 'code, pre, kbd, .command, .command-line, .mono, .unit, .group .title, textarea, script, style, noscript, svg, #swagger-ui, [lang="en"]';
+  const apart = 'code, pre, kbd, .command, .command-line, .mono, .unit, .group .title, textarea, script, style, noscript,'
+    + 'svg, #swagger-ui, [lang="en"]';
   const found = [];
   const add = (text) => text && found.push(text.trim().replace(/\\s+/g, ' '));
   for (const node of document.querySelectorAll('body *')) {
@@ -31,7 +32,7 @@ TEXTS = """() => {
   }
   return [document.title, ...found];
 }"""
-"""The visible texts, without code, the names of settings and of their groups, and the page of Swagger UI, and the texts of attributes."""
+"""The visible texts and those of attributes, without code and commands, the names of settings, and Swagger UI."""
 
 LATIN = re.compile(r"(?<!\d)[A-Za-z][A-Za-z_.\-/=@\d]*")
 ALSO_CHINESE = frozenset(LATIN.findall(" ".join(json.loads((STATIC / "i18n" / "zh.json").read_text()).values()))) | {
