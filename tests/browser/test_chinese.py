@@ -21,8 +21,8 @@ from trainyard.service.dashboard.assets import STATIC
 pytestmark = pytest.mark.long
 
 TEXTS = """() => {
-  const apart = 'code, pre, kbd, .command, .command-line, .mono, .unit, .group .title, textarea, script, style, noscript,'
-    + 'svg, #swagger-ui, [lang="en"]';
+  const apart = 'code, pre, kbd, .command, .command-line, .mono, .unit, .group .title, textarea, script, style,'
+    + 'noscript, svg, #swagger-ui, [lang="en"]';
   const found = [];
   const add = (text) => text && found.push(text.trim().replace(/\\s+/g, ' '));
   for (const node of document.querySelectorAll('body *')) {
