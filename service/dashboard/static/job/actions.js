@@ -34,6 +34,7 @@ export class Actions {
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.primary = h("button", { type: "button", class: "primary", hidden: true, onclick: () => this.press(this.verb) });
     this.menu = new Menu(t("More actions"), () => this.others());
+    setVisible(this.menu.node, false); // It would be empty until the job is known.
     this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": t("Actions") }, this.primary, this.menu.node), this.error);
     this.whyNot = new Map();
   }
@@ -46,6 +47,7 @@ export class Actions {
     this.whyNot.set(DISCARD, null);
     this.verb = primaryAction(job, this.whyNot);
     setVisible(this.primary, this.verb);
+    setVisible(this.menu.node, true);
     setText(this.primary, this.verb ? LABELS[this.verb] : "");
   }
 
