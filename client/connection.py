@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,6 +32,7 @@ MAX_TAGGED_BYTES = 1 << 20
 CONNECTED = "connection.connect_tcp.complete"
 """The HTTP client's event of a new connection."""
 
+MIN_CLOCK_OFFSET = timedelta(minutes=1)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 T = TypeVar("T")
@@ -65,6 +68,8 @@ class Exchange:
 
     def __init__(self, url: str, retries: RetryPolicy) -> None:
         self.url = url.rstrip("/")
+        self.clock_offset = timedelta()
+        """The clock of the service minus that of this host, by the last response; 0 if it is less than a minute."""
         self._retries = retries
         self._tagged: OrderedDict[tuple[str, str], httpx2.Response] = OrderedDict()
 
@@ -251,6 +256,7 @@ class Exchange:
                 message = f"{_cause(error)}; whether {request.method} {request.url.path} was done is not known"
                 raise ServiceUnreachable(self.url, message) from error
             raise RetryableError(_cause(error)) from error
+        self.clock_offset = _clock_offset(response.headers.get("date"), datetime.now(UTC))
         if repeatable and response.status_code in (502, 503, 504):
             raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
@@ -432,3 +438,12 @@ def _problem(response: httpx2.Response) -> dict[str, Any]:
     if isinstance(problem, dict):
         return problem
     return {"detail": f"HTTP {response.status_code} {response.reason_phrase} without an explanation"}
+
+
+def _clock_offset(date: str | None, now: datetime) -> timedelta:
+    # The header has whole seconds, and the response took a while.
+    try:
+        offset = parsedate_to_datetime(date) - now if date else timedelta()
+    except (TypeError, ValueError):
+        return timedelta()
+    return offset if abs(offset) >= MIN_CLOCK_OFFSET else timedelta()

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import Problem
+from trainyard.contract.patterns import WITHOUT_NUL
 from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
@@ -43,7 +44,7 @@ from trainyard.service.schemas import Job, JobSummary, Page, ResumedJob
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+OptionalText = Annotated[str | None, Query(max_length=300, pattern=WITHOUT_NUL)]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 OptionalLimit = Annotated[int | None, Query(ge=1, le=100)]
@@ -227,7 +228,7 @@ def update_job(
     """Change a job, also while it runs.
 
     `name`, `labels`, `description`, `group`, `priority`, `log_interval`, `save_interval` and `keep_last` are of the
-    spec. `discarded` hides the job from lists, or shows it again.
+    spec. `discarded` hides the job from lists, or shows it again. `owner` needs a token of the scope `admin`.
     """
     changes = body.given()
     with state.database.connection() as connection:

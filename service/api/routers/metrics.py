@@ -187,7 +187,7 @@ def _points_within(
     elif query.lineage:
         parts = lineage_aggregates(session, job, view)
     elif cell >= rollups.FINEST:
-        parts = rollups.aggregates(session, job, view)
+        parts = rollups.sums(session, job, cell, first, last)
     else:
         parts = store.sums(session, job.id, ranges, cell)
     return (part for part in parts if part.step >= first)

@@ -1,5 +1,6 @@
 // Server-sent events over fetch, because EventSource cannot send a token. Reconnects after the last event id.
 import { ApiError, ServiceUnreachable, request } from "./api.js";
+import { t } from "./i18n.js";
 
 const SILENCE_TIMEOUT_MS = 40_000; // The service sends a comment every 15 s.
 const RETRY_DELAYS_MS = [500, 1000, 2000, 4000, 8000];
@@ -50,7 +51,7 @@ export async function streamOnce(path, body, take, signal) {
     if (event.kind !== "comment") take(event.kind, event.data);
     if (event.kind === "end") return;
   }
-  throw new ServiceUnreachable("The connection ended too early");
+  throw new ServiceUnreachable(t("The connection ended too early"));
 }
 
 /** Yields the events of a response, also comments. Calls `onSilence` if nothing comes for too long. */
