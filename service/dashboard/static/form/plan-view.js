@@ -1,6 +1,7 @@
 // Shows a plan: size, time and queue position of a run, with warnings.
 import { h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
 import { NONE, bytes, compactNumber, count, duration, fewDigits, loss } from "../format.js";
+import { t, tn } from "../i18n.js";
 
 export class PlanView {
   /** `apply(changes)` is called to use settings with which the run fits. */
@@ -8,11 +9,11 @@ export class PlanView {
     this.apply = apply;
     this.fit = h("p", { hidden: true });
     this.none = h("p", { class: "muted" }, none);
-    this.warnings = h("ul", { class: "alerts", "aria-label": "Warnings" });
+    this.warnings = h("ul", { class: "alerts", "aria-label": t("Warnings") });
     this.facts = h("dl", { class: "facts", hidden: true });
     this.curve = new RateCurve();
-    this.heading = h("h2", {}, "Plan");
-    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": "Plan" }, this.heading, this.none, this.warnings, this.fit, this.facts, this.curve.node);
+    this.heading = h("h2", {}, t("Plan"));
+    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": t("Plan") }, this.heading, this.none, this.warnings, this.fit, this.facts, this.curve.node);
   }
 
   /** Shows a plan, or none if null. */
@@ -35,12 +36,12 @@ export class PlanView {
     setVisible(this.fit, changes);
     if (!changes) return;
     const settings = Object.values(changes).flatMap((fields) => Object.entries(fields)).map(([name, value]) => `${name} ${value}`);
-    this.fit.replaceChildren(h("button", { type: "button", onclick: () => this.apply(changes) }, `Use ${settings.join(" and ")}`));
+    this.fit.replaceChildren(h("button", { type: "button", onclick: () => this.apply(changes) }, t("Use {settings}", { settings: settings.join(t(" and ")) })));
   }
 
   /** Marks the plan as older than the last change of the spec. */
   stale(is) {
-    setText(this.heading, is && !this.facts.hidden ? "Plan before the last changes" : "Plan");
+    setText(this.heading, is && !this.facts.hidden ? t("Plan before the last changes") : t("Plan"));
   }
 }
 
@@ -60,32 +61,34 @@ class RateCurve {
     const peak = curve.reduce((best, point) => (point[1] > best[1] ? point : best));
     const at = ([step, rate]) => `${(((step - first[0]) / (last[0] - first[0])) * 300).toFixed(1)},${(78 - (rate / peak[1]) * 76).toFixed(1)}`;
     setAttr(this.line, "points", curve.map(at).join(" "));
-    setText(this.caption, `Learning rate: ${fewDigits(first[1])} at step ${count(first[0])}, at most ${fewDigits(peak[1])}, ${fewDigits(last[1])} at step ${count(last[0])}`);
+    setText(this.caption, t("Learning rate: {first} at step {from}, at most {peak}, {last} at step {to}", {
+      first: fewDigits(first[1]), from: count(first[0]), peak: fewDigits(peak[1]), last: fewDigits(last[1]), to: count(last[0]) }));
   }
 }
 
 /** For a fork: the remaining steps and their range. */
-const stepsText = ({ steps, start_step: start }) => (start ? `${count(Math.max(0, steps - start))}, ${count(start + 1)} to ${count(steps)}` : count(steps));
+const stepsText = ({ steps, start_step: start }) => (start ? t("{n}, {first} to {last}", { n: count(Math.max(0, steps - start)), first: count(start + 1), last: count(steps) }) : count(steps));
 
 /** Held-out sets that are listed. */
 const MAX_SETS = 5;
 
 /** Memory per rank with other settings. */
 const memoryOptions = ({ memory_options: options }) => (options ?? []).map(({ parallelism, gradient_checkpointing: recomputes, memory_bytes: parts, fits }) =>
-  `${parallelism}${recomputes ? " with gradient_checkpointing" : ""}: ${bytes(Object.values(parts).reduce((sum, value) => sum + (value ?? 0), 0))}${fits === false ? ", does not fit" : ""}`).join("\n");
+  `${recomputes ? t("{parallelism} with gradient_checkpointing", { parallelism }) : parallelism}: ${bytes(Object.values(parts).reduce((sum, value) => sum + (value ?? 0), 0))}${fits === false ? t(", does not fit") : ""}`).join("\n");
 
 function planFacts(plan) {
   const memory = Object.values(plan.memory_bytes ?? {}).reduce((sum, value) => sum + (value ?? 0), 0);
-  const active = plan.active_parameters === plan.parameters ? "" : `, ${compactNumber(plan.active_parameters)} active`;
-  const fits = plan.memory_limit_bytes ? ` of ${bytes(plan.memory_limit_bytes)}` : "";
-  const about = plan.estimated ? "about " : "";
+  const parameters = compactNumber(plan.parameters);
+  const inMemory = plan.memory_limit_bytes ? t("{part} of {whole}", { part: bytes(memory), whole: bytes(plan.memory_limit_bytes) }) : bytes(memory);
+  const about = (value) => (plan.estimated ? t("about {value}", { value }) : value);
   return [
-    ["Parameters", `${compactNumber(plan.parameters)}${active}`], ["Tokens in the corpus", plan.tokens === null ? NONE : `${about}${compactNumber(plan.tokens)}`],
-    ["Steps", plan.steps === null ? NONE : `${about}${stepsText(plan)}`], ["Tokens per step", compactNumber(plan.tokens_per_step)],
-    ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory per rank", memory ? `${bytes(memory)}${fits}` : NONE, memoryOptions(plan)],
-    ["Largest batch_size", count(plan.suggested_batch_size), "that fits into the free memory"], ["Checkpoint size", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
-    ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`, plan.eta_basis], ["Expected first loss", loss(plan.expected_first_loss)],
-    ...plan.eval_sets.slice(0, MAX_SETS).map((set) => [`Held-out: ${set.name}`, set.tokens === null ? NONE : `${about}${compactNumber(set.tokens)} tokens`, `${count(set.files)} ${set.files === 1 ? "file" : "files"}`]),
-    ["Queue", plan.queue ? `position ${plan.queue.position}` : NONE], ["Waiting for", plan.queue?.waiting_for ?? NONE],
+    [t("Parameters"), plan.active_parameters === plan.parameters ? parameters : t("{n}, {active} active", { n: parameters, active: compactNumber(plan.active_parameters) })],
+    [t("Tokens in the corpus"), plan.tokens === null ? NONE : about(compactNumber(plan.tokens))],
+    [t("Steps"), plan.steps === null ? NONE : about(stepsText(plan))], [t("Tokens per step"), compactNumber(plan.tokens_per_step)],
+    [t("Ranks"), plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], [t("Memory per rank"), memory ? inMemory : NONE, memoryOptions(plan)],
+    [t("Largest batch_size"), count(plan.suggested_batch_size), t("that fits into the free memory")], [t("Checkpoint size"), bytes(plan.checkpoint_bytes)], [t("Disk free"), bytes(plan.disk_free_bytes)],
+    [t("Time"), plan.eta_seconds === null ? t("not known yet") : t("about {value}", { value: duration(plan.eta_seconds) }), plan.eta_basis], [t("Expected first loss"), loss(plan.expected_first_loss)],
+    ...plan.eval_sets.slice(0, MAX_SETS).map((set) => [t("Held-out: {set}", { set: set.name }), set.tokens === null ? NONE : about(t("{n} tokens", { n: compactNumber(set.tokens) })), tn(set.files, "{n} file", "{n} files", { n: count(set.files) })]),
+    [t("Queue"), plan.queue ? t("position {n}", { n: plan.queue.position }) : NONE], [t("Waiting for"), plan.queue?.waiting_for ?? NONE],
   ];
 }

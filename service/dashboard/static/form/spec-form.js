@@ -1,5 +1,6 @@
 // A job spec as a form and as JSON, both kept in sync, and drafts of specs in session storage.
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { Field, INVALID } from "./field.js";
 import { fieldGroups, getAt, isObject, setAt, withoutFields } from "./schema.js";
@@ -28,9 +29,9 @@ export class SpecForm {
     this.unknownSettings = {};
     this.groups = fieldGroups(schemas).map((group) => new FieldGroup(group, base, baseName, () => this.onInput()));
     this.fields = this.groups.flatMap((group) => group.fields);
-    this.search = h("input", { type: "search", id: "settings", placeholder: "Find a setting", autocomplete: "off", oninput: () => this.filter() });
-    this.noMatch = h("p", { class: "muted", role: "status", hidden: true }, "No setting matches.");
-    const find = h("div", { class: "bar" }, h("label", { class: "visually-hidden", for: "settings" }, "Find a setting"), this.search);
+    this.search = h("input", { type: "search", id: "settings", placeholder: t("Find a setting"), autocomplete: "off", oninput: () => this.filter() });
+    this.noMatch = h("p", { class: "muted", role: "status", hidden: true }, t("No setting matches."));
+    const find = h("div", { class: "bar" }, h("label", { class: "visually-hidden", for: "settings" }, t("Find a setting")), this.search);
     this.node = h("div", { class: "spec" }, find, this.noMatch, this.groups.map((group) => group.node));
     this.updateCount();
   }
@@ -101,13 +102,13 @@ class FieldGroup {
     const baseValue = (field) => (base === null ? undefined : getAt(base, field.path));
     this.fields = fields.map((field) => new Field(field, baseValue(field) === undefined ? field.defaultValue : baseValue(field), baseName, onChange));
     this.changeCount = h("span", { class: "change-count" });
-    const title = h("span", { class: "title" }, name === "" ? "job" : name.replaceAll(".", " › "));
+    const title = h("span", { class: "title" }, name === "" ? t("job") : name.replaceAll(".", " › "));
     this.node = h("details", { class: "group", open: OPEN_GROUPS.has(name) }, h("summary", {}, title, h("span", { class: "muted" }, help), this.changeCount), this.fields.map((field) => field.node));
   }
 
   updateCount() {
     const total = this.fields.filter((field) => field.changed).length;
-    setText(this.changeCount, total ? `${total} changed` : "");
+    setText(this.changeCount, total ? t("{n} changed", { n: total }) : "");
   }
 
   /** Shows only fields that match; returns whether any does. */
@@ -133,7 +134,7 @@ class FieldGroup {
 
 // Edits a spec as a form or as JSON; both are kept in sync.
 
-const VIEWS = { form: "Form", json: "JSON" };
+const VIEWS = { form: t("Form"), json: "JSON" };
 
 export class SpecEditor {
   /** `label`: that of the JSON field; `onChange`: called after every change. */
@@ -146,7 +147,7 @@ export class SpecEditor {
     const inside = h("div", { class: "json" }, h("label", { for: "spec" }, label), this.json, this.jsonError);
     this.panels = { form: tabPanel("form", form.node), json: tabPanel("json", inside) };
     this.tabs = Object.entries(VIEWS).map(([view, name]) => this.tab(view, name));
-    this.node = h("div", { class: "editor" }, h("div", { role: "tablist", class: "tabs", "aria-label": "Form or JSON" }, this.tabs), this.errors, Object.values(this.panels));
+    this.node = h("div", { class: "editor" }, h("div", { role: "tablist", class: "tabs", "aria-label": t("Form or JSON") }, this.tabs), this.errors, Object.values(this.panels));
     this.selectView(getParam("view") === "json" ? "json" : "form");
   }
 
@@ -201,7 +202,7 @@ export class SpecEditor {
     if (error) this.setError(error);
     if (error) this.selectView("json");
     const [first] = error ? [] : this.form.invalidFields;
-    first?.setError("must not be empty");
+    first?.setError(t("must not be empty"));
     first?.focus();
     return error || first ? null : spec;
   }
@@ -249,8 +250,8 @@ const errorItem = () => h("li", {}, h("button", { type: "button", class: "quiet 
 function parseSpec(written) {
   try {
     const spec = JSON.parse(written);
-    return spec !== null && typeof spec === "object" && !Array.isArray(spec) ? { spec } : { error: "A spec is a JSON object: { … }" };
+    return spec !== null && typeof spec === "object" && !Array.isArray(spec) ? { spec } : { error: t("A spec is a JSON object: { … }") };
   } catch (error) {
-    return { error: `This is not JSON: ${error.message}` };
+    return { error: t("This is not JSON: {reason}", { reason: error.message }) };
   }
 }

@@ -2,10 +2,11 @@
 import { ApiError, get } from "../api.js";
 import { h, markPaint, setAttr, setText, updateList } from "../dom.js";
 import { dateTime } from "../format.js";
+import { t } from "../i18n.js";
 import { Actions } from "../job/actions.js";
 import { JobCharts } from "../job/job-charts.js";
 import { Details, FailureCard, JobsAhead, KeyFacts, Lineage } from "../job/summary.js";
-import { TABS } from "../job/tabs.js";
+import { TABS, TAB_NAMES } from "../job/tabs.js";
 import { markUpdated, poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
 import { openEventStream } from "../sse.js";
@@ -13,7 +14,7 @@ import { FINAL_STATUSES, showStatus, statusBadge } from "../status.js";
 
 const CHART_TABS = new Set(["overview", "metrics"]);
 
-export const jobPage = { title: "Job", open };
+export const jobPage = { title: t("Job"), open };
 
 function open(place, { id }) {
   const page = new JobPage(place, id);
@@ -46,9 +47,9 @@ class JobPage {
 
   tabs() {
     this.panel = h("div", { role: "tabpanel", id: "panel", tabindex: "0", class: "panel" });
-    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": "About this job" });
+    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": t("About this job") });
     for (const name of Object.keys(TABS)) {
-      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, name);
+      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, TAB_NAMES[name]);
       tab.addEventListener("keydown", (event) => this.onTabKey(event, name));
       this.tabList.append(tab);
     }
@@ -112,7 +113,7 @@ class JobPage {
       this.draw(await get(this.address));
     } catch (error) {
       if (error instanceof ApiError && error.status === 404) {
-        setText(this.sentence, "Job not found.");
+        setText(this.sentence, t("Job not found."));
         this.poller?.();
       }
       throw error;

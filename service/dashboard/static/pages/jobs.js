@@ -2,6 +2,7 @@
 import { get, token } from "../api.js";
 import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
+import { t, tNodes, tn } from "../i18n.js";
 import { addShortcuts } from "../keyboard.js";
 import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { poll } from "../polling.js";
@@ -24,7 +25,7 @@ const AUTH_OPTION = '-H "Authorization: Bearer $TRAINYARD_TOKEN" ';
 const exampleCommands = () => ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
   `curl ${token.get() ? AUTH_OPTION : ""}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
 
-export const jobsPage = { title: "Jobs", open };
+export const jobsPage = { title: t("Jobs"), open };
 
 function open(place) {
   const page = new Workspace(place);
@@ -56,7 +57,7 @@ class Workspace {
     this.fold = h("select", { id: "fold", onchange: () => (setParam("fold", this.fold.value), this.draw(), this.poller.now()) }, Object.entries(FOLDS).map(([value, label]) => h("option", { value }, label)));
     this.fold.value = this.foldMode();
     this.chooser = new ColumnChooser(() => this.listed, () => (this.draw(), this.poller.now()));
-    this.filters = new Filters(() => (this.draw(), this.poller.now()), h("span", { class: "choice end" }, h("label", { for: "fold" }, "Fold"), this.fold), this.chooser.node);
+    this.filters = new Filters(() => (this.draw(), this.poller.now()), h("span", { class: "choice end" }, h("label", { for: "fold" }, t("Fold")), this.fold), this.chooser.node);
     this.table = new JobTable({ sort: (key) => this.sort(key), choose: (row, wanted) => this.choose(row, wanted), toggle: (row) => this.toggle(row), move: () => this.loadSparksSoon() });
     this.charts = new RunCharts(() => this.poller.now());
     this.build(place);
@@ -66,21 +67,21 @@ class Workspace {
 
   build(place) {
     this.empty = emptyState();
-    this.nothing = h("p", { class: "muted", hidden: true }, "No job matches the search and the filters. ", h("a", { href: "/" }, "Show all"));
-    this.loading = h("p", { class: "muted", role: "status" }, "Loading the jobs…");
+    this.nothing = h("p", { class: "muted", hidden: true }, t("No job matches the search and the filters."), " ", h("a", { href: "/" }, t("Show all")));
+    this.loading = h("p", { class: "muted", role: "status" }, t("Loading the jobs…"));
     this.chosenCount = h("h2");
     this.watch = h("button", { type: "button", class: "quiet", onclick: () => this.toggleWatch() });
-    this.compare = h("a", { class: "button" }, "Compare");
-    const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, "Clear");
+    this.compare = h("a", { class: "button" }, t("Compare"));
+    const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, t("Clear"));
     this.missingNote = h("p", { class: "muted", hidden: true });
-    this.curves = h("section", { class: "curves", hidden: true, "aria-label": "Curves of the chosen jobs" },
+    this.curves = h("section", { class: "curves", hidden: true, "aria-label": t("Curves of the chosen jobs") },
       h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.compare, clear)), this.missingNote, this.charts.node);
     this.queue = h("ol", { class: "queue" });
-    this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), h("a", { href: "/system" }, "Show the queue"));
-    this.queueBox = h("section", { hidden: true }, h("h2", {}, "Queue"), this.queue, this.queueRest);
+    this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), " ", h("a", { href: "/system" }, t("Show the queue")));
+    this.queueBox = h("section", { hidden: true }, h("h2", {}, t("Queue")), this.queue, this.queueRest);
     this.place = place;
     place.classList.add("workspace");
-    place.append(h("div", { class: "head" }, h("h1", {}, "Jobs"), this.count, h("a", { class: "button", href: "/submit" }, "New job")), this.filters.node,
+    place.append(h("div", { class: "head" }, h("h1", {}, t("Jobs")), this.count, h("a", { class: "button", href: "/submit" }, t("New job"))), this.filters.node,
       this.loading, this.empty, this.nothing, this.table.node, this.curves, this.queueBox);
     for (const part of [this.empty, this.table.node, this.filters.node]) setVisible(part, false);
   }
@@ -137,7 +138,7 @@ class Workspace {
   /** Scrolling shows jobs without a sparkline. */
   loadSparksSoon() {
     clearTimeout(this.sparkTimer);
-    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.drawRows(), () => {}), 150);
+    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.refresh(), () => {}), 150);
   }
 
   sort(key) {
@@ -158,7 +159,7 @@ class Workspace {
     const runs = chosenSlots().filter(Boolean).length;
     if (wanted && (runs > MAX_RUNS || this.chosenLines().length > MAX_LINES)) {
       history.replaceState(null, "", before);
-      announce(`At most ${MAX_LINES} curves of ${MAX_RUNS} jobs are drawn`);
+      announce(t("At most {lines} curves of {runs} jobs are drawn", { lines: MAX_LINES, runs: MAX_RUNS }));
     }
     this.drawCurves();
   }
@@ -225,9 +226,9 @@ class Workspace {
 
   countText(store, jobs) {
     const more = store.isComplete ? "" : "+";
-    const all = `${count(jobs.length)}${more} ${jobs.length === 1 ? "job" : "jobs"}`;
-    if (store.loadedAt === null) return `${all}, loading`;
-    return this.listed.length < jobs.length ? `${count(this.listed.length)} of ${all}` : all;
+    const all = tn(jobs.length, "{n} job", "{n} jobs", { n: `${count(jobs.length)}${more}` });
+    if (store.loadedAt === null) return t("{jobs}, loading", { jobs: all });
+    return this.listed.length < jobs.length ? t("{n} of {jobs}", { n: count(this.listed.length), jobs: all }) : all;
   }
 
   held(job) {
@@ -238,15 +239,15 @@ class Workspace {
     const jobs = this.lines.flatMap((line) => line.jobs);
     setVisible(this.curves, jobs.length);
     this.place.classList.toggle("charted", jobs.length > 0);
-    setText(this.chosenCount, `${count(jobs.length)} chosen`);
+    setText(this.chosenCount, t("{n} chosen", { n: count(jobs.length) }));
     setAttr(this.compare, "href", `/compare?jobs=${jobs.slice(0, MAX_LINES).map((job) => job.id).join(",")}`);
     setVisible(this.compare, jobs.length > 1);
     const watchable = jobs.filter(canWatch);
     setVisible(this.watch, watchable.length);
-    setText(this.watch, watchable.every(isWatched) ? "Do not notify me" : "Notify me at the end");
+    setText(this.watch, watchable.every(isWatched) ? t("Do not notify me") : t("Notify me at the end"));
     const missing = chosenSlots().filter((id) => id && this.others?.get(id) === null && !this.find(id));
     setVisible(this.missingNote, missing.length);
-    setText(this.missingNote, `Not found: ${missing.join(", ")}`);
+    setText(this.missingNote, t("Not found: {ids}", { ids: missing.join(", ") }));
     this.charts.setLines(this.lines);
   }
 
@@ -260,13 +261,14 @@ class Workspace {
     const queued = jobs.filter((job) => job.status === "queued" && job.queue).sort((a, b) => a.queue.position - b.queue.position);
     setVisible(this.queueBox, queued.length);
     setVisible(this.queueRest, queued.length > MAX_QUEUE);
-    setText(this.queueRest.firstChild, `and ${count(queued.length - MAX_QUEUE)} more. `);
+    setText(this.queueRest.firstChild, t("and {n} more.", { n: count(queued.length - MAX_QUEUE) }));
     updateList(this.queue, queued.slice(0, MAX_QUEUE), (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
       setAttr(part, "value", job.queue.position);
       setAttr(part.firstChild, "href", `/jobs/${job.id}`);
       setText(part.firstChild, job.name);
       const priority = job.spec?.resources.priority;
-      setText(part.lastChild, ` waits for ${job.queue.waiting_for}${priority ? `, priority ${priority}` : ""}`);
+      const waits = { what: job.queue.waiting_for, priority };
+      setText(part.lastChild, ` ${priority ? t("waits for {what}, priority {priority}", waits) : t("waits for {what}", waits)}`);
     });
   }
 
@@ -276,11 +278,11 @@ class Workspace {
       return row ? act(row) : false;
     };
     return [
-      { key: "j", does: "move to the next row", run: () => this.table.moveFocus(1) },
-      { key: "k", does: "move to the previous row", run: () => this.table.moveFocus(-1) },
-      { key: "x", does: "choose the row, or not", run: focused((row) => this.choose(row, row.chosen < row.jobs.length)) },
-      { key: "o", does: "open the job of the row, or its fold", run: focused((row) => (row.jobs.length > 1 ? this.toggle(row) : navigate(`/jobs/${row.jobs[0].id}`))) },
-      { key: "c", does: "compare the chosen jobs on a page", run: () => (this.lines.length ? navigate(this.compare.getAttribute("href")) : announce("Choose jobs first: x, or their check boxes")) },
+      { key: "j", does: t("move to the next row"), run: () => this.table.moveFocus(1) },
+      { key: "k", does: t("move to the previous row"), run: () => this.table.moveFocus(-1) },
+      { key: "x", does: t("choose the row, or not"), run: focused((row) => this.choose(row, row.chosen < row.jobs.length)) },
+      { key: "o", does: t("open the job of the row, or its fold"), run: focused((row) => (row.jobs.length > 1 ? this.toggle(row) : navigate(`/jobs/${row.jobs[0].id}`))) },
+      { key: "c", does: t("compare the chosen jobs on a page"), run: () => (this.lines.length ? navigate(this.compare.getAttribute("href")) : announce(t("Choose jobs first: x, or their check boxes"))) },
     ];
   }
 
@@ -297,6 +299,6 @@ class Workspace {
 
 function emptyState() {
   const parts = exampleCommands().map((command) =>
-    h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": `Copy: ${command}`, onclick: () => copyText(command, "Command") }, "Copy")));
-  return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Start one with any of these commands, or with ", h("a", { href: "/submit" }, "the form"), ":"), parts);
+    h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": t("Copy: {command}", { command }), onclick: () => copyText(command, t("Command")) }, t("Copy"))));
+  return h("div", { class: "empty" }, h("h2", {}, t("No job yet")), h("p", {}, tNodes("Start one with any of these commands, or with {form}:", { form: h("a", { href: "/submit" }, t("the form")) })), parts);
 }

@@ -5,21 +5,23 @@ import { PlanView } from "../form/plan-view.js";
 import { fetchSchemas, mergeSpecs } from "../form/schema.js";
 import { SpecEditor, SpecForm, draftKey } from "../form/spec-form.js";
 import { count } from "../format.js";
+import { t, tNodes, tn } from "../i18n.js";
 import { retryUntilReachable } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
+import { wordFor } from "../status.js";
 
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
-const DATA_CHOICES = { keep: "continue data and schedule as the parent: the same samples in the same steps", restart: "restart data and schedule, keep the weights" };
+const DATA_CHOICES = { keep: t("continue data and schedule as the parent: the same samples in the same steps"), restart: t("restart data and schedule, keep the weights") };
 
 const NOT_IN_TOKENS = ["max_seq_len", "packing", "eval_fraction", "num_workers"];
 /** The settings of a corpus that decide its tokens; the others are those of the job that it was first prepared for. */
 const tokenFields = (data) => Object.fromEntries(Object.entries(data).filter(([name]) => !NOT_IN_TOKENS.includes(name)));
 
-export const submitPage = { title: "Submit", open };
+export const submitPage = { title: t("Submit"), open };
 
 function open(place) {
   const state = { isClosed: false };
-  place.append(h("h1", {}, getParam("fork") ? "Fork" : "Submit"), h("p", { class: "muted" }, "Loading the form…"));
+  place.append(h("h1", {}, getParam("fork") ? t("Fork") : t("Submit")), h("p", { class: "muted" }, t("Loading the form…")));
   retryUntilReachable(async () => buildPage(place, await load()), () => state.isClosed);
   return () => (state.isClosed = true);
 }
@@ -36,7 +38,7 @@ async function load() {
     if (source.fork) source.steps = await fullCheckpointSteps(id);
   } catch (error) {
     if (!(error instanceof ApiError) || error.status !== 404) throw error;
-    source.missing = id === null ? `corpus ${corpus}` : `job ${id}`;
+    source.missing = id === null ? t("There is no corpus {id}.", { id: corpus }) : t("There is no job {id}.", { id });
   }
   return source;
 }
@@ -48,7 +50,7 @@ async function fullCheckpointSteps(id) {
 
 function buildPage(place, source) {
   place.replaceChildren();
-  if (source.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no ${source.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
+  if (source.missing) place.append(h("h1", {}, t("Submit")), h("p", {}, source.missing, " ", h("a", { href: "/submit" }, t("Submit a new job"))));
   else if (source.job && source.fork) new ForkForm(place, source);
   else new SubmitForm(place, source);
 }
@@ -59,12 +61,12 @@ class SubmitForm {
     Object.assign(this, source);
     this.form = new SpecForm(source.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
     this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
-    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.", (changes) => this.applyChanges(changes));
+    this.plan = new PlanView(t("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit."), (changes) => this.applyChanges(changes));
     this.error = h("p", { class: "error", role: "alert", hidden: true });
-    this.planButton = h("button", { type: "submit" }, "Plan");
+    this.planButton = h("button", { type: "submit" }, t("Plan"));
     this.launchButton = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
     this.changeCount = h("p", { class: "muted" });
-    const startOver = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.initialDraft()) }, "Start over");
+    const startOver = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.initialDraft()) }, t("Start over"));
     const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.planButton, this.launchButton, startOver), this.changeCount, this.error, this.plan.node);
     place.append(h("h1", {}, ...this.title()), h("form", { class: "submit", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press(false)) },
       h("div", { class: "what" }, this.forkControls(), this.depthControls(), this.editor.node), side));
@@ -77,20 +79,20 @@ class SubmitForm {
   }
 
   baseName() {
-    return "default";
+    return t("default");
   }
 
   jsonLabel() {
-    return "Job spec as JSON; settings that are left out have their default";
+    return t("Job spec as JSON; settings that are left out have their default");
   }
 
   verb() {
-    return "Submit";
+    return t("Submit");
   }
 
   title() {
-    if (this.corpus) return ["Submit a job with the corpus ", h("a", { href: `/data/${this.corpus.id}` }, this.corpus.id)];
-    return this.job ? ["Submit a job like ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)] : ["Submit"];
+    if (this.corpus) return tNodes("Submit a job with the corpus {corpus}", { corpus: h("a", { href: `/data/${this.corpus.id}` }, this.corpus.id) });
+    return this.job ? tNodes("Submit a job like {job}", { job: h("a", { href: `/jobs/${this.job.id}` }, this.job.name) }) : [t("Submit")];
   }
 
   forkControls() {
@@ -99,7 +101,7 @@ class SubmitForm {
 
   /** "Propose sizes" for a depth: shows each value with its reason, and changes the spec only on request. */
   depthControls() {
-    const depth = h("input", { type: "number", min: "1", max: "128", step: "1", class: "decay", "aria-label": "Depth", placeholder: "layers" });
+    const depth = h("input", { type: "number", min: "1", max: "128", step: "1", class: "decay", "aria-label": t("Depth"), placeholder: t("layers") });
     const shown = h("div");
     const propose = async () => {
       const spec = this.editor.read();
@@ -111,11 +113,11 @@ class SubmitForm {
         this.showError("");
       } catch (error) {
         const errors = error instanceof ApiError ? error.errors.map((problem) => ({ ...problem, pointer: problem.pointer.replace(/^\/spec/, "") })) : [];
-        this.showError(errors.some(({ pointer }) => pointer === "/depth") ? "Depth must be a whole number from 1 to 128." : error.message);
+        this.showError(errors.some(({ pointer }) => pointer === "/depth") ? t("Depth must be a whole number from 1 to 128.") : error.message);
         this.editor.showErrors(errors);
       }
     };
-    return h("div", { class: "depth" }, h("div", { class: "bar" }, h("button", { type: "button", onclick: propose }, "Propose sizes for a depth of"), depth), shown);
+    return h("div", { class: "depth" }, h("div", { class: "bar" }, h("button", { type: "button", onclick: propose }, t("Propose sizes for a depth of")), depth), shown);
   }
 
   proposalParts(proposal, done) {
@@ -126,7 +128,7 @@ class SubmitForm {
     }
     const use = () => (done(), this.applyChanges(changes));
     const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("li", {}, `${pointer.split("/").at(-1)} ${value}: ${reason}${source ? ` [${source}]` : ""}`));
-    return [h("ul", { "aria-label": "Proposal" }, rows), h("div", { class: "bar" }, h("button", { type: "button", onclick: use }, "Use these values"), h("button", { type: "button", class: "quiet", onclick: done }, "Close"))];
+    return [h("ul", { "aria-label": t("Proposal") }, rows), h("div", { class: "bar" }, h("button", { type: "button", onclick: use }, t("Use these values")), h("button", { type: "button", class: "quiet", onclick: done }, t("Close")))];
   }
 
   draftKey() {
@@ -168,7 +170,9 @@ class SubmitForm {
     this.plan.stale(true);
     setText(this.launchButton, this.verb());
     const total = this.form.changed.length;
-    setText(this.changeCount, total ? `${count(total)} ${total === 1 ? "setting differs" : "settings differ"} from ${this.job && this.fork ? "the parent's" : "the defaults"}.` : "");
+    const differ = this.job && this.fork ? tn(total, "{n} setting differs from the parent's.", "{n} settings differ from the parent's.", { n: count(total) })
+      : tn(total, "{n} setting differs from the defaults.", "{n} settings differ from the defaults.", { n: count(total) });
+    setText(this.changeCount, total ? differ : "");
   }
 
   /** Plans, and then launches if requested and the plan has no warning that the user has not seen. */
@@ -200,22 +204,22 @@ class SubmitForm {
 
   askToConfirm(launching) {
     const total = this.planned.warnings.length;
-    if (total) setText(this.launchButton, `${this.verb()} despite ${total === 1 ? "the warning" : `${total} warnings`}`);
+    if (total) setText(this.launchButton, tn(total, "{verb} despite the warning", "{verb} despite {n} warnings", { verb: this.verb() }));
     if (launching && total) this.plan.node.focus();
-    announce(total ? `Planned with ${total} ${total === 1 ? "warning" : "warnings"}` : "Planned without warnings");
+    announce(total ? tn(total, "Planned with {n} warning", "Planned with {n} warnings") : t("Planned without warnings"));
   }
 
   async send(spec) {
     const job = await sendJson("POST", ...this.request(spec, true), { "Idempotency-Key": this.idempotencyKey });
     sessionStorage.removeItem(this.draftKey());
-    announce(`${job.name}: ${job.status}`);
+    announce(`${job.name}: ${wordFor(job.status)}`);
     navigate(`/jobs/${job.id}`);
   }
 
   handleError(error) {
     const errors = error instanceof ApiError ? error.errors.map((problem) => this.toFormPointer(problem)) : [];
     this.plan.show(null);
-    this.showError(errors.length ? `${errors.length === 1 ? "One setting is" : `${errors.length} settings are`} not valid.` : error.message);
+    this.showError(errors.length ? tn(errors.length, "One setting is not valid.", "{n} settings are not valid.") : error.message);
     this.editor.showErrors(errors);
   }
 
@@ -242,19 +246,19 @@ class ForkForm extends SubmitForm {
   }
 
   baseName() {
-    return "parent's";
+    return t("parent's");
   }
 
   jsonLabel() {
-    return "Overrides as JSON; settings that are left out are the parent's";
+    return t("Overrides as JSON; settings that are left out are the parent's");
   }
 
   verb() {
-    return "Fork";
+    return t("Fork");
   }
 
   title() {
-    return ["Fork ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)];
+    return tNodes("Fork {job}", { job: h("a", { href: `/jobs/${this.job.id}` }, this.job.name) });
   }
 
   draftKey() {
@@ -274,7 +278,7 @@ class ForkForm extends SubmitForm {
     const step = h("select", { id: "fork-step", onchange: () => (setParam("step", step.value), location.reload()) }, this.steps.map((number) => h("option", { value: number }, count(number))));
     step.value = this.step() ?? "";
     this.dataSelect = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA_CHOICES).map(([value, label]) => h("option", { value }, label)));
-    return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, "From the checkpoint at step"), step, h("label", { for: "fork-data" }, "and"), this.dataSelect);
+    return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, t("From the checkpoint at step")), step, h("label", { for: "fork-data" }, t("and")), this.dataSelect);
   }
 
   request(spec, launching) {
