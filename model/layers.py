@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x.float(), weight, self.eps, dtype)
 
 
-CACHED = 1 << 17
+CACHED = 1 << 18
 """Elements that several operators pass over in turn on a CPU: few enough to stay in a core's cache in between."""
 
 
@@ -75,7 +75,7 @@ class RMSNormFunction(torch.autograd.Function):
         scale = norm.square_().div_(size).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         rows, scales = x.reshape(-1, size), scale.reshape(-1, 1)
-        out = torch.empty(rows.shape, dtype=dtype)
+        out = rows.new_empty(rows.shape, dtype=dtype)
         for chunk in chunks(len(rows), size):
             torch.mul(rows[chunk] * scales[chunk], weight, out=out[chunk])
         return out.view(x.shape)
@@ -143,7 +143,7 @@ class RotaryFunction(torch.autograd.Function):
 def rotate_chunks(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Rotate [B, S, heads, D] by ``cos`` and ``sin`` [B or 1, S, 1, D / 2]; return it in ``dtype``."""
     B, S, heads, D = x.shape
-    half, out = D // 2, torch.empty(x.shape, dtype=dtype)
+    half, out = D // 2, x.new_empty(x.shape, dtype=dtype)
     cos, sin = cos.expand(B, -1, -1, -1), sin.expand(B, -1, -1, -1)
     for row in range(B):
         for chunk in chunks(S, heads * D):

@@ -63,7 +63,7 @@ def test_norm_of_bfloat16_is_computed_in_float32() -> None:
     torch.testing.assert_close(norm(x, torch.float32), norm(x.float()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cached", [1 << 17, 100])
+@pytest.mark.parametrize("cached", [1 << 18, 100])
 def test_the_norm_in_chunks_has_the_bits_of_whole_tensors(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainyard.model.layers.CACHED", cached)
     x, weight = drawn(3, 7, 32).requires_grad_(), drawn(32, seed=1).requires_grad_()
@@ -83,7 +83,7 @@ def test_the_norm_in_chunks_has_the_bits_of_whole_tensors(cached: int, monkeypat
         assert torch.equal(x_grad, torch.addcmul(grad.float() * weight, normed, mean, value=-1).mul_(scale))
 
 
-@pytest.mark.parametrize("cached", [1 << 17, 100])
+@pytest.mark.parametrize("cached", [1 << 18, 100])
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotary_in_chunks_has_the_bits_of_whole_tensors(
