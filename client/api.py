@@ -370,7 +370,7 @@ class Client(ClientBase):
         """Change fields of a job: ``name``, ``labels``, ``description``, ``group``, ``discarded``, ``priority``, ...
 
         ``log_interval``, ``save_interval`` and ``keep_last`` reach a live run. ``discarded=True`` hides the job from
-        lists, and False shows it again.
+        lists, and False shows it again. ``owner`` needs a token of the scope ``admin``.
 
         Raises:
             InvalidSpec: ``errors`` lists all problems of the changes.

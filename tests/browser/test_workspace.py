@@ -200,6 +200,14 @@ def test_columns_are_chosen_among_values_and_differing_settings(sweep: Sweep, pa
     expect(head.filter(has_text="seed")).to_have_attribute("aria-sort", "ascending")
 
 
+def test_charts_without_a_point_are_only_named(sweep: Sweep, page: Page) -> None:
+    page.goto(f"{sweep.url}/?jobs={sweep.ids['alone']}")
+    wait_for_lines(page, sweep.ids["alone"])
+    expect(page.get_by_text("No points of these jobs yet: ")).to_contain_text("Gradient norm")
+    expect(page.get_by_role("group", name=re.compile("^Gradient norm"))).to_be_hidden()
+    expect(page.get_by_role("group", name=re.compile("^Tokens/s"))).to_be_visible()
+
+
 def test_a_discarded_job_can_be_chosen_by_address_only(sweep: Sweep, page: Page) -> None:
     sweep.rig.client.patch(f"/jobs/{sweep.ids['low-s1']}", json={"discarded": True})
     page.goto(f"{sweep.url}/?jobs={sweep.ids['low-s1']},job_gone")
@@ -248,6 +256,30 @@ def test_keys_move_choose_open_compare_and_search(sweep: Sweep, page: Page) -> N
     choose(page, "high-s1").focus()
     page.keyboard.press("o")
     page.wait_for_url(re.compile(f"/jobs/{sweep.ids['high-s1']}$"))
+
+
+def test_actions_on_all_chosen_jobs(sweep: Sweep, page: Page) -> None:
+    chosen = [sweep.ids[name] for name in ("low-s1", "low-s2", "alone")]
+    page.goto(f"{sweep.url}/?jobs={','.join(chosen)}")
+    button = page.get_by_role("button", name="Actions on the chosen jobs")
+    button.click()
+    menu = page.get_by_role("group", name="Actions on the chosen jobs")
+    expect(menu.get_by_role("button", name="Pause: 1 job")).to_be_visible()
+    expect(menu.get_by_role("button", name="Resume", disabled=True)).to_contain_text("no chosen job")
+    check_both_themes(page, "bulk-actions")
+    menu.get_by_role("button", name="Discard: hide from lists: 3 jobs").click()
+    expect(page.locator("#toast")).to_have_text("Discard: hide from lists: 3 of 3")
+    assert all(sweep.rig.job(job_id)["discarded"] for job_id in chosen)
+    expect(rows(page)).to_have_count(2)
+    button.click()
+    menu.get_by_role("button", name="Cancel: 1 job").click()
+    page.get_by_role("dialog").get_by_role("button", name="Back").click()
+    assert sweep.rig.job(sweep.ids["alone"])["desired"] == "run"
+    button.click()
+    menu.get_by_role("button", name="Cancel: 1 job").click()
+    page.get_by_role("dialog").get_by_role("button", name="cancel").click()
+    expect(page.locator("#toast")).to_have_text("Cancel: 1 of 1")
+    assert sweep.rig.job(sweep.ids["alone"])["desired"] != "run"
 
 
 NOTIFICATIONS = """

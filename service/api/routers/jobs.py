@@ -228,7 +228,7 @@ def update_job(
     """Change a job, also while it runs.
 
     `name`, `labels`, `description`, `group`, `priority`, `log_interval`, `save_interval` and `keep_last` are of the
-    spec. `discarded` hides the job from lists, or shows it again.
+    spec. `discarded` hides the job from lists, or shows it again. `owner` needs a token of the scope `admin`.
     """
     changes = body.given()
     with state.database.connection() as connection:

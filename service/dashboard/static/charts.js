@@ -137,11 +137,16 @@ export class Chart {
     this.content = content;
   }
 
+  /** Whether there is no point to draw. */
+  get isEmpty() {
+    return Boolean(this.content) && !this.content.traces.some((trace) => trace.y.some(Number.isFinite));
+  }
+
   /** Updates the texts now, and the plot now if it is visible, otherwise when it becomes visible. */
   async draw() {
     if (!this.content) return;
     const { traces, label } = this.content;
-    const isEmpty = !traces.some((trace) => trace.y.some(Number.isFinite));
+    const { isEmpty } = this;
     setAttr(this.node, "aria-label", label);
     // Who zooms has chosen what to see, and a log axis has room for the first steps.
     this.cliff = this.log || this.group.zoom ? null : cliffTop(traces);

@@ -52,6 +52,11 @@ export class SpecForm {
     return this.fields.filter((field) => field.changed && field.value !== INVALID);
   }
 
+  /** Returns the value of a setting, changed or not. */
+  valueAt(...path) {
+    return this.fields.find((field) => field.path.join() === path.join())?.value;
+  }
+
   /** Fields without a valid value. */
   get invalidFields() {
     return this.fields.filter((field) => field.value === INVALID);
@@ -196,6 +201,11 @@ export class SpecEditor {
     if (parsed.spec) this.form.setSpec(parsed.spec);
   }
 
+  /** Returns the spec if it is complete, else null; shows nothing. */
+  peek() {
+    return this.form.invalidFields.length ? null : (parseSpec(this.json.value).spec ?? null);
+  }
+
   /** Returns the spec, or null after showing an error if it is not complete. */
   read() {
     const { spec, error } = parseSpec(this.json.value);
@@ -213,19 +223,18 @@ export class SpecEditor {
     setAttr(this.json, "aria-invalid", message ? "true" : null);
   }
 
-  /** Shows errors at their fields and as a list; the first one gets the focus. */
-  showErrors(errors, message = "") {
+  /** Shows errors at their fields and as a list; the first one gets the focus, unless the user is typing. */
+  showErrors(errors, { isTyping = false } = {}) {
     const withoutField = this.form.showErrors(errors);
     const shown = this.view === "json" ? errors : withoutField;
-    setVisible(this.errors, shown.length || (message && !errors.length));
-    const items = shown.length ? shown : message && !errors.length ? [{ pointer: "", message }] : [];
-    updateList(this.errors, items, (problem) => `${problem.pointer} ${problem.message}`, errorItem, (part, problem) => {
+    setVisible(this.errors, shown.length);
+    updateList(this.errors, shown, (problem) => `${problem.pointer} ${problem.message}`, errorItem, (part, problem) => {
       setVisible(part.firstChild, problem.pointer);
       setText(part.firstChild, problem.pointer);
       part.firstChild.onclick = () => this.selectInJson(problem.pointer);
       setText(part.lastChild, ` ${problem.message}`);
     });
-    if (this.view === "form") this.form.fields.find((field) => field.hasError)?.focus();
+    if (this.view === "form" && !isTyping) this.form.fields.find((field) => field.hasError)?.focus();
     setAttr(this.json, "aria-invalid", errors.length ? "true" : null);
   }
 

@@ -1,6 +1,6 @@
 // Actions of a job: the one that is likely next as a button, all others in a menu, with the reason if one is not possible; and the dialog to resume with changes.
 import { ApiError, get, sendJson } from "../api.js";
-import { announce, h, setAttr, setText, setVisible } from "../dom.js";
+import { announce, h, setText, setVisible } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
 import { t } from "../i18n.js";
@@ -14,9 +14,10 @@ const CONFIRM_QUESTIONS = {
   delete: t("Delete this job's record and files? This cannot be undone."),
 };
 const RESUME_WITH = "resume with";
-const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", "cancel", "kill", "delete"];
+const DISCARD = "discard";
+const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", DISCARD, "cancel", "kill", "delete"];
 const LABELS = {
-  pause: t("pause"), resume: t("resume"), [RESUME_WITH]: t("resume with…"), save: t("save now"), fork: t("fork…"), cancel: t("cancel"), kill: t("kill"), delete: t("delete") };
+  pause: t("pause"), resume: t("resume"), [RESUME_WITH]: t("resume with…"), save: t("save now"), fork: t("fork…"), [DISCARD]: t("discard: hide from lists"), cancel: t("cancel"), kill: t("kill"), delete: t("delete") };
 const REQUESTED = {
   pause: t("pause requested"), resume: t("resume requested"), save: t("save requested"), cancel: t("cancel requested"), kill: t("kill requested"), delete: t("delete requested") };
 
@@ -42,6 +43,7 @@ export class Actions {
     this.whyNot = new Map(job.allowed_actions.map(({ action, allowed, why_not: why }) => [action, allowed ? null : why]));
     // A succeeded job can be resumed only with more steps or epochs.
     this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? t("it cannot be resumed")));
+    this.whyNot.set(DISCARD, null);
     this.verb = primaryAction(job, this.whyNot);
     setVisible(this.primary, this.verb);
     setText(this.primary, this.verb ? LABELS[this.verb] : "");
@@ -49,7 +51,7 @@ export class Actions {
 
   others() {
     return ACTIONS.filter((verb) => verb !== this.verb && this.whyNot.has(verb)).map((verb) => ({
-      label: LABELS[verb], why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
+      label: verb === DISCARD && this.job.discarded ? t("show in lists again") : LABELS[verb], why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
   }
 
   async press(verb) {
@@ -57,6 +59,7 @@ export class Actions {
     this.showError("");
     try {
       if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce(REQUESTED.resume), this.done(job)));
+      if (verb === DISCARD) return await this.discard(!this.job.discarded);
       if (verb === "fork") return navigate(`/submit?fork=${encodeURIComponent(this.job.id)}${this.job.checkpoint ? `&step=${this.job.checkpoint.step}` : ""}`);
       const job = await (verb === "delete" ? sendJson("DELETE", this.address) : sendJson("POST", `${this.address}/${verb}`));
       announce(REQUESTED[verb]);
@@ -67,6 +70,12 @@ export class Actions {
     }
   }
 
+  /** A mark that can be taken back: nothing is stopped or deleted. */
+  async discard(wanted) {
+    this.done(await sendJson("PATCH", this.address, { discarded: wanted }));
+    announce(wanted ? t("Hidden from lists. The filter Discarded shows it") : t("Shown in lists again"));
+  }
+
   showError(message) {
     setVisible(this.error, message);
     setText(this.error, message);
@@ -74,7 +83,7 @@ export class Actions {
 }
 
 /** Asks for confirmation in a dialog; the button that changes nothing has the focus. */
-function confirmAction(question, verb) {
+export function confirmAction(question, verb) {
   return new Promise((done) => {
     const no = h("button", { type: "button", onclick: () => box.close() }, t("Back"));
     const yes = h("button", { type: "button", class: "danger", onclick: () => box.close("yes") }, LABELS[verb]);

@@ -176,9 +176,9 @@ const MAX_POINTS = 1000;
 const BASE_FIELDS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];
 
 export class JobCharts {
-  /** `onCheckpoint(step)`: called when a checkpoint was chosen in the loss chart. */
-  constructor(address, onCheckpoint) {
-    Object.assign(this, { address, onCheckpoint });
+  /** `startsFrom(checkpoint)`: items of the loss chart's menu for the checkpoint at the pointer. */
+  constructor(address, startsFrom) {
+    Object.assign(this, { address, startsFrom });
     this.group = new ChartGroup();
     ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings("step"));
     this.group.onZoom = () => this.refetch();
@@ -194,7 +194,7 @@ export class JobCharts {
     this.lossChart.extraActions = (x) => this.checkpointActions(x);
   }
 
-  /** Items of the loss chart's menu at `x`: the checkpoint that is nearest to this place, or the newest one. */
+  /** Items of the loss chart's menu at `x`: what starts from the checkpoint that is nearest to this place, or from the newest one. */
   checkpointActions(x) {
     const { rows = [], attempts, checkpoints = [] } = this.data ?? {};
     if (!checkpoints.length) return [];
@@ -202,7 +202,7 @@ export class JobCharts {
     const apart = (i) => Math.abs(xs[i] - toNumber(x));
     const step = xs.length ? rows[xs.reduce((best, _, i) => (apart(i) < apart(best) ? i : best), 0)].step : Infinity;
     const nearest = checkpoints.reduce((best, one) => (Math.abs(one.step - step) < Math.abs(best.step - step) || step === Infinity && one.step > best.step ? one : best));
-    return [{ label: t("Checkpoint at step {step}: fork, decay, resume, evaluate …", { step: count(nearest.step) }), press: () => this.onCheckpoint(nearest.step) }];
+    return [{ heading: t("Checkpoint at step {step}", { step: count(nearest.step) }) }, ...this.startsFrom(nearest)];
   }
 
   controls() {

@@ -1,6 +1,6 @@
 // The metrics tab: the charts that are not on the overview. A chart is drawn when it becomes visible.
 import { Chart } from "../charts.js";
-import { h, setText, updateList } from "../dom.js";
+import { h, setText, setVisible, updateList } from "../dom.js";
 import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { MORE_CHARTS, chartContent, chartFields } from "./job-charts.js";
@@ -14,7 +14,8 @@ export class MetricsTab {
     this.search = h("input", { id: "chart", type: "search", placeholder: t("Search the charts"), "aria-label": t("Search the charts"), value: getParam("chart") ?? "" });
     this.matchCount = h("span", { class: "muted", role: "status" });
     this.grid = h("div", { class: "small two" });
-    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid);
+    this.emptyNote = h("p", { class: "muted", hidden: true });
+    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid, this.emptyNote);
     this.search.addEventListener("input", () => {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
@@ -30,6 +31,7 @@ export class MetricsTab {
   draw(view) {
     this.view = view;
     for (const [described, chart] of this.charts) chart.show(chartContent(described, view));
+    this.hideEmptyCharts();
   }
 
   updateCharts() {
@@ -44,6 +46,14 @@ export class MetricsTab {
     setText(this.matchCount, words.length ? t("{n} of {all} charts", { n: shown.length, all: MORE_CHARTS.length }) : "");
   }
 
+  /** A chart without a point is only named. */
+  hideEmptyCharts() {
+    const empty = [...this.charts].filter(([, chart]) => chart.isEmpty);
+    for (const chart of this.charts.values()) setVisible(chart.node, !chart.isEmpty);
+    setVisible(this.emptyNote, empty.length);
+    setText(this.emptyNote, t("Not reported by this run: {charts}", { charts: empty.map(([{ name }]) => name).join(t(", ")) }));
+  }
+
   createChart(described) {
     const chart = new Chart(described.name, { ...described, height: HEIGHT });
     this.charts.set(described, chart);
@@ -51,6 +61,7 @@ export class MetricsTab {
     if (this.view) {
       chart.show(chartContent(described, this.view));
       chart.draw().catch((error) => console.warn(error));
+      this.hideEmptyCharts();
     }
     return node;
   }

@@ -12,9 +12,9 @@ import { wordFor } from "../status.js";
 // One text of a job that is edited where it is shown: Enter saves (in a long text with Ctrl), Escape leaves it as it was.
 
 class EditableText {
-  /** `name`, `add` and `change`: the names of the field and of the buttons; `shown`: the element with the text; `send(value)` saves it, null if it is empty. */
-  constructor({ name, add, change }, shown, send, { long = false } = {}) {
-    Object.assign(this, { name, add, change, shown, send, long });
+  /** `name`, `add` and `change`: the names of the field and of the buttons; `shown`: the element with the text; `send(value)` saves it, null if it is empty. `suggestions`: texts that are offered. */
+  constructor({ name, add, change }, shown, send, { long = false, suggestions = [] } = {}) {
+    Object.assign(this, { name, add, change, shown, send, long, suggestions });
     this.button = h("button", { type: "button", class: "quiet", onclick: () => this.start() });
     this.error = h("span", { class: "error", role: "alert", hidden: true });
     this.node = h("span", { class: long ? "editable long" : "editable" }, shown, this.button, this.error);
@@ -31,7 +31,9 @@ class EditableText {
   start() {
     this.input = h(this.long ? "textarea" : "input", { "aria-label": this.name, rows: this.long ? "3" : null });
     this.input.value = this.value ?? "";
-    this.editor = h("span", { class: "editor-row" }, this.input, h("button", { type: "button", class: "primary", onclick: () => this.save() }, t("Save")), h("button", { type: "button", onclick: () => this.stop() }, t("Discard")));
+    const list = this.suggestions.length ? h("datalist", { id: "suggestions" }, this.suggestions.map((text) => h("option", { value: text }))) : null;
+    setAttr(this.input, "list", list?.id);
+    this.editor = h("span", { class: "editor-row" }, this.input, list, h("button", { type: "button", class: "primary", onclick: () => this.save() }, t("Save")), h("button", { type: "button", onclick: () => this.stop() }, t("Discard")));
     setVisible(this.shown, false);
     setVisible(this.button, false);
     this.node.insertBefore(this.editor, this.error);
@@ -77,12 +79,15 @@ export class Details {
     const send = (name) => async (value) => this.done(await sendJson("PATCH", this.address, { [name]: value }));
     this.description = new EditableText({ name: t("description"), add: t("Add a description"), change: t("Change the description") }, h("span", { class: "description" }), send("description"), { long: true });
     this.group = new EditableText({ name: t("group"), add: t("Add a group"), change: t("Change the group") }, h("a"), send("group"));
-    this.owner = h("span", { class: "muted" });
+    // A job always has an owner, so the first text is never shown.
+    this.owner = new EditableText({ name: t("owner"), add: "", change: t("Change the owner") }, h("span", { class: "muted" }), send("owner"));
+    setVisible(this.owner.button, false);
+    this.offerOwners();
     this.labels = h("span", { class: "labels" });
     this.priority = h("span", { class: "muted" });
     this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, t("✎ Edit"));
     this.place = h("div", { class: "editing" });
-    this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner, this.priority, this.edit), this.place);
+    this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner.node, this.priority, this.edit), this.place);
   }
 
   update(job) {
@@ -92,7 +97,8 @@ export class Details {
     setText(this.group.shown, t("group {group}", { group: job.group }));
     setAttr(this.group.shown, "href", `/?group=${encodeURIComponent(job.group ?? "")}`);
     this.group.update(job.group);
-    setText(this.owner, job.owner ? t("owner {owner}", { owner: job.owner }) : "");
+    setText(this.owner.shown, t("owner {owner}", { owner: job.owner }));
+    this.owner.update(job.owner);
     setVisible(this.labels, Object.keys(job.labels).length);
     updateList(this.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
       setText(tag, `${key}=${value}`);
@@ -100,6 +106,19 @@ export class Details {
     });
     setText(this.priority, t("priority {priority}", { priority: job.spec.resources.priority }));
     for (const field of this.form?.fields ?? []) this.mergeRemoteChange(field, currentValue(job, field.name));
+  }
+
+  /** Only an admin may give a job to another owner, and only to a token: without tokens there is no other owner. */
+  async offerOwners() {
+    try {
+      if ((await get("/version")).scope !== "admin") return;
+      const tokens = (await get("/tokens?limit=100")).data.filter((known) => known.revoked_at === null);
+      if (!tokens.length) return;
+      this.owner.suggestions = [...tokens.map((known) => known.name), "local"];
+      setVisible(this.owner.button, true);
+    } catch {
+      // The page works without it.
+    }
   }
 
   /** Another client changed the value: an unedited field takes it, an edited one shows a message. */

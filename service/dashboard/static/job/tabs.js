@@ -5,9 +5,9 @@ import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../form
 import { t } from "../i18n.js";
 import { lazy } from "../lazy.js";
 import { Menu } from "../menu.js";
-import { getParam, navigate } from "../router.js";
+import { getParam } from "../router.js";
 import { wordFor } from "../status.js";
-import { openResumeDialog } from "./actions.js";
+import { startsFrom } from "./checkpoint-actions.js";
 import { MetricsTab } from "./metrics-tab.js";
 
 // Base class of tabs that show one of a job's lists as a table.
@@ -80,6 +80,7 @@ async function runAction(listing, work) {
 const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
 const KINDS = { full: t("full"), weights: t("weights") };
 const COLUMNS = [[t("Step"), "num"], [t("Kind")], [t("Loss"), "num"], [t("Size"), "num"], [t("Saved")], ["sha256"], [t("Actions")]];
+const BUTTONS = 3; // of what starts from a checkpoint: to generate, fork and decay; the others are in a menu
 const EXPORT_COLUMNS = [[t("Step"), "num"], [t("Format")], [t("Size"), "num"], [t("Path")], [t("Files")]];
 
 class CheckpointsTab extends ListTab {
@@ -124,54 +125,20 @@ class CheckpointsTab extends ListTab {
 
 function checkpointRow(checkpoint, listing) {
   const at = `${listing.address}/checkpoints/${checkpoint.step}`;
-  const whole = checkpoint.kind === "full";
-  const doing = whole ? [
-    h("button", { type: "button", onclick: () => listing.page.selectCheckpoint("try", checkpoint.step) }, t("Generate")),
-    busyButton(listing, t("Fork from here"), () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
-    decayControl(listing, checkpoint),
-  ] : [];
-  const menu = new Menu(t("More"), () => checkpointActions(checkpoint, listing, at), { name: t("More from step {step}", { step: count(checkpoint.step) }) });
+  // Asked for at each press, because what is possible changes with the state of the job.
+  const starts = () => startsFrom(checkpoint, listing.page, (work) => runAction(listing, work));
+  const doing = checkpoint.kind === "full" ? starts().slice(0, BUTTONS).map(({ label }, i) => h("button", { type: "button", onclick: () => starts()[i].press() }, label)) : [];
+  const menu = new Menu(t("More"), () => [...starts().slice(BUTTONS), ...filesOf(checkpoint, listing, at)], { name: t("More from step {step}", { step: count(checkpoint.step) }) });
   return h("tr", { "data-step": checkpoint.step }, cell(count(checkpoint.step), "num"), cell(KINDS[checkpoint.kind] ?? checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
     cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
     h("td", { class: "row-actions" }, doing, menu.node));
 }
 
-/** What else can be done with a checkpoint, with the reason for what cannot. */
-function checkpointActions(checkpoint, listing, at) {
-  const { job, page } = listing;
+/** Items of a menu that download or export the checkpoint. */
+function filesOf(checkpoint, listing, at) {
   const weightsOnly = checkpoint.kind === "full" ? null : t("only its weights are stored");
   const item = (label, work, why = null) => ({ label, why, press: () => runAction(listing, work) });
-  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? t("the job cannot be resumed now"));
-  const resume = () => openResumeDialog(listing.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), checkpoint.step);
-  const evaluate = async () => {
-    await sendJson("POST", `${at}/evaluate`, {});
-    announce(t("Step {step} will be evaluated", { step: count(checkpoint.step) }));
-    page.selectTab("evaluations");
-  };
-  return [
-    item(t("Resume with…"), resume, weightsOnly ?? resumable),
-    item(t("Evaluate"), evaluate, job.spec.evaluation?.tasks.length ? weightsOnly : t("no tasks in evaluation.tasks")),
-    item(t("Download"), () => download(at, "model.safetensors")),
-    ...Object.entries(FORMATS).map(([format, label]) => item(t("Export {format}", { format: label }), () => exportCheckpoint(listing, at, format), weightsOnly)),
-  ];
-}
-
-/** "Decay from here over N steps": a fork whose learning rate falls from this checkpoint on. */
-function decayControl(listing, checkpoint) {
-  const steps = h("input", { type: "number", min: "1", step: "1", class: "decay", placeholder: t("steps"), "aria-label": t("Decay over how many steps, from step {step}", { step: checkpoint.step }) });
-  return h("span", { class: "bar" }, busyButton(listing, t("Decay from here"), () => decay(listing, checkpoint, steps)), steps);
-}
-
-async function decay(listing, checkpoint, input) {
-  const steps = Number(input.value);
-  if (!Number.isInteger(steps) || steps < 1) {
-    input.focus();
-    throw new Error(t("Decay from here: type the number of steps next to the button."));
-  }
-  const { plan } = await get(listing.address);
-  const training = { lr_scheduler: "wsd", decay_steps: steps, max_steps: checkpoint.step - plan.base_step + steps };
-  const job = await sendJson("POST", `${listing.address}/fork`, { step: checkpoint.step, data: "keep", overrides: { training } });
-  navigate(`/jobs/${job.id}`);
+  return [item(t("Download"), () => download(at, "model.safetensors")), ...Object.entries(FORMATS).map(([format, label]) => item(t("Export {format}", { format: label }), () => exportCheckpoint(listing, at, format), weightsOnly))];
 }
 
 /** Creates a button that is disabled while its action runs. */

@@ -6,10 +6,13 @@ import { t, tn } from "../i18n.js";
 import { markUpdated, poll } from "../polling.js";
 import { showStatus, statusBadge } from "../status.js";
 
-const COLUMNS = [[t("Corpus")], [t("State")], [t("Documents"), "num"], [t("Tokens"), "num"], [t("Bytes per token"), "num"], [t("Jobs"), "num"]];
+const COLUMNS = [[t("Corpus")], [t("State")], [t("Documents"), "num"], [t("Tokens"), "num"], [t("Bytes per token"), "num"], [t("Used by")], [t("Actions")]];
+const MAX_NAMED = 2; // jobs of a corpus that the list names
 const FILES = [[t("File")], [t("Size"), "num"], [t("Documents"), "num"], [t("Tokens"), "num"], [t("Bad"), "num"]];
 const LENGTHS = [[t("Tokens of a document"), "num"], [t("Documents"), "num"], [t("Share")]];
 const BAD = [[t("File")], [t("Line"), "num"], [t("Reason")]];
+const USERS = [[t("Job")], [t("Status")], [t("Owner")], [t("Step"), "num"], [t("Submitted")]];
+const MAX_OLDER = 20; // jobs fetched one by one in a poll
 const PAGE_SIZE = 50;
 const IDLE_MS = 10_000; // The list has all reports, so it is fetched less often while nothing is being prepared.
 const isGoing = (corpus) => ["queued", "preparing"].includes(corpus.status);
@@ -17,6 +20,12 @@ const COMMAND = "trainyard corpus build PATH";
 
 export const dataPage = { title: t("Data"), open: openList };
 export const corpusPage = { title: t("Corpus"), open: openCorpus };
+
+/** The jobs that corpora name, by id: one request for the newest of them, because a list of corpora has ids only. */
+const fetchJobs = async () => new Map((await get("/jobs?limit=100&fields=summary")).data.map((job) => [job.id, job]));
+
+/** Whether a job waits for its corpus. */
+const waitsForCorpus = (job) => job?.status === "preparing";
 
 const listed = (paths) => [paths ?? []].flat();
 
@@ -70,23 +79,23 @@ function openList(place) {
   let idleUntil = 0;
   return poll(async () => {
     if (Date.now() < idleUntil) return;
-    const { data, has_more: more } = await get(`/corpora?limit=${PAGE_SIZE}`);
+    const [{ data, has_more: more }, jobs] = await Promise.all([get(`/corpora?limit=${PAGE_SIZE}`), fetchJobs()]);
     idleUntil = data.some(isGoing) ? 0 : Date.now() + IDLE_MS;
     setText(total, tn(data.length, "{n} corpus", "{n} corpora", { n: `${count(data.length)}${more ? "+" : ""}` }));
     setVisible(empty, !data.length);
     setVisible(table.node, data.length);
-    updateList(table.body, data, (corpus) => corpus.id, corpusRow, updateRow);
+    updateList(table.body, data, (corpus) => corpus.id, corpusRow, (row, corpus) => updateRow(row, corpus, jobs));
   });
 }
 
 function corpusRow() {
   const cells = { name: h("a", { class: "name" }), id: h("code"), made: h("span"), status: statusBadge(), progress: new Progress(),
-    documents: h("td", { class: "num", "data-name": t("Documents").toLowerCase() }), tokens: h("td", { class: "num", "data-name": t("Tokens").toLowerCase() }), fit: h("td", { class: "num", "data-name": t("Bytes per token").toLowerCase() }), jobs: h("td", { class: "num", "data-name": t("Jobs").toLowerCase() }) };
+    documents: h("td", { class: "num", "data-name": t("Documents").toLowerCase() }), tokens: h("td", { class: "num", "data-name": t("Tokens").toLowerCase() }), fit: h("td", { class: "num", "data-name": t("Bytes per token").toLowerCase() }), jobs: h("ul", { class: "plain" }), start: h("a", { class: "button" }, t("Start a run")) };
   return Object.assign(h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made)), h("td", { class: "whole" }, cells.status, cells.progress.node),
-    cells.documents, cells.tokens, cells.fit, cells.jobs), { inside: cells });
+    cells.documents, cells.tokens, cells.fit, h("td", { class: "whole" }, cells.jobs), h("td", { class: "row-actions" }, cells.start)), { inside: cells });
 }
 
-function updateRow(row, corpus) {
+function updateRow(row, corpus, jobs) {
   const { inside: cells } = row;
   const { report } = corpus;
   setAttr(cells.name, "href", `/data/${corpus.id}`);
@@ -96,11 +105,24 @@ function updateRow(row, corpus) {
   setAttr(cells.made, "title", dateTime(corpus.created_at));
   showStatus(cells.status, corpus.status);
   cells.progress.update(corpus);
-  const numbers = [[cells.documents, count(report?.documents)], [cells.tokens, compactNumber(report?.tokens)], [cells.fit, fewDigits(report?.bytes_per_token)], [cells.jobs, count(corpus.jobs.length)]];
+  const numbers = [[cells.documents, count(report?.documents)], [cells.tokens, compactNumber(report?.tokens)], [cells.fit, fewDigits(report?.bytes_per_token)]];
+  setAttr(cells.start, "href", `/submit?corpus=${encodeURIComponent(corpus.id)}`);
+  setAttr(cells.start, "aria-label", t("Start a run from {corpus}", { corpus: nameOf(corpus) }));
+  updateUsers(cells.jobs, corpus.jobs, jobs);
   for (const [cell, text] of numbers) {
     setText(cell, text);
     cell.classList.toggle("empty-cell", text === NONE);
   }
+}
+
+/** Names the newest jobs of a corpus, with those that wait for it first, and counts the others. */
+function updateUsers(list, ids, jobs) {
+  const order = [...ids].sort((a, b) => waitsForCorpus(jobs.get(b)) - waitsForCorpus(jobs.get(a)));
+  const more = ids.length - MAX_NAMED;
+  updateList(list, [...order.slice(0, MAX_NAMED), ...(more > 0 ? [""] : [])], (id) => id, (id) => h("li", {}, id === "" ? h("span", { class: "muted" }) : h("a", { href: `/jobs/${id}` }), " ", h("span", { class: "muted" })), (part, id) => {
+    setText(part.firstChild, id === "" ? t("and {n} more", { n: count(more) }) : jobs.get(id)?.name ?? id);
+    setText(part.lastChild, waitsForCorpus(jobs.get(id)) ? t("waits for it") : "");
+  });
 }
 
 function openCorpus(place, { id }) {
@@ -119,12 +141,13 @@ class CorpusPage {
     this.hint = h("p", { class: "error", hidden: true });
     this.note = h("p", { class: "sentence", hidden: true });
     this.facts = h("dl", { class: "facts short" });
-    this.jobs = h("ul", { class: "plain" });
+    this.users = createTable(USERS, t("Jobs that use the corpus"));
+    this.users.node.classList.add("stack");
     this.noJobs = h("p", { class: "muted" }, t("No job."));
     this.sources = h("div");
-    this.start = h("a", { class: "button", href: `/submit?corpus=${encodeURIComponent(id)}` }, t("Start a run from it"));
+    this.start = h("a", { class: "button primary", href: `/submit?corpus=${encodeURIComponent(id)}` }, t("Start a run from it"));
     this.body = h("div", {}, h("section", {}, h("h2", {}, t("Files")), this.paths), h("section", { hidden: true }, h("h2", {}, t("Together")), this.facts),
-      this.sources, h("section", {}, h("h2", {}, t("Used by")), this.jobs, this.noJobs));
+      this.sources, h("section", {}, h("h2", {}, t("Used by")), this.users.node, this.noJobs));
     place.append(h("p", { class: "muted" }, h("a", { href: "/data" }, t("Data"))), h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)),
       this.start), this.note, this.progress.node, this.hint, this.body);
     this.poller = poll(() => this.load());
@@ -132,8 +155,9 @@ class CorpusPage {
 
   async load() {
     try {
-      const [corpus, jobs] = await Promise.all([get(this.address), get("/jobs?limit=100&fields=summary")]);
-      this.draw(corpus, new Map(jobs.data.map((job) => [job.id, job])));
+      const [corpus, jobs] = await Promise.all([get(this.address), fetchJobs()]);
+      await this.fetchOlder(corpus.jobs, jobs);
+      this.draw(corpus, jobs);
     } catch (error) {
       if (!(error instanceof ApiError) || error.status !== 404) throw error;
       setText(this.note, t("There is no such corpus."));
@@ -142,6 +166,14 @@ class CorpusPage {
       this.poller();
       markUpdated();
     }
+  }
+
+  /** Fetches the jobs that are too old for the list, once each; null: it was deleted. */
+  async fetchOlder(ids, jobs) {
+    this.older ??= new Map();
+    const unknown = ids.filter((id) => !jobs.has(id) && !this.older.has(id)).slice(0, MAX_OLDER);
+    await Promise.all(unknown.map(async (id) => this.older.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(() => null))));
+    for (const id of ids) if (!jobs.has(id) && this.older.get(id)) jobs.set(id, this.older.get(id));
   }
 
   draw(corpus, jobs) {
@@ -156,11 +188,8 @@ class CorpusPage {
     setText(this.note, gone || unknown);
     setVisible(this.note, gone || unknown);
     updateList(this.paths, pathsOf(corpus.spec), ([source, path]) => `${source} ${path}`, ([source, path]) => h("li", {}, source ? `${source}: ` : "", h("code", { class: "wrap" }, path)));
-    updateList(this.jobs, corpus.jobs, (job) => job, (job) => h("li", {}, h("a", { href: `/jobs/${job}` }), " ", statusBadge()), (part, job) => {
-      setText(part.firstChild, jobs.get(job)?.name ?? job);
-      setVisible(part.lastChild, jobs.has(job));
-      if (jobs.has(job)) showStatus(part.lastChild, jobs.get(job).status);
-    });
+    updateList(this.users.body, corpus.jobs, (job) => job, userRow, (row, job) => updateUserRow(row, job, jobs.get(job)));
+    setVisible(this.users.node, corpus.jobs.length);
     setVisible(this.noJobs, !corpus.jobs.length);
     this.drawReport(corpus);
   }
@@ -175,6 +204,23 @@ class CorpusPage {
     fillFacts(this.facts, report ? corpusFacts(report) : []);
     this.sources.replaceChildren(...sources.map((source) => sourceSection(source, sources.length > 1, spec.tokenizer_path)));
   }
+}
+
+function userRow(id) {
+  const cells = { name: h("a", { class: "name", href: `/jobs/${id}` }), status: statusBadge(), detail: h("span", { class: "status-detail" }), owner: h("td", { "data-name": t("Owner").toLowerCase() }), step: h("td", { class: "num", "data-name": t("Step").toLowerCase() }), made: h("td", { "data-name": t("Submitted").toLowerCase() }) };
+  return Object.assign(h("tr", {}, h("td", {}, cells.name), h("td", { class: "whole" }, cells.status, cells.detail), cells.owner, cells.step, cells.made), { cells });
+}
+
+/** `job`: null if it was deleted. */
+function updateUserRow({ cells }, id, job) {
+  setText(cells.name, job?.name ?? id);
+  setVisible(cells.status, job);
+  if (job) showStatus(cells.status, job.status);
+  setText(cells.detail, job ? (waitsForCorpus(job) ? t("waits for this corpus") : "") : t("deleted"));
+  setText(cells.owner, job?.owner ?? NONE);
+  setText(cells.step, job?.progress ? count(job.progress.step) : NONE);
+  setText(cells.made, job ? ago(job.created_at) : NONE);
+  setAttr(cells.made, "title", job ? dateTime(job.created_at) : null);
 }
 
 const share = (value) => (value > 0 && value < 0.001 ? t("below 0.1 %") : value === 0 ? "0 %" : percent(100 * (value ?? NaN)));

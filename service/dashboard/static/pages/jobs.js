@@ -1,9 +1,11 @@
 // The workspace: a live table of jobs, the curves of the chosen ones, and the queue. Its state is in the address.
-import { get, token } from "../api.js";
+import { get, sendJson, token } from "../api.js";
 import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
 import { t, tNodes, tn } from "../i18n.js";
+import { confirmAction } from "../job/actions.js";
 import { addShortcuts } from "../keyboard.js";
+import { Menu } from "../menu.js";
 import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { poll } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
@@ -21,6 +23,15 @@ const SPARK_POINTS = 64;
 const SPARK_REFRESH_MS = 10_000;
 const MAX_SPARKS_PER_POLL = 6; // sparklines fetched in one poll
 const MAX_QUEUE = 20;
+const isActive = (job) => !FINAL_STATUSES.has(job.status);
+/** `of(job)`: whether the status allows it; the service has the last word. `question(jobs)`: what is asked first, with the number of jobs as text. `change(job)`: fields to set. */
+const BULK_ACTIONS = [
+  { verb: "pause", label: t("Pause"), of: (job) => ["queued", "preparing", "starting", "running"].includes(job.status) },
+  { verb: "resume", label: t("Resume"), of: (job) => job.resumable },
+  { verb: "cancel", label: t("Cancel"), of: isActive, question: (jobs) => t("Cancel {jobs}? Each saves a checkpoint first and then stops.", { jobs }) },
+  { verb: "kill", label: t("Kill"), of: (job) => ["starting", "running", "pausing", "cancelling"].includes(job.status), question: (jobs) => t("Kill {jobs} now? They save nothing: progress since their newest checkpoints is lost.", { jobs }) },
+  { verb: "discard", label: t("Discard: hide from lists"), of: (job) => !job.discarded, change: () => ({ discarded: true }) },
+];
 const AUTH_OPTION = '-H "Authorization: Bearer $TRAINYARD_TOKEN" ';
 const exampleCommands = () => ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
   `curl ${token.get() ? AUTH_OPTION : ""}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
@@ -72,16 +83,17 @@ class Workspace {
     this.chosenCount = h("h2");
     this.watch = h("button", { type: "button", class: "quiet", onclick: () => this.toggleWatch() });
     this.compare = h("a", { class: "button" }, t("Compare"));
+    this.menu = new Menu(t("Actions"), () => this.chosenActions(), { name: t("Actions on the chosen jobs") });
     const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, t("Clear"));
     this.missingNote = h("p", { class: "muted", hidden: true });
     this.curves = h("section", { class: "curves", hidden: true, "aria-label": t("Curves of the chosen jobs") },
-      h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.compare, clear)), this.missingNote, this.charts.node);
+      h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.menu.node, this.compare, clear)), this.missingNote, this.charts.node);
     this.queue = h("ol", { class: "queue" });
     this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), " ", h("a", { href: "/system" }, t("Show the queue")));
     this.queueBox = h("section", { hidden: true }, h("h2", {}, t("Queue")), this.queue, this.queueRest);
     this.place = place;
     place.classList.add("workspace");
-    place.append(h("div", { class: "head" }, h("h1", {}, t("Jobs")), this.count, h("a", { class: "button", href: "/submit" }, t("New job"))), this.filters.node,
+    place.append(h("div", { class: "head" }, h("h1", {}, t("Jobs")), this.count, h("a", { class: "button primary", href: "/submit" }, t("New job"))), this.filters.node,
       this.loading, this.empty, this.nothing, this.table.node, this.curves, this.queueBox);
     for (const part of [this.empty, this.table.node, this.filters.node]) setVisible(part, false);
   }
@@ -255,6 +267,28 @@ class Workspace {
     const jobs = this.lines.flatMap((line) => line.jobs).filter(canWatch);
     setWatched(jobs, !jobs.every(isWatched)).then(() => this.drawChosen());
     this.drawChosen();
+  }
+
+  /** Items of the menu: each acts on those of the chosen jobs whose status allows it. */
+  chosenActions() {
+    const jobs = this.lines.flatMap((line) => line.jobs);
+    return BULK_ACTIONS.map(({ verb, label, of, question, change }) => {
+      const fitting = jobs.filter(of);
+      const what = tn(fitting.length, "{n} job", "{n} jobs", { n: count(fitting.length) });
+      const press = async () => {
+        if (question && !(await confirmAction(question(what), verb))) return;
+        await this.actOn(fitting, (job) => (change ? sendJson("PATCH", `/jobs/${job.id}`, change(job)) : sendJson("POST", `/jobs/${job.id}/${verb}`)), label);
+      };
+      return { label: fitting.length ? `${label}: ${what}` : label, why: fitting.length ? null : t("no chosen job is in a state for it"), danger: Boolean(question), press };
+    });
+  }
+
+  /** Acts on one job after the other, and says how many the service refused and why the first one was. */
+  async actOn(jobs, act, label) {
+    const refused = [];
+    for (const job of jobs) await act(job).catch((error) => refused.push(`${job.name}: ${error.message}`));
+    announce([t("{action}: {done} of {all}", { action: label, done: count(jobs.length - refused.length), all: count(jobs.length) }), ...refused.slice(0, 1)].join(". "));
+    this.poller.now();
   }
 
   drawQueue(jobs) {

@@ -2,7 +2,7 @@
 import { ApiError, get, sendJson, withQuery } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
 import { PlanView } from "../form/plan-view.js";
-import { fetchSchemas, mergeSpecs } from "../form/schema.js";
+import { fetchSchemas, formatValue, mergeSpecs } from "../form/schema.js";
 import { SpecEditor, SpecForm, draftKey } from "../form/spec-form.js";
 import { count } from "../format.js";
 import { t, tNodes, tn } from "../i18n.js";
@@ -10,6 +10,8 @@ import { retryUntilReachable } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
 import { wordFor } from "../status.js";
 
+const PLAN_DELAY_MS = 500; // after the last change
+const DIAL_DELAY_MS = 150;
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
 const DATA_CHOICES = { keep: t("continue data and schedule as the parent: the same samples in the same steps"), restart: t("restart data and schedule, keep the weights") };
 
@@ -22,8 +24,11 @@ export const submitPage = { title: t("Submit"), open };
 function open(place) {
   const state = { isClosed: false };
   place.append(h("h1", {}, getParam("fork") ? t("Fork") : t("Submit")), h("p", { class: "muted" }, t("Loading the form…")));
-  retryUntilReachable(async () => buildPage(place, await load()), () => state.isClosed);
-  return () => (state.isClosed = true);
+  retryUntilReachable(async () => (state.form = buildPage(place, await load())), () => state.isClosed);
+  return () => {
+    state.isClosed = true;
+    state.form?.close();
+  };
 }
 
 /** Fetches the schemas, and the job to fork or to copy, or the corpus to train on. */
@@ -48,11 +53,12 @@ async function fullCheckpointSteps(id) {
   return data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
 }
 
+/** Returns the form, or null if what it starts from is not there. */
 function buildPage(place, source) {
   place.replaceChildren();
-  if (source.missing) place.append(h("h1", {}, t("Submit")), h("p", {}, source.missing, " ", h("a", { href: "/submit" }, t("Submit a new job"))));
-  else if (source.job && source.fork) new ForkForm(place, source);
-  else new SubmitForm(place, source);
+  if (!source.missing) return source.job && source.fork ? new ForkForm(place, source) : new SubmitForm(place, source);
+  place.append(h("h1", {}, t("Submit")), h("p", {}, source.missing, " ", h("a", { href: "/submit" }, t("Submit a new job"))));
+  return null;
 }
 
 /** Form of a new job. `ForkForm` overrides what differs for a fork. */
@@ -61,7 +67,7 @@ class SubmitForm {
     Object.assign(this, source);
     this.form = new SpecForm(source.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
     this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
-    this.plan = new PlanView(t("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit."), (changes) => this.applyChanges(changes));
+    this.plan = new PlanView(t("Size, memory, time and warnings are shown here as you type, once the data is chosen. Nothing is stored until you submit."), (changes) => this.applyChanges(changes));
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.planButton = h("button", { type: "submit" }, t("Plan"));
     this.launchButton = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
@@ -99,27 +105,40 @@ class SubmitForm {
     return null;
   }
 
-  /** "Propose sizes" for a depth: shows each value with its reason, and changes the spec only on request. */
+  /** The depth dial: proposes all sizes for a number of layers, each with its reason. The spec is changed only on request. */
   depthControls() {
-    const depth = h("input", { type: "number", min: "1", max: "128", step: "1", class: "decay", "aria-label": t("Depth"), placeholder: t("layers") });
-    const shown = h("div");
+    const range = { min: "1", step: "1" };
+    const dial = h("input", { type: "range", max: "48", value: "12", "aria-label": t("Depth, as a dial"), ...range });
+    const depth = h("input", { type: "number", max: "128", value: "12", "aria-label": t("Depth"), ...range });
+    const shown = h("div", { "aria-live": "polite" });
+    const close = () => shown.replaceChildren();
+    let [timer, latest] = [null, 0];
     const propose = async () => {
-      const spec = this.editor.read();
+      const spec = this.editor.peek();
       if (!spec) return;
+      const number = (latest += 1);
       const { data_path: path, ...data } = spec.data ?? {};
       try {
         const proposal = await sendJson("POST", "/jobs/proposal", { depth: Number(depth.value), spec: { ...spec, data: path ? { ...data, data_path: path } : data } });
-        shown.replaceChildren(...this.proposalParts(proposal, () => shown.replaceChildren()));
-        this.showError("");
+        if (number === latest) shown.replaceChildren(...this.proposalParts(proposal, close));
       } catch (error) {
+        if (number !== latest) return;
         const errors = error instanceof ApiError ? error.errors.map((problem) => ({ ...problem, pointer: problem.pointer.replace(/^\/spec/, "") })) : [];
-        this.showError(errors.some(({ pointer }) => pointer === "/depth") ? t("Depth must be a whole number from 1 to 128.") : error.message);
-        this.editor.showErrors(errors);
+        const isDepth = errors.some(({ pointer }) => pointer === "/depth");
+        shown.replaceChildren(h("p", { class: "error" }, isDepth ? t("Depth must be a whole number from 1 to 128.") : error.message));
+        if (!isDepth) this.editor.showErrors(errors, { isTyping: true });
       }
     };
-    return h("div", { class: "depth" }, h("div", { class: "bar" }, h("button", { type: "button", onclick: propose }, t("Propose sizes for a depth of")), depth), shown);
+    const proposeSoon = () => {
+      clearTimeout(timer);
+      timer = setTimeout(propose, DIAL_DELAY_MS);
+    };
+    dial.addEventListener("input", () => ((depth.value = dial.value), proposeSoon()));
+    depth.addEventListener("input", () => ((dial.value = depth.value), proposeSoon()));
+    return h("div", { class: "depth" }, h("div", { class: "bar" }, h("button", { type: "button", onclick: propose }, t("Propose sizes for a depth of")), dial, depth, h("span", { class: "muted" }, t("layers"))), shown);
   }
 
+  /** `done()` is called when the proposal was used or put away. */
   proposalParts(proposal, done) {
     const changes = {};
     for (const { pointer, value } of proposal.settings) {
@@ -127,8 +146,9 @@ class SubmitForm {
       (changes[group] ??= {})[field] = value;
     }
     const use = () => (done(), this.applyChanges(changes));
-    const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("li", {}, `${pointer.split("/").at(-1)} ${value}: ${reason}${source ? ` [${source}]` : ""}`));
-    return [h("ul", { "aria-label": t("Proposal") }, rows), h("div", { class: "bar" }, h("button", { type: "button", onclick: use }, t("Use these values")), h("button", { type: "button", class: "quiet", onclick: done }, t("Close")))];
+    const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("tr", {}, h("th", { scope: "row" }, pointer.split("/").at(-1)), h("td", { class: "num" }, formatValue(value)), h("td", { class: "muted" }, reason, source ? ` [${source}]` : "")));
+    return [h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("Proposal") }, h("table", {}, h("caption", { class: "visually-hidden" }, t("Proposed settings")), h("tbody", {}, rows))),
+      h("div", { class: "bar" }, h("button", { type: "button", class: "primary", onclick: use }, t("Use these values")), h("button", { type: "button", class: "quiet", onclick: done }, t("Close")))];
   }
 
   draftKey() {
@@ -168,6 +188,7 @@ class SubmitForm {
     this.idempotencyKey = crypto.randomUUID();
     this.planned = null;
     this.plan.stale(true);
+    this.planSoon();
     setText(this.launchButton, this.verb());
     const total = this.form.changed.length;
     const differ = this.job && this.fork ? tn(total, "{n} setting differs from the parent's.", "{n} settings differ from the parent's.", { n: count(total) })
@@ -175,10 +196,51 @@ class SubmitForm {
     setText(this.changeCount, total ? differ : "");
   }
 
+  planSoon() {
+    this.stopPlanning();
+    this.timer = setTimeout(() => this.planQuietly(), PLAN_DELAY_MS);
+  }
+
+  /** A plan that is under way is of the spec before. */
+  stopPlanning() {
+    clearTimeout(this.timer);
+    this.planNumber = (this.planNumber ?? 0) + 1;
+  }
+
+  /** Plans what was typed so far. The focus stays, and an older plan stays until there is another one. */
+  async planQuietly() {
+    const spec = this.editor.peek();
+    if (this.busy || !spec || !this.hasData(spec)) return;
+    const number = (this.planNumber += 1);
+    const isCurrent = () => number === this.planNumber && !this.busy;
+    try {
+      const plan = await sendJson("POST", ...this.request(spec, false));
+      if (!isCurrent()) return;
+      this.editor.showErrors([], { isTyping: true });
+      this.showError("");
+      this.plan.show(plan, this.form.valueAt("training", "batch_size"));
+    } catch (error) {
+      if (!isCurrent()) return;
+      const errors = error instanceof ApiError ? error.errors.map((problem) => this.toFormPointer(problem)) : [];
+      this.editor.showErrors(errors, { isTyping: true });
+      this.plan.setState(errors.length ? t("Not planned: {problems}", { problems: errors.map((problem) => `${problem.pointer.split("/").at(-1)} ${problem.message}`).join("; ") }) : error.message);
+    }
+  }
+
+  /** Whether the data is chosen; without it there is nothing to plan. */
+  hasData({ data }) {
+    return Boolean(data?.data_path?.length || data?.sources?.length);
+  }
+
+  close() {
+    this.stopPlanning();
+  }
+
   /** Plans, and then launches if requested and the plan has no warning that the user has not seen. */
   async press(launching) {
     const spec = this.editor.read();
     if (!spec || this.busy) return;
+    this.stopPlanning();
     this.busy = true;
     for (const button of [this.planButton, this.launchButton]) setAttr(button, "aria-disabled", "true");
     try {
@@ -198,7 +260,7 @@ class SubmitForm {
     const plan = await sendJson("POST", ...this.request(spec, false));
     this.editor.showErrors([]);
     this.showError("");
-    this.plan.show(plan);
+    this.plan.show(plan, this.form.valueAt("training", "batch_size"));
     this.planned = plan;
   }
 
@@ -283,6 +345,10 @@ class ForkForm extends SubmitForm {
 
   request(spec, launching) {
     return [`/jobs/${this.job.id}/fork${launching ? "" : "/plan"}`, { step: this.step(), data: this.dataSelect.value, overrides: spec }];
+  }
+
+  hasData() {
+    return true;
   }
 
   toFormPointer({ pointer, message }) {

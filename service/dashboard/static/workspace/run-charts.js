@@ -56,6 +56,7 @@ export class RunCharts {
     const nodes = this.charts.map((chart) => this.group.add(chart));
     const [first, small, heldOut] = [nodes[0], nodes.filter((_, i) => i && !CHARTS[i].sparse), nodes.filter((_, i) => CHARTS[i].sparse)];
     this.legend = h("ul", { class: "legend" });
+    this.emptyNote = h("p", { class: "muted", hidden: true });
     this.settings = new ComparisonTable(t("Settings that differ"), t("Differing settings"), t("Setting"));
     this.scores = new ComparisonTable(t("Scores on tasks"), t("Scores on tasks"), t("Task"));
     this.set = getParam("set") ?? "";
@@ -63,7 +64,7 @@ export class RunCharts {
     this.setBar = h("div", { class: "bar", hidden: true }, h("label", { for: "held-out-set" }, t("Held-out set")), this.setChoice);
     this.heldOut = h("section", { hidden: true }, this.setBar, h("div", { class: "small two" }, heldOut));
     this.controls = this.createControls();
-    this.node = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small), this.scores.node, this.settings.node);
+    this.node = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small), this.emptyNote, this.scores.node, this.settings.node);
   }
 
   createControls() {
@@ -160,7 +161,16 @@ export class RunCharts {
     if (!lines.length) return;
     this.drawSetChoice(lines);
     this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], lines)));
+    this.hideEmptyCharts();
     await this.group.redraw();
+  }
+
+  /** A chart without a point is only named; the first one is always there. */
+  hideEmptyCharts() {
+    const empty = this.charts.slice(1).filter((chart) => chart.isEmpty);
+    for (const chart of this.charts) setVisible(chart.node, !empty.includes(chart));
+    setVisible(this.emptyNote, empty.length);
+    setText(this.emptyNote, t("No points of these jobs yet: {charts}", { charts: empty.map((chart) => chart.name).join(t(", ")) }));
   }
 
   /** Lists the held-out sets of all jobs, if there are several. */
