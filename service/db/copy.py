@@ -206,6 +206,7 @@ def _locked_postgres(url: URL, role: str) -> Iterator[Connection]:
     try:
         snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
         with snapshot.connect() as connection, connection.begin():
+            db.allow_pauses(connection)
             # A service that starts now waits for this lock; one that runs already is found by its connections' name.
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": db.MIGRATION_LOCK})
             _require_no_service(connection, role)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 BUSY_SECONDS = 30
 EXCLUSIVE_SECONDS = 3
 IDLE_SECONDS = 10
+PAUSE_SECONDS = 600
 APPLICATION = "trainyard"
 """Name of our connections in `pg_stat_activity`."""
 
@@ -159,6 +160,7 @@ class Database:
                 stack.enter_context(FileLock(lock_file).take(seconds=BUSY_SECONDS))
             connection = stack.enter_context(self._write_engine.begin())
             if not self.is_sqlite:
+                allow_pauses(connection)
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             migrate(connection)
 
@@ -191,6 +193,15 @@ def newest_revision() -> str:
     # From the name, so that Alembic need not be imported.
     versions = Path(migrations.__path__[0]) / "versions"
     return max(path.name.removeprefix("v").partition("_")[0] for path in versions.glob("v*_*.py"))
+
+
+def allow_pauses(connection: Connection) -> None:
+    """Let this Postgres transaction pause for PAUSE_SECONDS between two statements, instead of IDLE_SECONDS.
+
+    A migration imports Alembic and its scripts, and a copy works on the other database. On a busy host or a slow disk
+    either may take longer than IDLE_SECONDS, and then the service would not start.
+    """
+    connection.execute(text(f"SET LOCAL idle_in_transaction_session_timeout = {PAUSE_SECONDS * 1000}"))
 
 
 def migrate(connection: Connection) -> None:

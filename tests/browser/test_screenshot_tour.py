@@ -164,9 +164,7 @@ def failed(rig: ServiceHarness) -> str:
     save(rig, job_id, attempt, 600)
     rig.ship(attempt)
     tail = [f"step {step} of 4,000, loss {2.6 + 1.3 * math.exp(-step / 950):.3f}" for step in range(480, 621, 20)]
-    tail += [
-        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.66 GiB. GPU 0 has 79.11 GiB"
-    ]
+    tail += ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.66 GiB. GPU 0 has 79.11 GiB"]
     report = attempt.end("failed", Reason.OUT_OF_MEMORY, 620, "out of memory on rank 0 in step 621 with 384 sequences")
     hint = "Set training.batch_size to 192 and training.accumulation_steps to 2: the result is the same."
     card = ErrorCard(code="out_of_memory", message=report.message, hint=hint, rank=0, log_tail=tail)

@@ -3,6 +3,7 @@
 The "weights" are a chain of hashes over the steps, so a step left out, or done twice, changes the last ones. What is
 to happen is in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
 strikes in the first attempt, or with {"always": "1"} in each. {"deaf": "1"}: stop requests and SIGTERM are ignored.
+{"save_pace": "0.1"}: a save takes at least that long.
 """
 
 import hashlib
@@ -85,6 +86,7 @@ class Rank:
         self.steps = int(self.labels.get("steps", "20"))
         self.pace = float(self.labels.get("pace", "0.02"))
         self.save_interval = int(self.labels.get("save", "5"))
+        self.save_pace = float(self.labels.get("save_pace", "0"))
         self.deaf = "deaf" in self.labels
         if self.deaf:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -137,6 +139,7 @@ class Rank:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / MODEL).write_text(weights)
+        time.sleep(self.save_pace)
         sha256 = hashlib.sha256(weights.encode()).hexdigest()
         write_json(partial / MANIFEST, {"files": {MODEL: {"bytes": len(weights), "sha256": sha256}}})
         partial.rename(path)

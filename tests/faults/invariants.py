@@ -5,6 +5,8 @@ I2  nothing lives once its job is terminal, plus the grace  I7  final weights ar
 I3  a device is leased to one live attempt, or free         I8  no 5xx for any client
 I4  steps 1..N without a gap, a step twice has one value    I9  an unknown outcome is never success
 I5  the event log is a path of the transition table
+
+`check_alarms`, where no fault damages bits: neither memory nor a checkpoint is reported as damaged (I10).
 """
 
 import threading
@@ -18,13 +20,14 @@ from sqlalchemy.orm import Session
 from tests.faults import fake_ranks
 from tests.faults.service_home import Home, Member, until
 from trainyard.contract.messages import ExitReport, Outcome, read_message
-from trainyard.contract.status import LIVE, TERMINAL, JobStatus, can_transition
+from trainyard.contract.status import LIVE, TERMINAL, JobStatus, Reason, can_transition
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import AttemptRow, CheckpointRow, DeviceLeaseRow, EventRow, JobRow, MetricRow
 from trainyard.service.launch.base import LOCAL
 
-GRACE_SECONDS = 5.0
 SAMPLE_SECONDS = 0.03
+DAMAGE_REASONS = (Reason.SILENT_CORRUPTION, Reason.CHECKPOINT_INVALID)
+DAMAGE_CODES = ("checkpoint_invalid", "resume_differs")
 
 Damage = Callable[[Path], str | None]
 
@@ -55,7 +58,7 @@ class Sampler:
 
     def _several(self) -> dict[str, set[int]]:
         living: dict[str, list[Member]] = {}
-        for member in working(self.home):
+        for member in working(self.home, SAMPLE_SECONDS):
             living.setdefault(member.job, []).append(member)
         several = {job: found for job, found in living.items() if len({m.number for m in found}) > 1}
         # Seen one after the other; only those that are alive now, after all were seen, lived at one instant.
@@ -63,14 +66,14 @@ class Sampler:
         return {job: numbers for job, numbers in still.items() if len(numbers) > 1}
 
 
-def working(home: Home) -> list[Member]:
+def working(home: Home, max_age: float = 0.0) -> list[Member]:
     """Living processes that count: all but an agent that has not begun, or that only delivers its report."""
 
     def counts(member: Member) -> bool:
         attempt = home.run(member.job).attempt(member.number)
         return member.role != "agent" or (attempt.started.exists() and not attempt.exit.exists())
 
-    return [member for member in home.processes() if counts(member)]
+    return [member for member in home.processes(max_age=max_age) if counts(member)]
 
 
 @contextmanager
@@ -96,7 +99,7 @@ def check(home: Home, sampler: Sampler | None = None, damage: Damage = fake_rank
             check_success(home, job)
         check_checkpoints(session, damage)
     ended = {job.id for job in jobs if job.status in TERMINAL}
-    until(lambda: not [m for m in working(home) if m.job in ended], GRACE_SECONDS, "I2: nothing of ended jobs lives")
+    until(lambda: not [m for m in working(home) if m.job in ended], home.grace, "I2: nothing of ended jobs lives")
 
 
 def check_leases(session: Session) -> None:
@@ -160,6 +163,19 @@ def check_success(home: Home, job: JobRow) -> None:
     assert outcome is not None, "I9"
     assert outcome.outcome == "completed", "I9"
     assert report is None or report.outcome == "completed", "I9"
+
+
+def check_alarms(home: Home) -> int:
+    """I10. Return how many resumed attempts have compared their weights, each with a difference of 0."""
+    with reading(home) as session:
+        wrong = [f"{row.job_id}/{row.number}: {row.message}" for row in session.scalars(select(AttemptRow))
+                 if row.reason in DAMAGE_REASONS]  # fmt: skip
+        events = session.scalars(select(EventRow).where(EventRow.kind.in_(("warning", "resume_verified")))).all()
+        wrong += [f"{row.job_id}: {row.message}" for row in events if row.data.get("code") in DAMAGE_CODES]
+        verified = [row for row in events if row.kind == "resume_verified"]
+        wrong += [f"{row.job_id}: {row.message}" for row in verified if row.data["difference"] != 0]
+    assert wrong == [], "I10: damage is reported, and nothing was damaged"
+    return len(verified)
 
 
 def check_weights(home: Home, job_id: str, steps: int) -> None:

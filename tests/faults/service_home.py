@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +21,20 @@ from trainyard.contract.rundir import RunDir, read_json
 ROOT = Path(__file__).parents[2]
 
 
-def until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "") -> Any:
+def until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "", every: float = 0.02) -> Any:
     """The first true value of ``condition``; fails the test after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"it did not come true in {seconds:g} s: {what or condition}"
-        time.sleep(0.02)
+        time.sleep(every)
     return value
 
 
 class Nursery:
-    """The process from which services are forked."""
+    """The process from which services are forked. Several threads may use one."""
 
     def __init__(self) -> None:
+        self._asking = threading.Lock()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.forked_service"],
             cwd=ROOT,
@@ -44,9 +46,10 @@ class Nursery:
         """Fork a service; None if it is gone already."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(wanted).encode() + b"\n")
-        self.process.stdin.flush()
-        return ProcessIdentity.of(int(json.loads(self.process.stdout.readline())["pid"]))
+        with self._asking:
+            self.process.stdin.write(json.dumps(wanted).encode() + b"\n")
+            self.process.stdin.flush()
+            return ProcessIdentity.of(int(json.loads(self.process.stdout.readline())["pid"]))
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -70,6 +73,10 @@ class Home:
         self.client = httpx2.Client(timeout=10, limits=httpx2.Limits(max_keepalive_connections=0), verify=False)
         self.server_errors: list[str] = []
         self.tolerance = 0.0
+        self.patience = 120.0
+        """Longest wait for a start or an end of the service, in seconds."""
+        self.grace = 5.0
+        """Seconds until nothing of a job that has ended may live (I2)."""
         self.damage: Callable[[Path], str | None] = fake_ranks.damage
         path.mkdir(parents=True, exist_ok=True)
         (path / "corpus.jsonl").write_text('{"text": "one"}\n')
@@ -81,7 +88,9 @@ class Home:
         everything = {**self.wanted, **wanted}
         self.service = self.nursery.service(home=str(self.path), environment=self.environment, **everything)
         if ready:
-            until(self.ready, what=f"ready; {self.log()[-2000:]}")
+            with telling(lambda: self.log()[-2000:]):
+                until(lambda: self.ready() or self.is_down(), self.patience, "the service is ready")
+                assert not self.is_down(), "the service has ended before it was ready"
         return time.monotonic() - began
 
     def ready(self) -> bool:
@@ -98,8 +107,11 @@ class Home:
         self.signal(signal.SIGKILL)
         self.wait_down()
 
-    def wait_down(self, seconds: float = 40.0) -> None:
-        until(lambda: self.service is None or not self.service.alive(), seconds, "the service is down")
+    def is_down(self) -> bool:
+        return self.service is None or not self.service.alive()
+
+    def wait_down(self) -> None:
+        until(self.is_down, self.patience, "the service is down")
 
     def log(self) -> str:
         with contextlib.suppress(FileNotFoundError):
@@ -139,7 +151,7 @@ class Home:
         found: list[dict[str, Any]] = self.get(f"/jobs/{job_id}/metrics?limit=10000").json()["data"]
         return found
 
-    def wait(self, job_id: str, *statuses: str, seconds: float = 60.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, seconds: float = 60.0, every: float = 0.02) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
         def reached() -> bool:
@@ -148,7 +160,7 @@ class Home:
             return found.get("status") in statuses
 
         with telling(lambda: f"{json.dumps(found, indent=1)[:3000]}\n{self.log()[-3000:]}"):
-            until(reached, seconds, f"{job_id} is {statuses}")
+            until(reached, seconds, f"{job_id} is {statuses}", every)
         return found
 
     def run(self, job_id: str) -> RunDir:
@@ -161,9 +173,9 @@ class Home:
         """Wait until the job's first attempt is there."""
         until(lambda: self.step(job_id) >= step)
 
-    def processes(self, job_id: str | None = None) -> list["Member"]:
-        """Every living process of this home's attempts, or of one job's."""
-        return [m for m in members() if self.run(m.job).path.is_dir() and job_id in (None, m.job)]
+    def processes(self, job_id: str | None = None, max_age: float = 0.0) -> list["Member"]:
+        """Every living process of this home's attempts, or of one job's, as of ``max_age`` seconds ago at most."""
+        return [m for m in members(max_age) if self.run(m.job).path.is_dir() and job_id in (None, m.job)]
 
     def named(self, job_id: str, role: str) -> list[ProcessIdentity]:
         return [member.process for member in self.processes(job_id) if member.role == role]
@@ -190,25 +202,62 @@ def telling(what: Callable[[], str]) -> Iterator[None]:
 class Member:
     """One process of an attempt. ``role``: agent, torchrun, rank (those with a RANK, their children too)."""
 
-    def __init__(self, process: ProcessIdentity, mark: str, agent: bool, rank: str | None) -> None:
+    def __init__(self, process: ProcessIdentity, mark: str, environment: Mapping[bytes, bytes]) -> None:
         job, _, number = mark.rpartition("/")
         self.process, self.job, self.number = process, job, int(number)
-        self.role = "agent" if agent else "torchrun" if rank is None else "rank"
-        self.rank = rank
-
-
-def members() -> Iterator[Member]:
-    """Every living process that carries any attempt's mark."""
-    for pid in all_pids():
-        environment = environment_of(pid)
-        mark = environment.get(MARKER.encode())
-        if mark is None or pid == os.getpid():
-            continue
-        process = ProcessIdentity.of(pid)
         rank = environment.get(b"RANK")
-        if process is not None:
-            agent = b"TRAINYARD_ATTEMPT_TOKEN" in environment
-            yield Member(process, mark.decode(), agent, rank.decode() if rank is not None else None)
+        self.rank = rank.decode() if rank is not None else None
+        is_agent = b"TRAINYARD_ATTEMPT_TOKEN" in environment
+        self.role = "agent" if is_agent else "torchrun" if rank is None else "rank"
+
+
+SETTLED_SECONDS = 30.0
+"""A process that has no mark after this time gets none: it has executed its program, also on a busy host."""
+
+REUSE_SECONDS = 10.0
+"""No pid is used again within this time: that takes as many new processes as there are pids."""
+
+
+class ProcessTable:
+    """The process table, read again and again. What is no part of any attempt is read once."""
+
+    def __init__(self) -> None:
+        self._reading = threading.Lock()
+        self._strangers: dict[int, float] = {}
+        self._members: list[Member] = []
+        self._read_at = float("-inf")
+
+    def members(self, max_age: float) -> list[Member]:
+        """Return every living process that carries any attempt's mark."""
+        with self._reading:
+            now = time.monotonic()
+            if now - self._read_at > max_age:
+                self._members = list(self._read(now))
+                self._read_at = now
+            return self._members
+
+    def _read(self, now: float) -> Iterator["Member"]:
+        known = self._strangers if now - self._read_at < REUSE_SECONDS else {}
+        self._strangers = {}
+        for pid in all_pids():
+            first_seen = known.get(pid, now)
+            is_settled = now - first_seen >= SETTLED_SECONDS
+            environment = {} if is_settled or pid == os.getpid() else environment_of(pid)
+            mark = environment.get(MARKER.encode())
+            if mark is None:
+                self._strangers[pid] = first_seen
+                continue
+            process = ProcessIdentity.of(pid)
+            if process is not None:
+                yield Member(process, mark.decode(), environment)
+
+
+TABLE = ProcessTable()
+
+
+def members(max_age: float = 0.0) -> list[Member]:
+    """Return every living process that carries any attempt's mark, as of ``max_age`` seconds ago at most."""
+    return TABLE.members(max_age)
 
 
 def environment_of(pid: int) -> dict[bytes, bytes]:

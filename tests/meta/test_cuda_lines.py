@@ -20,6 +20,7 @@ GRAPHS = "tests/worker/test_device_setup.py::test_cuda_graphs_give_the_losses_of
 PREFETCH = "tests/worker/test_device_setup.py::test_on_a_gpu_micro_batches_are_prefetched_in_pinned_memory"
 DIGESTS = "tests/worker/test_replicas.py::test_on_a_gpu_the_digests_are_of_the_step"
 TIMER = "tests/worker/test_metrics.py::test_on_a_gpu_events_measure_a_ranks_own_time"
+STACKS = "tests/model/test_muon.py::test_a_stack_of_matrices_is_each_of_them"
 
 COVERED = {
     "model/decoder.py:Decoder.score_tokens": "tests/worker/test_tasks.py::test_scores_on_a_gpu_are_those_of_a_cpu",
@@ -64,6 +65,7 @@ COVERED = {
     "worker/training/startup.py:rank_info": RUN,
     "worker/training/startup.py:supports_bfloat16": RUN,
     "worker/training/state.py:TrainState.defers_metrics": RUN,
+    "worker/training/state.py:_build_optimizer": STACKS,
     "worker/training/state.py:_wrap_model": RANKS,
     "worker/training/state.py:build_train_state": GRAPHS,
 }

@@ -152,6 +152,17 @@ def test_a_target_that_holds_something_is_left_alone(rig: ServiceHarness, target
     database.close()
 
 
+def test_postgres_does_not_cut_off_a_copy_that_pauses(
+    rig: ServiceHarness, empty_postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.close()
+    shown: list[str] = []
+    limit = text("SHOW idle_in_transaction_session_timeout")
+    monkeypatch.setattr(transfer, "_require_empty", lambda writing: shown.append(writing.scalar(limit)))
+    copy(rig.url, empty_postgres, quiet)
+    assert shown == ["10min"]
+
+
 def test_a_copy_that_fails_leaves_nothing(
     rig: ServiceHarness, empty_postgres: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import IntegrityError
 
 from tests.service.harness import ServiceHarness, in_threads
 from trainyard.service.clock import utc_now
+from trainyard.service.db import engine
 from trainyard.service.db.engine import (
     Database,
     UnknownSchemaVersion,
@@ -104,6 +105,22 @@ def test_two_services_that_migrate_at_once(empty: str, tmp_path: Path) -> None:
         database.close()
 
     assert in_threads(3, upgrade) == [None] * 3
+
+
+def test_postgres_does_not_cut_off_a_migration_that_pauses(
+    migrated_postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy host the import of Alembic within the transaction took more than 10 s: the service did not start."""
+    limit = text("SHOW idle_in_transaction_session_timeout")
+    shown: list[str] = []
+    monkeypatch.setattr(Database, "_revision", lambda _: None)
+    monkeypatch.setattr(engine, "migrate", lambda connection: shown.append(connection.scalar(limit)))
+    database = Database(migrated_postgres)
+    database.upgrade()
+    with database.write() as session:
+        assert shown == ["10min"]
+        assert session.scalar(limit) == "10s", "the limit of a request is as before"
+    database.close()
 
 
 def test_sqlite_is_set_up_for_many(sqlite_url: str) -> None:

@@ -127,7 +127,7 @@ def test_an_export_whose_job_is_deleted_meanwhile_shows_no_path(
 
     exported, deleted = in_threads(2, act)
     assert deleted == (204, "")
-    assert exported == (404, "job_not_found: No job has this id.")
+    assert exported == (404, "job_not_found: No job has this id. GET /jobs?name=NAME finds jobs by their name.")
 
 
 def broken(directory: Path, state: str) -> None:

@@ -39,6 +39,13 @@ def statements(rig: ServiceHarness) -> Iterator[list[str]]:
         event.remove(rig.database.engine, "before_cursor_execute", hear)
 
 
+def without_version(said: list[str]) -> list[str]:
+    """Without the question whether anything has changed, which Postgres is asked once for all readers that wait."""
+    versions = [statement for statement in said if "txid_current_snapshot" in statement]
+    assert len(versions) <= 1
+    return [statement for statement in said if statement not in versions]
+
+
 def test_a_job_is_read_by_two_statements(any_rig: ServiceHarness) -> None:
     queued = any_rig.submit()
     running, attempt = any_rig.running()
@@ -47,7 +54,7 @@ def test_a_job_is_read_by_two_statements(any_rig: ServiceHarness) -> None:
     for job_id in (queued, running):
         with statements(any_rig) as said:
             assert any_rig.job(job_id)["id"] == job_id
-        assert len(said) <= 2, said
+        assert len(without_version(said)) <= 2, said
     assert any_rig.job(running)["checkpoint"]["step"] == 5
 
 
@@ -58,7 +65,7 @@ def test_a_page_is_read_by_three_however_long_it_is(any_rig: ServiceHarness) -> 
     for limit in (2, 6):
         with statements(any_rig) as said:
             assert len(any_rig.get("/jobs", limit=limit, order="oldest")["data"]) == limit
-        assert len(said) <= 3, said
+        assert len(without_version(said)) <= 3, said
 
 
 def test_a_thousand_lines_are_stored_by_as_many_statements_as_ten(any_rig: ServiceHarness) -> None:

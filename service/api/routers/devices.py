@@ -10,6 +10,7 @@ from sqlalchemy import select
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import ADMIN, READ
 from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
@@ -29,6 +30,7 @@ DeviceId = Annotated[str, Path(description="Id of a device, such as `cuda:3`; or
 
 
 @router.get("/devices", dependencies=[READ])
+@shared()
 def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
     """List the devices of this host, with the attempt that leases each, and processes of other programs.
 

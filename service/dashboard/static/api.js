@@ -34,7 +34,7 @@ export function requestHeaders(more = {}) {
 export async function request(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
+    response = await fetch(path, { cache: "no-cache", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     setOffline(true);

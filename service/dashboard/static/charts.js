@@ -61,13 +61,21 @@ const truncate = (name) => (name.length > 18 ? `${name.slice(0, 17)}…` : name)
 const escapeHtml = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
+const FRAME_MS = 8; // of work after which the browser may paint
 const PIXELS_PER_TICK = 70; // px that one number below the x axis needs
 let libraryPromise = null;
+
+const libraryAddress = () => document.querySelector("meta[name=charts]").content;
+
+/** Starts the download of plotly without running it, which would delay the first text. */
+export function preloadLibrary() {
+  if (!libraryPromise && libraryAddress()) document.head.append(h("link", { rel: "preload", as: "script", href: libraryAddress(), fetchpriority: "low" }));
+}
 
 /** Loads plotly once. Its URL is in a meta tag, not a script tag, so it does not delay text and tables. */
 export function loadLibrary() {
   libraryPromise ??= new Promise((done, failed) => {
-    const address = document.querySelector("meta[name=charts]").content;
+    const address = libraryAddress();
     const script = h("script", { src: address, onload: () => done(window.Plotly), onerror: () => ((libraryPromise = null), failed(new Error("charts"))) });
     document.head.append(script);
   });
@@ -123,7 +131,7 @@ export class Chart {
   /**
    * Sets `{traces, shapes, label, now, note, columns, values, runs}`, which the next `draw` uses. Besides plotly's attributes a trace has `main` (its points are those of the
    * crosshair), `end` (label at its end), `label` (column of the CSV), `counted` (values that a log axis may not show) and `falls` (its first steps may be left out of the y range).
-   * `runs`: see LevelRule.
+   * `runs`: see LevelRule. `values()` returns the rows of the table.
    */
   show(content) {
     this.content = content;
@@ -172,8 +180,7 @@ export class Chart {
     const { traces, note = "" } = this.content;
     const values = (trace) => (trace.counted === true ? trace.y : trace.counted);
     const notShown = this.log ? traces.filter((trace) => trace.counted).reduce((sum, trace) => sum + countNotShown(values(trace)), 0) : 0;
-    const none = this.content.values?.length ? t("Not reported by this run") : t("No data yet");
-    const empty = isEmpty ? none : "";
+    const empty = !isEmpty ? "" : this.content.values?.().length ? t("Not reported by this run") : t("No data yet");
     const above = this.cliff && !this.showsCliff ? tn(this.cliff.points, "first {n} point above, up to {top}", "first {n} points above, up to {top}", { n: count(this.cliff.points), top: this.format(this.cliff.full) }) : "";
     return [empty || note, above, notShown ? t("{n} not shown on a log axis", { n: notShown }) : ""].filter(Boolean).join(" · ");
   }
@@ -298,7 +305,8 @@ export class Chart {
 
   /** Fills the table with the newest values. */
   fillData() {
-    const { columns = [], values = [] } = this.content ?? {};
+    const { columns = [] } = this.content ?? {};
+    const values = this.content?.values?.() ?? [];
     if (!this.body) {
       this.body = h("tbody");
       const head = h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", class: "num" }, name))));
@@ -346,9 +354,11 @@ export class ChartGroup {
     const number = (this.redrawNumber = (this.redrawNumber ?? 0) + 1);
     for (const chart of this.charts) {
       if (number !== this.redrawNumber) return;
+      const began = performance.now();
       const isNew = !chart.started;
       await chart.draw();
-      if (isNew && chart.started) await nextPaint();
+      // Several charts in one frame would make scrolling jump.
+      if ((isNew && chart.started) || performance.now() - began > FRAME_MS) await nextPaint();
     }
   }
 

@@ -57,8 +57,14 @@ export function duration(seconds) {
 
 export const secondsSince = (at, now = Date.now()) => (at ? (now - Date.parse(at)) / 1000 : null);
 export const ago = (at) => (at ? t("{duration} ago", { duration: duration(secondsSince(at)) }) : NONE);
+let dateTimeFormat = null; // A new one for each row of a table would be slow.
+
 /** Local date and time, to the second. */
-export const dateTime = (at) => (at ? new Date(at).toLocaleString(locale, { dateStyle: "medium", timeStyle: "medium" }) : "");
+export function dateTime(at) {
+  if (!at) return "";
+  dateTimeFormat ??= new Intl.DateTimeFormat(locale, { dateStyle: "medium", timeStyle: "medium" });
+  return dateTimeFormat.format(new Date(at));
+}
 
 /** Local time; with the date if it is not today. */
 export function timeOrDateTime(at) {

@@ -66,7 +66,7 @@ export class Actions {
       if (job) this.done(job);
       else navigate("/");
     } catch (error) {
-      this.showError(error instanceof ApiError ? `${LABELS[verb]}: ${error.message}` : error.message);
+      this.showError(error instanceof ApiError ? `${LABELS[verb].replace("…", "")}: ${error.message}` : error.message);
     }
   }
 

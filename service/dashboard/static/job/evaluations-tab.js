@@ -119,7 +119,7 @@ export function chartContent([name, field, { format }], scores) {
     return { uid: task, x: points.map(([step]) => step), y: points.map(([, value]) => value), mode: "lines+markers", marker: { size: 5 }, line, main: i === 0, end: task, counted: true };
   });
   const steps = [...new Set(scores.map((score) => score.step))].sort((a, b) => a - b);
-  const values = steps.map((step) => [count(step), ...tasks.map((task) => format(known.get(task).get(step)))]);
+  const values = () => steps.map((step) => [count(step), ...tasks.map((task) => format(known.get(task).get(step)))]);
   const newest = tasks.map((task) => `${task} ${format([...known.get(task).values()].at(-1))}`);
   return { traces, values, columns: [t("step"), ...tasks], label: t("{name}, newest: {values}", { name, values: newest.join(", ") }), note: "" };
 }

@@ -1,7 +1,7 @@
 // The charts of a job: those of the overview, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
 import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, smoothedLoss, smoothingQuery, smoothingText, stepRange, supersededRanges, toNumber, xValues } from "../chart-data.js";
-import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
+import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary, preloadLibrary } from "../charts.js";
 import { h } from "../dom.js";
 import { bytes, compactNumber, count, fewDigits, loss, percent } from "../format.js";
 import { t } from "../i18n.js";
@@ -59,7 +59,7 @@ export function chartContent(chart, { rows, xs, breaks, colors, shapes }) {
   const sets = chart.ofSet ? heldOutSets(rows) : [];
   const lines = chartLines(chart, sets);
   const traces = lines.map((part, i) => lineTrace(part, i, lines.length, { rows, xs, breaks, colors }));
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), ...lines.map((part) => chart.format(part.of(row)))]);
+  const values = () => rows.map((row) => [count(row.step), ...lines.map((part) => chart.format(part.of(row)))]);
   const [first] = lines;
   const note = sets.length > MAX_SETS ? t("{n} more held-out sets are in the CSV", { n: (sets.length - MAX_SETS).toLocaleString("en-US") }) : "";
   return { traces, values, shapes, note, columns: [t("step"), ...lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
@@ -92,7 +92,7 @@ export function lossContent(view, data, oldRows) {
     { uid: "smoothed", ...lineWithGaps(xs, rows.map(smoothedLoss), breaks), line: { width: 2, color: main }, main: true, counted: rows.map(smoothedLoss) },
     evaluationMarkers(view, accent), nonFiniteMarkers(view, accent), ...supersededLines(view, data, oldRows),
   ];
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(smoothedLoss(row)), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
+  const values = () => rows.map((row) => [count(row.step), loss(smoothedLoss(row)), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
   return { traces, values, columns: [t("step"), t("smoothed"), t("last"), t("min"), t("max")], shapes: eventLines(view, data),
     label: chartLabel(t("Train loss"), rows, smoothedLoss, loss), now: currentLoss(rows), note: legendText(view, data, oldRows),
     runs: [{ name: data.name, rows: data.wholeRun, attempts: data.attempts, of: smoothedLoss }] };
@@ -244,6 +244,7 @@ export class JobCharts {
   /** Fetches before the job itself is known, so that both requests run in parallel. */
   prefetch() {
     this.prefetched = this.fetch();
+    preloadLibrary();
     this.prefetched.catch(() => {});
   }
 

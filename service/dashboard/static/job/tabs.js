@@ -3,15 +3,12 @@ import { ApiError, get, request, sendJson, token } from "../api.js";
 import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
 import { t } from "../i18n.js";
+import { lazy } from "../lazy.js";
 import { Menu } from "../menu.js";
 import { getParam } from "../router.js";
 import { wordFor } from "../status.js";
 import { startsFrom } from "./checkpoint-actions.js";
-import { ConfigTab } from "./config-tab.js";
-import { EvaluationsTab } from "./evaluations-tab.js";
-import { LogsTab } from "./logs-tab.js";
 import { MetricsTab } from "./metrics-tab.js";
-import { TryTab } from "./try-tab.js";
 
 // Base class of tabs that show one of a job's lists as a table.
 
@@ -283,6 +280,35 @@ class EventsTab extends ListTab {
     this.newestFirst = true;
   }
 }
+
+/** Returns the class of a tab whose module is loaded when it is opened first. `load()` returns a promise of the tab's own class. */
+function lazyTab(load) {
+  return class {
+    constructor(place, ...given) {
+      const open = (Tab) => {
+        if (this.isClosed) return;
+        this.tab = new Tab(place, ...given);
+        if (this.job) this.tab.update(this.job);
+      };
+      load().then(open, () => place.append(h("p", { class: "error", role: "alert" }, t("This tab could not be loaded. Load the page again."))));
+    }
+
+    update(job) {
+      this.job = job;
+      return this.tab?.update(job);
+    }
+
+    close() {
+      this.isClosed = true;
+      this.tab?.close?.();
+    }
+  };
+}
+
+const LogsTab = lazyTab(lazy(() => import("./logs-tab.js").then((module) => module.LogsTab)));
+const EvaluationsTab = lazyTab(lazy(() => import("./evaluations-tab.js").then((module) => module.EvaluationsTab)));
+const TryTab = lazyTab(lazy(() => import("./try-tab.js").then((module) => module.TryTab)));
+const ConfigTab = lazyTab(lazy(() => import("./config-tab.js").then((module) => module.ConfigTab)));
 
 export const TAB_NAMES = {
   overview: t("overview"), metrics: t("metrics"), logs: t("logs"), checkpoints: t("checkpoints"), samples: t("samples"), evaluations: t("evaluations"), try: t("try"), config: t("config"), events: t("events") };

@@ -150,7 +150,7 @@ class Workspace {
   /** Scrolling shows jobs without a sparkline. */
   loadSparksSoon() {
     clearTimeout(this.sparkTimer);
-    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.drawRows(), () => {}), 150);
+    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.refresh(), () => {}), 150);
   }
 
   sort(key) {

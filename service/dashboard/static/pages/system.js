@@ -153,7 +153,7 @@ function diskRow() {
 function updateDisk(row, disk) {
   const { inside: cells } = row;
   const known = disk.total_bytes !== null && disk.free_bytes !== null;
-  setText(cells.what, disk.id.split("+").map((part) => CONTENTS[part] ?? part.replaceAll("_", " ")).join(", "));
+  setText(cells.what, disk.id.split("+").map((part) => CONTENTS[part] ?? part.replaceAll("_", " ")).join(t(", ")));
   updateList(cells.where, disk.paths, (path) => path, (path) => h("code", { class: "path" }, path));
   setText(cells.used, known ? t("{part} of {whole}", { part: bytes(disk.total_bytes - disk.free_bytes), whole: bytes(disk.total_bytes) }) : NONE);
   setVisible(cells.meter, known);

@@ -116,7 +116,10 @@ function textCell({ numeric }) {
 function updateNumber(cell, { jobs }, column) {
   const values = jobs.map((job) => column.value(job)).filter((value) => Number.isFinite(value));
   const [first] = jobs;
-  if (!values.length) return setText(cell, column.missing?.(first) ?? NONE);
+  if (!values.length) {
+    setText(cell, column.missing?.(first) ?? NONE);
+    return setAttr(cell, "title", null);
+  }
   setText(cell, column.format(values.reduce((sum, value) => sum + value, 0) / values.length));
   const range = t("mean of {n}: {low} to {high}", { n: count(values.length), low: column.format(Math.min(...values)), high: column.format(Math.max(...values)) });
   return setAttr(cell, "title", jobs.length > 1 ? range : column.title?.(first));

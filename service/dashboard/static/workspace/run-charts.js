@@ -95,7 +95,17 @@ export class RunCharts {
     await Promise.all(jobs.map((job) => this.loadJob(job, jobs.length)));
     const wanted = new Set(jobs.map((job) => job.id));
     for (const id of this.loaded.keys()) if (!wanted.has(id)) this.loaded.delete(id);
+    // Most polls bring nothing new, and a redraw of all charts takes several frames.
+    const mark = this.drawnMark();
+    if (mark === this.drawn) return;
     await this.draw();
+    this.drawn = mark;
+  }
+
+  /** Changes whenever `update` must draw again; the controls and the theme draw by themselves. */
+  drawnMark() {
+    return JSON.stringify(this.loadedLines().map(({ key, name, slot, runs }) => [key, name, slot, runs.map((run) =>
+      [run.job.id, run.job.name, run.job.progress.loss, Boolean(run.job.spec), run.mark, run.attemptsOf, run.scoredAt, run.zoomedFor])]));
   }
 
   /** Sets what is drawn, before the data of new lines are there. */
@@ -184,7 +194,7 @@ export class RunCharts {
     const label = tn(runs.length, "{label}, {n} job", "{label}, {n} jobs", { label: chartLabel(shown, visibleRows(runs[0]), value, format) });
     const folded = lines.some((line) => line.runs.length > 1);
     const note = folded && chart === CHARTS[0] ? t("thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there") : "";
-    return { traces, values: tableRows(runs, chart, value), columns: [t("step"), ...runs.map((run) => run.job.name)], label, note,
+    return { traces, values: () => tableRows(runs, chart, value), columns: [t("step"), ...runs.map((run) => run.job.name)], label, note,
       runs: chart === CHARTS[0] ? runs.map((run) => ({ name: run.job.name, rows: run.whole, attempts: run.attempts, of: value })) : [] };
   }
 
