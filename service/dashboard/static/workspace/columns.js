@@ -30,7 +30,7 @@ const text = (key, label, width, value, title = null) => ({ key, label, width, v
 /** `key` is the name in the address, `width` in px; `value(job)` is sorted by, and null if there is none. */
 export const COLUMNS = [
   { ...text("status", t("Status"), 138, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
-  { ...number("progress", t("Progress"), 155, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
+  { ...number("progress", t("Progress"), 165, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
   { ...text("group", t("Group"), 90, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
   { ...number("score", t("Score"), 70, (job) => job.score?.value ?? null, loss), hint: t("The best held-out bits per byte, else the best held-out loss, else the smoothed loss"),
     title: (job) => job.score && SCORES[job.score.metric](count(job.score.step)) },
