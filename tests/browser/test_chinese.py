@@ -21,7 +21,8 @@ from trainyard.service.dashboard.assets import STATIC
 pytestmark = pytest.mark.long
 
 TEXTS = """() => {
-  const apart = 'code, pre, kbd, .mono, .unit, .group .title, textarea, script, style, noscript, svg, #swagger-ui, [lang="en"]';
+  const apart = 'code, pre, kbd, .command, .command-line, .mono, .unit, .group .title, textarea, script, style,'
+    + 'noscript, svg, #swagger-ui, [lang="en"]';
   const found = [];
   const add = (text) => text && found.push(text.trim().replace(/\\s+/g, ' '));
   for (const node of document.querySelectorAll('body *')) {
@@ -31,7 +32,7 @@ TEXTS = """() => {
   }
   return [document.title, ...found];
 }"""
-"""The visible texts, without code, the names of settings and of their groups, and the page of Swagger UI, and the texts of attributes."""
+"""The visible texts and those of attributes, without code and commands, the names of settings, and Swagger UI."""
 
 LATIN = re.compile(r"(?<!\d)[A-Za-z][A-Za-z_.\-/=@\d]*")
 ALSO_CHINESE = frozenset(LATIN.findall(" ".join(json.loads((STATIC / "i18n" / "zh.json").read_text()).values()))) | {
@@ -111,8 +112,13 @@ def check(reader: Reader, heading: str | re.Pattern[str]) -> None:
     assert reader.english() == [], reader.page.url
 
 
-def test_every_page_is_chinese(service: str, rig: ServiceHarness, page: Page) -> None:
-    fast = next(job["id"] for job in rig.client.get("/jobs").json()["data"] if job["name"] == "fast")
+@pytest.fixture
+def fast(service: str, rig: ServiceHarness) -> str:
+    """The id of the finished job."""
+    return next(str(job["id"]) for job in rig.client.get("/jobs").json()["data"] if job["name"] == "fast")
+
+
+def test_the_workspace_is_chinese(service: str, page: Page) -> None:
     reader = Reader(page)
     page.goto(f"{service}/?lang=zh")
     expect(page.locator(".jobs tr")).to_have_count(4)
@@ -126,44 +132,59 @@ def test_every_page_is_chinese(service: str, rig: ServiceHarness, page: Page) ->
     check_both_themes(page, "zh-jobs")
     page.keyboard.press("?")
     check(reader, "快捷键")
-    page.keyboard.press("Escape")
 
-    page.goto(f"{service}/jobs/{fast}")
-    expect(page.get_by_role("heading", name="各次尝试")).to_be_visible()
+
+def test_a_job_and_its_dialogs_are_chinese(service: str, fast: str, page: Page) -> None:
+    reader = Reader(page)
+    page.goto(f"{service}/jobs/{fast}?lang=zh")
     expect(page.get_by_role("region", name="各次尝试").get_by_role("row")).to_have_count(2)
     expect(page.get_by_role("group", name=re.compile("训练损失.*当前"))).to_be_visible()
     check(reader, "fast")
     check_both_themes(page, "zh-job")
-    for name in ("指标", "日志", "检查点", "样本", "评测", "试用", "配置", "事件"):
-        page.get_by_role("tab", name=name, exact=True).click()
-        expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
-        expect(page.get_by_role("tabpanel")).to_have_text(re.compile(r"[\u4e00-\u9fff]"))
-        check(reader, "fast")
-        assert_no_overflow(page)
     page.get_by_role("button", name="更多操作").click()
     check(reader, "fast")
     page.get_by_role("button", name="修改后恢复").click()
     check(reader, "恢复 fast")
-    page.keyboard.press("Escape")
 
-    for path, heading in (
+
+def test_the_tabs_of_a_job_are_chinese(service: str, fast: str, page: Page) -> None:
+    reader = Reader(page)
+    page.goto(f"{service}/jobs/{fast}?lang=zh")
+    for name in ("指标", "日志", "检查点", "样本", "评测", "试用", "配置", "事件"):
+        tab = page.get_by_role("tab", name=name, exact=True)
+        tab.click()
+        expect(tab).to_have_attribute("aria-selected", "true")
+        expect(page.get_by_role("tabpanel")).to_have_text(re.compile(r"[\u4e00-\u9fff]"))
+        check(reader, "fast")
+        assert_no_overflow(page)
+
+
+@pytest.mark.parametrize(
+    ("path", "heading"),
+    [
         ("/data", "数据"),
         ("/system", "系统"),
         ("/submit", "提交"),
-        (f"/submit?fork={fast}", "分叉 fast"),
-        (f"/compare?jobs={fast}", "比较"),
+        ("/submit?fork={job}", "分叉 fast"),
+        ("/compare?jobs={job}", "比较"),
         ("/data/cor_none", "cor_none"),
         ("/submit?like=job_none", "提交"),
-    ):
-        page.goto(f"{service}{path}")
-        expect(page.locator("#updated")).to_have_text(re.compile("前更新") if "submit" not in path else re.compile(""))
-        if path == "/submit":
-            expect(page.get_by_placeholder("查找设置")).to_be_visible()
-            page.get_by_role("button", name="规划").click()
-            expect(page.get_by_text("项设置无效")).to_be_visible()
-        check(reader, heading)
-        if "none" not in path:
-            check_both_themes(page, "zh" + re.sub(r"\W.*", "", path[1:]))
+    ],
+)
+def test_all_other_pages_are_chinese(service: str, fast: str, page: Page, path: str, heading: str) -> None:
+    reader = Reader(page)
+    page.goto(f"{service}/?lang=zh")
+    expect(page.get_by_role("heading", name="任务", exact=True)).to_be_visible()
+    page.goto(service + path.format(job=fast))
+    if "submit" not in path:
+        expect(page.locator("#updated")).to_have_text(re.compile("前更新"))
+    if path == "/submit":
+        expect(page.get_by_placeholder("查找设置")).to_be_visible()
+        page.get_by_role("button", name="规划", exact=True).click()
+        expect(page.get_by_text("项设置无效")).to_be_visible()
+    check(reader, heading)
+    if "none" not in path:
+        check_both_themes(page, "zh-" + re.sub(r"\W.*", "", path[1:]))
 
 
 def test_the_browser_chooses_the_language_until_the_user_does(
