@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Position, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
@@ -98,10 +98,12 @@ def test_generate_and_resume_start_from_a_checkpoint_and_from_the_curve(
     expect(page.get_by_label("Prompt")).to_be_focused()
     page.get_by_role("tab", name="overview").click()
     chart = figure(page, "Train loss")
-    box = chart.locator(".nsewdrag").first.bounding_box()
+    plot = chart.locator(".nsewdrag").first
+    box = plot.bounding_box()
     assert box is not None
     # Between 30 and 40, so nearer to the checkpoint at 40.
-    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 30, button="right")
+    place: Position = {"x": 0.6 * box["width"], "y": 30}
+    plot.click(button="right", position=place)
     menu = chart.locator(".menu-list")
     expect(menu).to_contain_text("Checkpoint at step 40")
     expect(menu.get_by_role("button")).to_contain_text(
@@ -111,7 +113,7 @@ def test_generate_and_resume_start_from_a_checkpoint_and_from_the_curve(
     menu.get_by_role("button", name="Decay from here").click()
     expect(page.get_by_role("dialog", name="Decay from step 40")).to_be_visible()
     page.keyboard.press("Escape")
-    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 30, button="right")
+    plot.click(button="right", position=place)
     menu.get_by_role("button", name="Show it in the list").click()
     marked = page.locator("tr.highlighted")
     expect(marked).to_contain_text("40")

@@ -39,6 +39,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 
 GIGABYTE = 1 << 30
 STEPS = 4000
+LONG = 40_000
 EVERY = 20
 SEQUENCES, LENGTH = 96, 340
 TOKENS = SEQUENCES * LENGTH
@@ -62,12 +63,12 @@ class Tour:
     ids: dict[str, str]
 
 
-def points(attempt: FakeAttempt, steps: range, rate: float, seed: int, floor: float = 2.35) -> None:
+def points(attempt: FakeAttempt, steps: range, rate: float, seed: int, floor: float = 2.35, total: int = STEPS) -> None:
     """Report the points of a made-up run: a falling loss with noise, a warm-up and a cosine."""
     chance = random.Random(seed)
     for step in steps:
         loss = floor + 0.16 * abs(math.log10(rate / 1e-3)) + 6.2 * math.exp(-step / 55) + 1.3 * math.exp(-step / 950)
-        schedule = min(1.0, step / 200) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / STEPS)))
+        schedule = min(1.0, step / 200) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / total)))
         held_out: dict[str, Any] = {}
         if step % 200 == 0:
             sets = {"web": {"loss": loss + 0.02, "bpb": loss / 2.9}, "code": {"loss": loss - 0.4, "bpb": loss / 3.6}}
@@ -140,19 +141,19 @@ def fork(rig: ServiceHarness, parent: str) -> str:
 
 def resumed(rig: ServiceHarness) -> tuple[str, FakeAttempt]:
     """A long run that was paused at step 1,660 and resumed."""
-    training = {"max_steps": 40_000}
+    training = {"max_steps": LONG}
     limits = {"max_minutes": 600}
     text = "Baseline of March, with a longer schedule"
     job_id, attempt = start(rig, "pre-12", 1e-3, 11, training=training, limits=limits, description=text)
-    points(attempt, range(EVERY, 1661, EVERY), 1e-3, 11)
+    points(attempt, range(EVERY, 1661, EVERY), 1e-3, 11, total=LONG)
     save(rig, job_id, attempt, 1000, 1660)
     rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", step=1660)
     rig.post_action(job_id, "resume")
     rig.reconcile()
     again = rig.launcher.of(job_id, 2)
-    started(again, 1660, 40_000)
-    points(again, range(1660 + EVERY, 3601, EVERY), 1e-3, 12)
+    started(again, 1660, LONG)
+    points(again, range(1660 + EVERY, 3601, EVERY), 1e-3, 12, total=LONG)
     save(rig, job_id, again, 2000, 3000)
     rig.ship(again)
     return job_id, again
@@ -166,7 +167,7 @@ def failed(rig: ServiceHarness) -> str:
     tail = [f"step {step} of 4,000, loss {2.6 + 1.3 * math.exp(-step / 950):.3f}" for step in range(480, 621, 20)]
     tail += ["torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 3.66 GiB. GPU 0 has 79.11 GiB"]
     report = attempt.end("failed", Reason.OUT_OF_MEMORY, 620, "out of memory on rank 0 in step 621 with 384 sequences")
-    hint = "Set training.batch_size to 192 and training.accumulation_steps to 2: the result is the same."
+    hint = "Set training.batch_size to 192 and training.accumulation_steps to 16: the result is the same."
     card = ErrorCard(code="out_of_memory", message=report.message, hint=hint, rank=0, log_tail=tail)
     answered = rig.report(attempt, "exit", report.model_copy(update={"error": card}).model_dump(mode="json"))
     assert answered.status_code == 200
@@ -184,7 +185,7 @@ class Reporter(threading.Thread):
     def run(self) -> None:
         while not self.ended.wait(1):
             self.step += EVERY
-            points(self.attempt, range(self.step, self.step + 1), 1e-3, self.step)
+            points(self.attempt, range(self.step, self.step + 1), 1e-3, self.step, total=LONG)
             self.rig.ship(self.attempt, self.attempt.lines[-1:])
 
 
@@ -266,7 +267,7 @@ def test_compare(tour: Tour, page: Page) -> None:
 
 def test_submit(tour: Tour, page: Page) -> None:
     page.goto(f"{tour.url}/submit?like={tour.ids['lr1e-3-s1']}")
-    page.get_by_label("batch_size", exact=True).fill("1024")
+    page.get_by_label("batch_size", exact=True).fill("2048")
     plan = page.get_by_role("region", name="Plan", exact=True)
     expect(plan.get_by_role("img", name=re.compile("Does not fit"))).to_be_visible()
     check_both_themes(page, "submit")

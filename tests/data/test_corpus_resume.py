@@ -246,7 +246,7 @@ def test_more_than_the_journal_says_is_cut_off(tmp_path: Path, small_batches: No
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.ArrayFiles, "flush", full)

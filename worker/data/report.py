@@ -39,7 +39,8 @@ SOURCE = "data"
 BLOCK_TOKENS = 1 << 18
 """Tokens that a thread reads at once: their hashes fit into the cache of a core."""
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MAX_SAMPLE_TOKENS = 4 * MAX_SAMPLE_CHARACTERS
 """Enough for the characters, if each of their bytes is a token."""

@@ -1,5 +1,6 @@
 // Actions of a job: the one that is likely next as a button, all others in a menu, with the reason if one is not possible; and the dialog to resume with changes.
 import { ApiError, get, sendJson } from "../api.js";
+import { confirmAction } from "../confirm.js";
 import { announce, h, setText, setVisible } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
@@ -55,7 +56,7 @@ export class Actions {
   }
 
   async press(verb) {
-    if (verb in CONFIRM_QUESTIONS && !(await confirmAction(CONFIRM_QUESTIONS[verb], verb))) return;
+    if (verb in CONFIRM_QUESTIONS && !(await confirmAction(CONFIRM_QUESTIONS[verb], LABELS[verb]))) return;
     this.showError("");
     try {
       if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce(REQUESTED.resume), this.done(job)));
@@ -80,19 +81,6 @@ export class Actions {
     setVisible(this.error, message);
     setText(this.error, message);
   }
-}
-
-/** Asks for confirmation in a dialog; the button that changes nothing has the focus. */
-export function confirmAction(question, verb) {
-  return new Promise((done) => {
-    const no = h("button", { type: "button", onclick: () => box.close() }, t("Back"));
-    const yes = h("button", { type: "button", class: "danger", onclick: () => box.close("yes") }, LABELS[verb]);
-    const box = h("dialog", { "aria-label": LABELS[verb] }, h("p", {}, question), h("div", { class: "bar" }, no, yes));
-    box.addEventListener("close", () => (box.remove(), done(box.returnValue === "yes")));
-    document.body.append(box);
-    box.showModal();
-    no.focus();
-  });
 }
 
 // Dialog to resume a job with changes: more epochs or steps, another checkpoint, other resources.

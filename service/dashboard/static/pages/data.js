@@ -208,11 +208,11 @@ class CorpusPage {
 
 function userRow(id) {
   const cells = { name: h("a", { class: "name", href: `/jobs/${id}` }), status: statusBadge(), detail: h("span", { class: "status-detail" }), owner: h("td", { "data-name": t("Owner").toLowerCase() }), step: h("td", { class: "num", "data-name": t("Step").toLowerCase() }), made: h("td", { "data-name": t("Submitted").toLowerCase() }) };
-  return Object.assign(h("tr", {}, h("td", {}, cells.name), h("td", { class: "whole" }, cells.status, cells.detail), cells.owner, cells.step, cells.made), { cells });
+  return Object.assign(h("tr", {}, h("td", {}, cells.name), h("td", { class: "whole" }, cells.status, cells.detail), cells.owner, cells.step, cells.made), { inside: cells });
 }
 
 /** `job`: null if it was deleted. */
-function updateUserRow({ cells }, id, job) {
+function updateUserRow({ inside: cells }, id, job) {
   setText(cells.name, job?.name ?? id);
   setVisible(cells.status, job);
   if (job) showStatus(cells.status, job.status);

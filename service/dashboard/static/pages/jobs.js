@@ -1,9 +1,9 @@
 // The workspace: a live table of jobs, the curves of the chosen ones, and the queue. Its state is in the address.
 import { get, sendJson, token } from "../api.js";
+import { confirmAction } from "../confirm.js";
 import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
 import { t, tNodes, tn } from "../i18n.js";
-import { confirmAction } from "../job/actions.js";
 import { addShortcuts } from "../keyboard.js";
 import { Menu } from "../menu.js";
 import { canWatch, isWatched, setWatched } from "../notifications.js";
@@ -276,7 +276,7 @@ class Workspace {
       const fitting = jobs.filter(of);
       const what = tn(fitting.length, "{n} job", "{n} jobs", { n: count(fitting.length) });
       const press = async () => {
-        if (question && !(await confirmAction(question(what), verb))) return;
+        if (question && !(await confirmAction(question(what), label))) return;
         await this.actOn(fitting, (job) => (change ? sendJson("PATCH", `/jobs/${job.id}`, change(job)) : sendJson("POST", `/jobs/${job.id}/${verb}`)), label);
       };
       return { label: fitting.length ? `${label}: ${what}` : label, why: fitting.length ? null : t("no chosen job is in a state for it"), danger: Boolean(question), press };

@@ -146,7 +146,7 @@ class SubmitForm {
       (changes[group] ??= {})[field] = value;
     }
     const use = () => (done(), this.applyChanges(changes));
-    const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("tr", {}, h("th", { scope: "row" }, pointer.split("/").at(-1)), h("td", { class: "num" }, formatValue(value)), h("td", { class: "muted" }, reason, source ? ` [${source}]` : "")));
+    const rows = proposal.settings.map(({ pointer, value, reason, source }) => h("tr", {}, h("th", { scope: "row" }, pointer.split("/").at(-1)), h("td", { class: "num" }, Number.isInteger(value) ? count(value) : formatValue(value)), h("td", { class: "muted" }, reason, source ? ` [${source}]` : "")));
     return [h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("Proposal") }, h("table", {}, h("caption", { class: "visually-hidden" }, t("Proposed settings")), h("tbody", {}, rows))),
       h("div", { class: "bar" }, h("button", { type: "button", class: "primary", onclick: use }, t("Use these values")), h("button", { type: "button", class: "quiet", onclick: done }, t("Close")))];
   }
