@@ -65,6 +65,20 @@ class LeaderLease:
         """Whether no other service can have taken over yet, by this process's own clock."""
         return self.epoch is not None and self._monotonic() - self._renewed_at < self._timing.lease_seconds
 
+    def confirm(self) -> bool:
+        """Return whether this process still leads, also after a step that took longer than its lease.
+
+        If no other service has taken over, the lease is renewed: else a step that is slow each time, as on a busy host,
+        would never be completed.
+        """
+        if self.fresh():
+            return True
+        epoch, now = self.epoch, self._monotonic()
+        with self._database.read() as session:
+            if epoch is None or not self._is_mine(session.get(SchedulerLeaseRow, ROW)):
+                return False
+        return self._write(now) and self.epoch == epoch and self.fresh()
+
     def fence(self, session: Session) -> None:
         """Raise LeadershipLost if another service leads. No takeover is possible before this transaction ends."""
         row = select(SchedulerLeaseRow.epoch).where(SchedulerLeaseRow.id == ROW).with_for_update(read=True)
@@ -89,8 +103,8 @@ class LeaderLease:
             self._last_renewal, self._last_renewal_at = (row.epoch, row.beat), now
         return now - self._last_renewal_at > self._timing.lease_seconds
 
-    def _is_mine(self, row: SchedulerLeaseRow) -> bool:
-        return self.epoch is not None and row.epoch == self.epoch
+    def _is_mine(self, row: SchedulerLeaseRow | None) -> bool:
+        return row is not None and self.epoch is not None and row.epoch == self.epoch
 
     def _write(self, now: float) -> bool:
         try:
@@ -106,6 +120,8 @@ class LeaderLease:
                 row.beat += 1
                 row.holder = self._holder
                 epoch = row.epoch
+                # No other service sees this renewal before the commit. The wait for the lock is no part of the lease.
+                now = self._monotonic()
         except IntegrityError:
             return False  # another service has inserted the row at the same time
         if self.epoch != epoch:

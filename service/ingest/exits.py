@@ -88,7 +88,7 @@ def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: date
     if attempt.ended_at is not None:
         return
     _close(session, attempt, NOT_LAUNCHED, now)
-    attempt.message = "the service ended before the launch"
+    attempt.message = "the service ended, or stopped leading, before the launch"
     if attempt.number != job.attempt:
         return
     match JobStatus(job.status):

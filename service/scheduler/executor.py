@@ -84,7 +84,7 @@ class PlanExecutor:
 
     def _still_leads(self) -> bool:
         # This process may have been suspended since it read the snapshot.
-        return self._lease is None or self._lease.fresh()
+        return self._lease is None or self._lease.confirm()
 
     def execute(self, action: Action) -> bool:
         """Execute ``action``.

@@ -82,6 +82,7 @@ class Scheduler:
         self._enabled = enabled
         self._preempts = preempts
         self._was_leader = False
+        self._led_epoch: int | None = None
         self._monotonic = monotonic
         self._last_round_at = monotonic()
         self._publish_tracker = PublishTracker()
@@ -199,13 +200,14 @@ class Scheduler:
 
     def _renew_lease(self) -> bool:
         leads = self._lease is None or self._lease.renew()
-        if leads and not self._was_leader:
+        epoch = self._lease.epoch if self._lease is not None else None
+        if leads and not (self._was_leader and epoch == self._led_epoch):
             # Another leader may have acted since: what this process remembers may be wrong.
             self._memory.inspected_at.clear()
             self._memory.notified.clear()
             self._publish_tracker.forget()
             self.on_lead()
-        self._was_leader = leads
+        self._was_leader, self._led_epoch = leads, epoch
         return leads
 
     def _release_lease(self) -> None:

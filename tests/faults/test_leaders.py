@@ -104,6 +104,23 @@ def test_a_leader_that_was_stopped_for_less_than_its_lease_goes_on(group: Group)
         group.leases[0].fence(session)
 
 
+def test_a_leader_whose_step_took_longer_than_its_lease_goes_on_unless_another_took_over(group: Group) -> None:
+    """On a busy host each step may. A job was then queued again and again, and an end was never recorded."""
+    group.pass_time(10)
+    epoch, beat, _ = group.row()
+    group.clocks[0].now += 2 * LEASE_SECONDS
+    assert not group.leases[0].fresh()
+    assert group.leases[0].confirm()
+    assert group.leases[0].fresh()
+    assert group.row()[:2] == (epoch, beat + 1)
+    group.pass_time(LEASE_SECONDS + 1, 0)
+    assert not group.leases[0].confirm()
+    assert group.row()[0] == epoch + 1, "the new leader keeps the lease"
+    group.leases[2 if group.leases[1].epoch is None else 1].release()
+    assert not group.leases[0].confirm(), "what it knows is of an earlier epoch, also if the lease is free"
+    assert group.row()[2] is None
+
+
 def test_the_epoch_only_grows(group: Group) -> None:
     seen = []
     for stopped in (0, 1, 2, 0, 1, 2):

@@ -27,6 +27,7 @@ COVERED = {
     "model/grouped_gemm.py:can_group": ATTENTION,
     "model/layers.py:Attention._masked_attention": ATTENTION,
     "model/layers.py:RMSNorm.forward": ATTENTION,
+    "model/layers.py:RotaryTables.rotate": ATTENTION,
     "model/loss.py:": ATTENTION,
     "model/loss.py:cross_entropy_sum": ATTENTION,
     "model/varlen_attention.py:use_flash": "tests/model/test_varlen_attention.py::"

@@ -147,7 +147,8 @@ PAGES = {
 
 def find_entry(rig: ServiceHarness) -> str:
     """Return the URL path of the entry module."""
-    [entry] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
+    entries: list[str] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
+    [entry] = entries
     return entry
 
 

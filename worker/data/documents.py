@@ -23,8 +23,9 @@ CHUNK = 1 << 20
 """Hashes that are in memory at once, or a small multiple of it."""
 
 
-def blocks(offsets: Integers, tokens: int = BLOCK_TOKENS) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) ranges of documents of about ``tokens`` tokens."""
+def blocks(offsets: Integers, tokens: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) ranges of documents of about ``tokens`` tokens, by default BLOCK_TOKENS."""
+    tokens = tokens or BLOCK_TOKENS
     edges = np.searchsorted(offsets, np.arange(0, int(offsets[-1]) + tokens, tokens))
     edges = np.unique(np.minimum(edges, len(offsets) - 1))
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
