@@ -35,8 +35,7 @@ export class Actions {
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.primary = h("button", { type: "button", class: "primary", hidden: true, onclick: () => this.press(this.verb) });
     this.menu = new Menu(t("More actions"), () => this.others());
-    // Before the job is known, the list would be empty.
-    setVisible(this.menu.node, false);
+    setVisible(this.menu.node, false); // It would be empty until the job is known.
     this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": t("Actions") }, this.primary, this.menu.node), this.error);
     this.whyNot = new Map();
   }
@@ -48,8 +47,8 @@ export class Actions {
     this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? t("it cannot be resumed")));
     this.whyNot.set(DISCARD, null);
     this.verb = primaryAction(job, this.whyNot);
-    setVisible(this.menu.node, true);
     setVisible(this.primary, this.verb);
+    setVisible(this.menu.node, true);
     setText(this.primary, this.verb ? LABELS[this.verb] : "");
   }
 
