@@ -44,7 +44,7 @@ EVERY = 20
 SEQUENCES, LENGTH = 96, 340
 TOKENS = SEQUENCES * LENGTH
 RATES = (3e-4, 1e-3, 3e-3)
-FACTS = {
+FACTS: dict[str, Any] = {
     "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "parameters": 25_829_888,
     "active_parameters": 25_829_888, "vocab_size": 6400, "tokens": 412_000_000, "samples": 1_200_000,
     "documents": 1_413_000, "global_batch": SEQUENCES, "tokens_per_step": float(TOKENS), "flops_per_token": 1.6e8,

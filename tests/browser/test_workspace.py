@@ -205,7 +205,7 @@ def test_charts_without_a_point_are_only_named(sweep: Sweep, page: Page) -> None
     wait_for_lines(page, sweep.ids["alone"])
     expect(page.get_by_text("No points of these jobs yet: ")).to_contain_text("Gradient norm")
     expect(page.get_by_role("group", name=re.compile("^Gradient norm"))).to_be_hidden()
-    expect(page.get_by_role("group", name=re.compile("^Tokens/s"))).to_be_visible()
+    expect(page.get_by_role("group", name=re.compile("^Tokens.s"))).to_be_visible()
 
 
 def test_a_discarded_job_can_be_chosen_by_address_only(sweep: Sweep, page: Page) -> None:

@@ -120,8 +120,10 @@ function updateNumber(cell, { jobs }, column) {
     setText(cell, column.missing?.(first) ?? NONE);
     return setAttr(cell, "title", null);
   }
-  setText(cell, column.format(values.reduce((sum, value) => sum + value, 0) / values.length));
-  const range = t("mean of {n}: {low} to {high}", { n: count(values.length), low: column.format(Math.min(...values)), high: column.format(Math.max(...values)) });
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  // The mean of equal values would not be written like them: 3e-3 three times over is 3.0000000000000005e-3.
+  setText(cell, column.format(low === high ? low : values.reduce((sum, value) => sum + value, 0) / values.length));
+  const range = t("mean of {n}: {low} to {high}", { n: count(values.length), low: column.format(low), high: column.format(high) });
   return setAttr(cell, "title", jobs.length > 1 ? range : column.title?.(first));
 }
 
