@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.step_profile import packed_dataset
 from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARMUP_STEPS
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker.data import tokenizers
-from trainyard.worker.data.corpus import open_corpus
-from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.sampler import StepSampler
 
 
@@ -67,9 +65,7 @@ def child(root: Path, *, compiled: bool) -> None:
 
 def our_rows(root: Path) -> list[dict[str, Any]]:
     """Return the rows of the worker's first steps in Trainer's format."""
-    tokenizer = tokenizers.load_tokenizer(str(root / "tokenizer"))
-    corpus = open_corpus(root / "corpus.jsonl", tokenizer, cache=root / "cache", text_field="text", max_bad_lines=0.01)
-    dataset = PackedDataset.open(corpus, max_seq_len=LENGTH, packing="document")
+    dataset = packed_dataset(root)
     sampler = StepSampler(len(dataset), BATCH, TrainingSpec().seed)
     batch = dataset.batch(np.concatenate([sampler.rows_of(step) for step in range(1, STEPS + 1)]))
     return [{"input_ids": ids, "labels": ids} for ids in batch.input_ids]

@@ -35,6 +35,12 @@ def service(home: Path, *roots: Path) -> Iterator[httpx2.Client]:
             yield client
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return the processor seconds of a process so far, those in the kernel included."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass(frozen=True)
 class Served:
     """A running service."""
@@ -45,8 +51,7 @@ class Served:
     @property
     def cpu_seconds(self) -> float:
         """Processor seconds of its process so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds(self.process.pid)
 
     @property
     def memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 from urllib.parse import quote
@@ -73,6 +74,14 @@ class ClientBase:
     def __init__(self, url: str | None, token: str | None) -> None:
         self.url = normalize_url(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
         self._token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
+
+    @property
+    def server_time(self) -> datetime:
+        """The time by the clock of the service, as its last response showed it, in UTC.
+
+        Ages of times in results are right with it, even if the clock of this host is wrong by a minute or more.
+        """
+        return datetime.now(UTC) + self._connection.clock_offset
 
     def _job(self, fields: Mapping[str, Any]) -> Any:
         raise NotImplementedError
@@ -361,7 +370,7 @@ class Client(ClientBase):
         """Change fields of a job: ``name``, ``labels``, ``description``, ``group``, ``discarded``, ``priority``, ...
 
         ``log_interval``, ``save_interval`` and ``keep_last`` reach a live run. ``discarded=True`` hides the job from
-        lists, and False shows it again.
+        lists, and False shows it again. ``owner`` needs a token of the scope ``admin``.
 
         Raises:
             InvalidSpec: ``errors`` lists all problems of the changes.

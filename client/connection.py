@@ -3,9 +3,12 @@
 import math
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,9 +25,14 @@ STREAM_TIMEOUT_SECONDS = 40.0
 """The service sends a comment every 15 s, so a stream that is silent for longer is broken."""
 
 PAGE = 100
+MAX_TAGGED = 32
+MAX_TAGGED_BYTES = 1 << 20
+"""Responses with a tag that are kept: a poll gets no body as long as they are the current ones."""
+
 CONNECTED = "connection.connect_tcp.complete"
 """The HTTP client's event of a new connection."""
 
+MIN_CLOCK_OFFSET = timedelta(minutes=1)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 T = TypeVar("T")
@@ -60,7 +68,10 @@ class Exchange:
 
     def __init__(self, url: str, retries: RetryPolicy) -> None:
         self.url = url.rstrip("/")
+        self.clock_offset = timedelta()
+        """The clock of the service minus that of this host, by the last response; 0 if it is less than a minute."""
         self._retries = retries
+        self._tagged: OrderedDict[tuple[str, str], httpx2.Response] = OrderedDict()
 
     def _settings(self, token: str | None, timeout: float) -> dict[str, Any]:
         return {
@@ -103,8 +114,23 @@ class Exchange:
         limits: dict[str, Any] = {} if timeout is None else {"timeout": httpx2.Timeout(CONNECT_SECONDS, read=timeout)}
         request = self._request(method, path, params, body, headers or {}, **limits)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
+        key = str(request.url), request.headers.get("accept", "")
+        known = self._tagged.get(key) if method == "GET" else None
+        if known is not None:
+            request.headers["If-None-Match"] = known.headers["etag"]
         response = yield from self._send(request, repeatable, (retries or self._retries).pauses())
+        if response.status_code == 304 and known is not None:
+            return self._result(known)
+        if method == "GET":
+            self._keep_tagged(key, response)
         return self._result(response)
+
+    def _keep_tagged(self, key: tuple[str, str], response: httpx2.Response) -> None:
+        self._tagged.pop(key, None)
+        if response.status_code == 200 and "etag" in response.headers and len(response.content) <= MAX_TAGGED_BYTES:
+            self._tagged[key] = response
+            if len(self._tagged) > MAX_TAGGED:
+                self._tagged.popitem(last=False)
 
     def list_pages(
         self,
@@ -230,6 +256,7 @@ class Exchange:
                 message = f"{_cause(error)}; whether {request.method} {request.url.path} was done is not known"
                 raise ServiceUnreachable(self.url, message) from error
             raise RetryableError(_cause(error)) from error
+        self.clock_offset = _clock_offset(response.headers.get("date"), datetime.now(UTC))
         if repeatable and response.status_code in (502, 503, 504):
             raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
@@ -411,3 +438,12 @@ def _problem(response: httpx2.Response) -> dict[str, Any]:
     if isinstance(problem, dict):
         return problem
     return {"detail": f"HTTP {response.status_code} {response.reason_phrase} without an explanation"}
+
+
+def _clock_offset(date: str | None, now: datetime) -> timedelta:
+    # The header has whole seconds, and the response took a while.
+    try:
+        offset = parsedate_to_datetime(date) - now if date else timedelta()
+    except (TypeError, ValueError):
+        return timedelta()
+    return offset if abs(offset) >= MIN_CLOCK_OFFSET else timedelta()

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainyard.contract.file_identity import FileFingerprint
-from trainyard.contract.spec import DataSpec
+
+if TYPE_CHECKING:
+    from trainyard.contract.spec import DataSpec
 
 KNOWN_FORMS = (".jsonl", ".ndjson", ".txt", ".parquet")
 PACKED_FORMS = (".gz", ".zst")
@@ -220,7 +222,7 @@ def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
 
 
 def fingerprint_inputs(
-    data: DataSpec, tokenizer: Path | None, roots: Sequence[Path] = ()
+    data: "DataSpec", tokenizer: Path | None, roots: Sequence[Path] = ()
 ) -> dict[str, FileFingerprint]:
     """Return the fingerprints of what a run reads, by the name of its field, without what cannot be read.
 
@@ -237,7 +239,7 @@ def fingerprint_inputs(
     return found
 
 
-def corpus_paths(data: DataSpec) -> list[tuple[str, str | list[str]]]:
+def corpus_paths(data: "DataSpec") -> list[tuple[str, str | list[str]]]:
     """Return the name of each field or source that names files of a corpus, and its path."""
     fields = (("data_path", data.data_path), ("eval_data_path", data.eval_data_path))
     sources = [(f"sources/{source.name}", source.path) for source in data.sources or ()]

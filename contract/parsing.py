@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from trainyard.contract.patterns import PATTERN_MESSAGES
 from trainyard.contract.recipes import fill_recipe
 from trainyard.contract.spec import DataSpec, JobSpec, TrainingSpec
 
@@ -361,6 +362,9 @@ def pointer_to(*parts: int | str) -> str:
 
 def plain(message: str) -> str:
     """Return pydantic's message as the second half of a sentence that begins with the pointer."""
+    if pattern := re.match(r"String should match pattern '(.*)'$", message):
+        return PATTERN_MESSAGES.get(pattern[1], message.removeprefix("String "))
+    message = re.sub(r", unable to parse string as an? \w+$", "", message)
     message = message.removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
     message = re.sub(r"^(?:List|Value) (should have .*) after validation(, not .*)$", r"\1\2", message)
     message = message.replace("a valid dictionary or object to extract fields from", "a JSON object")

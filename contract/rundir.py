@@ -434,19 +434,24 @@ def publish_directory(temporary: Path, final: Path) -> None:
     fsync_directory(final.parent)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` with ``data``: readers see the old file or all of the new one, also after a power cut."""
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace ``path`` with ``data``: readers see the old file or all of the new one.
+
+    If ``durable``, this also holds after a power cut.
+    """
     temporary = temporary_file(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    if durable:
+        fsync_directory(path.parent)
 
 
 def temporary_file(path: Path) -> Path:
@@ -463,12 +468,13 @@ def temporary_file(path: Path) -> Path:
         return temporary
 
 
-def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+def write_json(path: Path, value: Any, indent: int | None = 1, *, durable: bool = True) -> None:
     """Write strict JSON with `write_atomically`. Raises ValueError for NaN and infinity.
 
     Without ``indent`` it is ten times as fast: for long lists.
     """
-    write_atomically(path, json.dumps(value, allow_nan=False, ensure_ascii=True, indent=indent).encode() + b"\n")
+    text = json.dumps(value, allow_nan=False, ensure_ascii=True, indent=indent)
+    write_atomically(path, text.encode() + b"\n", durable=durable)
 
 
 def read_json(path: Path) -> Any | None:

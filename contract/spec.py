@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from trainyard.contract import patterns
 from trainyard.contract.task_files import TaskKind
 from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
@@ -51,7 +52,7 @@ MAX_SOURCES = 256
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
 LabelValue = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
-FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
+FileStem = Annotated[str, Field(pattern=patterns.FILE_STEM)]
 Prompt = Annotated[str, Field(max_length=4000), AfterValidator(_encodable)]
 Description = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
 Positive = Annotated[int, Field(ge=1, le=LONG)]
@@ -61,8 +62,8 @@ Multiplier = Annotated[float, Field(gt=0, le=1000)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Nodes = Annotated[int, Field(ge=1, le=4096)]
 Parallelism = Literal["ddp", "zero1", "fsdp"]
-SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_.,:+-]{0,99}$")]
-SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%@/+*&|()\[\]-]{1,200})?$")]
+SlurmWord = Annotated[str, Field(pattern=patterns.SLURM_WORD)]
+SlurmLine = Annotated[str, Field(pattern=patterns.SLURM_OPTION)]
 
 
 class Group(BaseModel):
@@ -82,8 +83,8 @@ DataPath = Annotated[
 ]
 """A file, a directory, a glob, or a list of these. See `contract.corpus_files`."""
 
-SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+SourceName = Annotated[str, Field(pattern=patterns.SOURCE_NAME)]
+TaskName = Annotated[str, Field(pattern=patterns.TASK_NAME)]
 
 
 class SourceSpec(Group):
@@ -460,7 +461,7 @@ class SlurmSpec(Group):
     time_limit: Annotated[float, Field(ge=60, le=366 * 86400)] | None = Field(
         None, description="maximum seconds of one attempt; the next one continues from its checkpoint"
     )
-    constraint: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]-]{1,200}$")] | None = Field(
+    constraint: Annotated[str, Field(pattern=patterns.SLURM_CONSTRAINT)] | None = Field(
         None, description="required features of the nodes (--constraint)"
     )
     extra: Annotated[list[SlurmLine], Field(max_length=32)] = Field(
@@ -471,7 +472,7 @@ class SlurmSpec(Group):
 class ResourcesSpec(Group):
     """Devices, nodes and restarts."""
 
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
+    device: Annotated[str, Field(pattern=patterns.DEVICE)] = Field(
         "auto", description="auto: CUDA if available, otherwise CPU with a warning"
     )
     nproc_per_node: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="ranks per node; each uses one device")

@@ -3,7 +3,7 @@
 Legend: ``B`` rows, ``S`` positions, ``C`` hidden size, ``H`` query heads, ``K`` key-value heads, ``D`` head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -85,10 +85,58 @@ class RotaryTables(NamedTuple):
         angles = positions[..., None, None].float() * theta**-exponents
         return cls(angles.cos(), angles.sin())
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate [B, S, heads, D]: element i of the first half of D pairs with element i of the second."""
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+    def rotate(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rotate [B, S, heads, D] in float32, and return it in ``dtype``.
+
+        Element i of the first half of D pairs with element i of the second.
+        """
+        if x.is_cuda or torch.compiler.is_compiling():
+            first, second = x.float().chunk(2, dim=-1)
+            halves = first * self.cos - second * self.sin, second * self.cos + first * self.sin
+            return torch.cat(halves, dim=-1).to(dtype)
+        rotate: Callable[..., Tensor] = RotaryFunction.apply
+        return rotate(x, self.cos, self.sin, dtype)
+
+
+CACHED = 1 << 18
+"""Elements that several operators pass over in turn on a CPU: few enough to stay in a core's cache in between."""
+
+
+def chunks(rows: int, size: int) -> Iterator[slice]:
+    """Yield slices of ``rows`` rows of ``size`` elements, each of about `CACHED` elements."""
+    step = max(1, CACHED // size)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+class RotaryFunction(torch.autograd.Function):
+    """`RotaryTables.rotate` on a CPU, in chunks that stay in the cache; the gradient is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, S, heads, D] -> the same in ``dtype``."""
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return rotate_chunks(x, cos, sin, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        """[B, S, heads, D] -> the same in the dtype of ``x``."""
+        cos, sin = ctx.saved_tensors
+        return rotate_chunks(grads[0], cos, -sin, ctx.dtype), None, None, None
+
+
+def rotate_chunks(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate [B, S, heads, D] by ``cos`` and ``sin`` [B or 1, S, 1, D / 2]; return it in ``dtype``."""
+    B, S, heads, D = x.shape
+    half, out = D // 2, x.new_empty(x.shape, dtype=dtype)
+    cos, sin = cos.expand(B, -1, -1, -1), sin.expand(B, -1, -1, -1)
+    for row in range(B):
+        for chunk in chunks(S, heads * D):
+            part, c, s = x[row, chunk].float(), cos[row, chunk], sin[row, chunk]
+            first, second = part[..., :half], part[..., half:]
+            torch.sub(first * c, second * s, out=out[row, chunk, :, :half])
+            torch.add(second * c, first * s, out=out[row, chunk, :, half:])
+    return out
 
 
 class AttentionMask(NamedTuple):
@@ -130,8 +178,7 @@ class Attention(nn.Module):
         values = self.v_proj(x).view(per_head)
         if self.qk_norm:
             queries, keys = self.q_norm(queries, torch.float32), self.k_norm(keys, torch.float32)
-        queries = rotary.rotate(queries).to(values.dtype)
-        keys = rotary.rotate(keys).to(values.dtype)
+        queries, keys = rotary.rotate(queries, values.dtype), rotary.rotate(keys, values.dtype)
         if mask.offsets is not None:
             attended = varlen_attention(queries, keys, values, mask.offsets)
         else:

@@ -79,4 +79,4 @@ def _chunk_loss(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tenso
     # Softmax minus one-hot.
     grad = log_probs.exp_()
     grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-    return loss, (grad * counted[:, None]).to(logits.dtype)
+    return loss, grad.mul_(counted[:, None]).to(logits.dtype)  # in place: fresh memory costs a fifth of this function

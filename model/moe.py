@@ -9,7 +9,7 @@ DistributedDataParallel never finds an unused parameter.
 Legend: ``N`` tokens, ``C`` hidden size, ``E`` experts, ``K`` experts of a token, ``P`` segments, ``M`` slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ class MoE(nn.Module):
     def _run_experts(self, x: Tensor, ends: Tensor) -> Tensor:
         """[M, C] -> [M, C], each slot by its expert."""
         gate, up, down = (
-            torch.stack([getattr(expert, name).weight.to(x.dtype) for expert in self.experts])
+            stack_weights([getattr(expert, name).weight for expert in self.experts], x.dtype)
             for name in ("gate_proj", "up_proj", "down_proj")
         )
         grouped = can_group(x, gate.shape[2], gate.shape[1])
@@ -161,6 +161,40 @@ def auxiliary_sum(scores: Tensor, chosen: Tensor, segments: Segments) -> Tensor:
     )
     load = counts.view(segments.total, E) * (E / K) / segments.size[:, None]
     return ((scores * load[segments.segment]).sum(dim=-1) * segments.counted).sum()
+
+
+def stack_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the experts' matrices, E of [O, I], as one [E, O, I] in ``dtype``."""
+    if torch.compiler.is_compiling():
+        return torch.stack([weight.to(dtype) for weight in weights])
+    stack: Callable[..., Tensor] = _StackedWeights.apply
+    return stack(dtype, *weights)
+
+
+class _StackedWeights(torch.autograd.Function):
+    """Cast and stack in one pass: on a GPU one kernel for all experts, forward and backward, in place of one for each.
+
+    The numbers are those of a stack of casts, which writes each matrix twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> Tensor:
+        """E of [O, I] -> [E, O, I]."""
+        ctx.dtype = weights[0].dtype
+        stacked = weights[0].new_empty((len(weights), *weights[0].shape), dtype=dtype)
+        torch._foreach_copy_(list(stacked.unbind()), list(weights))
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """[E, O, I] -> E of [O, I]."""
+        parts = list(grads[0].unbind())
+        if parts[0].dtype != ctx.dtype:
+            # Each in its own memory: they are kept as the gradients of parameters.
+            cast = [torch.empty_like(part, dtype=ctx.dtype) for part in parts]
+            torch._foreach_copy_(cast, parts)
+            parts = cast
+        return None, *parts
 
 
 class _Scatter(torch.autograd.Function):

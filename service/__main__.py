@@ -25,6 +25,7 @@ from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
 from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
+from trainyard.service.niceness import raise_niceness
 from trainyard.service.observability.logging import configure_logging
 from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.scheduler.loop import Scheduler
@@ -149,7 +150,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
         # Here, because an error while it is written becomes one line on stderr.
         state.service_key  # noqa: B018 - creates the file
-        app = create_app(state, ready=lambda: _print_ready(url))
+        app = create_app(state, ready=lambda: _on_ready(settings, url))
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -191,6 +192,13 @@ def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:
 
 def _local_launcher(settings: Settings, agent: tuple[str, ...]) -> LocalLauncher:
     return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent)
+
+
+def _on_ready(settings: Settings, url: str) -> None:
+    # After the start of the scheduler's thread, which starts the agents: they must not inherit it. The threads of
+    # requests and streams are started by this one, later.
+    raise_niceness(settings.niceness)
+    _print_ready(url)
 
 
 def _print_ready(url: str) -> None:

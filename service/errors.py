@@ -68,7 +68,7 @@ class NotFound(ServiceError):
 
 
 class JobNotFound(ServiceError):
-    """No job has this id."""
+    """No job has this id. GET /jobs?name=NAME finds jobs by their name."""
 
     status, code = 404, "job_not_found"
 
@@ -116,7 +116,7 @@ class PageNotFound(ServiceError):
 
 
 class LogNotFound(ServiceError):
-    """The attempt has no such log yet."""
+    """The attempt has no log of this rank yet. A log is there once its rank has started."""
 
     status, code = 404, "log_not_found"
 
@@ -325,7 +325,7 @@ class RequestInvalid(ServiceError):
 
 
 class KeyReused(ServiceError):
-    """The Idempotency-Key was used before, with another body."""
+    """The Idempotency-Key was used before, with another body. Use a new key for another request."""
 
     status, code = 422, "idempotency_key_reused"
 

@@ -35,6 +35,8 @@ class TrustedProxies:
 
         ``forwarded_prefix`` in it is the path prefix that the proxy has removed, or "".
         """
+        if not self.networks:
+            return scope
         peer = parse_address((scope.get("client") or ("",))[0])
         if peer is None or not self._trust(peer):
             return scope

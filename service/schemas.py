@@ -8,7 +8,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from trainyard.contract.corpus_report import CorpusReport
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.messages import ErrorCard, FailureCard
-from trainyard.contract.scopes import NAME, Scope
+from trainyard.contract.patterns import TOKEN_NAME
+from trainyard.contract.scopes import Scope
 from trainyard.contract.status import CorpusStatus, Desired, JobStatus
 from trainyard.contract.task_files import TaskKind
 from trainyard.service.bodies import OptionalBody, StrictBody
@@ -728,7 +729,7 @@ class QuotaRequest(StrictBody):
 class TokenRequest(QuotaRequest):
     """A token to create. Its name is never used again."""
 
-    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    name: Annotated[str, Field(pattern=TOKEN_NAME)]
     scope: Literal["read", "submit", "operate", "admin"] = "read"
     expires_in: Lifetime | None = None
 

@@ -111,6 +111,7 @@ class Settings(EnvironmentSettings):
     ``allowed_hosts`` holds Host names without port; "*" allows any. ``idempotency_days``: how long an
     Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused for a waiting job of higher
     priority. ``on_stop``: whether the runs of this host save and end before the service, or are left running.
+    ``niceness``: of the threads that serve requests, added to that of the service; runs are not affected.
     ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see `service.maintenance.corpus_cache`.
     ``webhook_networks``: private networks that webhooks may reach. ``public_url``: what links to the service begin
     with. ``slurm`` is None if Slurm is not used.
@@ -162,6 +163,9 @@ class Settings(EnvironmentSettings):
     idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
     on_stop: Literal["leave", "save"] = Field(
         default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"
+    )
+    niceness: WholeNumber = Field(
+        5, alias="TRAINYARD_NICENESS", le=19, description="must be a whole number from 0 to 19"
     )
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")

@@ -5,12 +5,25 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, log_tail, outage, readers, requests, scale, submissions, training
+from benchmarks.load import (
+    adoption,
+    curve,
+    ingest,
+    log_tail,
+    mix,
+    outage,
+    readers,
+    requests,
+    scale,
+    submissions,
+    training,
+)
 from benchmarks.load.tables import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "training": training.measure,
     "requests": requests.measure,
+    "mix": mix.measure,
     "submissions": submissions.measure,
     "ingest": ingest.measure,
     "outage": outage.measure,

@@ -1,4 +1,6 @@
-"""``python -m benchmarks.load.clients URL JOB CORPUS SECONDS``: 64 clients that together send 100 requests a second.
+"""``python -m benchmarks.load.clients URL JOB CORPUS SECONDS [polls]``: 64 clients, together 100 requests a second.
+
+With ``polls`` they send the tag of their last response, as the Python client and the dashboard do.
 
 Requests are sent by the clock, whether earlier ones were answered or not, and their time counts from when they were
 due, so that a stalled service is not spared any request. Prints the times as JSON.
@@ -21,11 +23,12 @@ WRITES = 0.1
 
 def main() -> None:
     url, job_id, corpus, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+    polls = sys.argv[5:] == ["polls"]
     took: dict[str, list[float]] = {"read": [], "write": []}
     begin = time.monotonic() + 0.2
     total = int(seconds * PER_SECOND)
     threads = [
-        threading.Thread(target=client, args=(url, requests(job_id, corpus, number), number, total, begin, took))
+        threading.Thread(target=client, args=(url, requests(job_id, corpus, number), number, total, begin, took, polls))
         for number in range(CLIENTS)
     ]
     for thread in threads:
@@ -58,9 +61,15 @@ def requests(job_id: str, corpus: str, seed: int) -> Callable[[], Request]:
 
 
 def client(
-    url: str, draw: Callable[[], Request], number: int, total: int, begin: float, took: dict[str, list[float]]
+    url: str,
+    draw: Callable[[], Request],
+    number: int,
+    total: int,
+    begin: float,
+    took: dict[str, list[float]],
+    polls: bool = False,
 ) -> None:
-    with Wire(url) as wire:
+    with Wire(url, polls=polls) as wire:
         for index in range(number, total, CLIENTS):
             kind, method, path, body = draw()
             due = begin + index / PER_SECOND

@@ -31,11 +31,11 @@ def measure() -> Iterator[Figure]:
     """Send one request at a time, on SQLite; the kernel's time for the process is included."""
     with live.home_with_jobs(JOBS) as (home, [agent, *_]):
         with live.database(home) as database:
-            _add_events(database, agent)
-        _write_log(home, agent)
+            add_events(database, agent)
+        write_log(home, agent)
         with served(home, home.parent, arguments=["--no-scheduler"]) as service:
             with Wire(service.url) as wire, Wire(service.url, agent.token) as reporting:
-                _add_points(reporting, agent)
+                add_points(reporting, agent)
                 for kind, request in _kinds(wire, reporting, agent, home.parent / "corpus.jsonl").items():
                     yield Figure(f"processor time: {kind}", _cost(service, request), "us", GOALS.get(kind))
 
@@ -71,7 +71,8 @@ def _cost(service: Served, request: Request) -> float:
     return 1e6 * (service.cpu_seconds - before) / REQUESTS
 
 
-def _add_events(database: Database, agent: Agent) -> None:
+def add_events(database: Database, agent: Agent) -> None:
+    """Add some events to the agent's job."""
     with database.write() as session:
         job = repository.find(session, agent.job_id)
         for number in range(EVENTS):
@@ -80,13 +81,15 @@ def _add_events(database: Database, agent: Agent) -> None:
             )
 
 
-def _write_log(home: Path, agent: Agent) -> None:
+def write_log(home: Path, agent: Agent) -> None:
+    """Write the log of the job's rank."""
     log = RunDir(home / "runs" / agent.job_id).attempt(1).rank_log(0)
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"step {step}: loss 2.0\n" for step in range(5000)))
 
 
-def _add_points(wire: Wire, agent: Agent) -> None:
+def add_points(wire: Wire, agent: Agent) -> None:
+    """Report a curve for the agent's job."""
     for _ in range(POINTS):
         agent.metric()
     while agent.acked < POINTS:

@@ -11,9 +11,9 @@ IDLE_SECONDS = 10.0
 
 
 class Wire:
-    """One connection; one request at a time."""
+    """One connection; one request at a time. With ``polls``, a GET sends the tag of the last response to it."""
 
-    def __init__(self, url: str, token: str | None = None) -> None:
+    def __init__(self, url: str, token: str | None = None, polls: bool = False) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         self._address = parts.hostname, parts.port or 80
@@ -22,6 +22,8 @@ class Wire:
         self._socket: socket.socket | None = None
         self._rest = b""
         self._used_at = 0.0
+        self._polls = polls
+        self._tagged: dict[str, tuple[str, bytes]] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -51,14 +53,22 @@ class Wire:
             self._socket = socket.create_connection(self._address, timeout=60)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._rest = b""
-        lines = f"{method} {path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
+        tag, known = self._tagged.get(path, ("", b"")) if method == "GET" else ("", b"")
+        condition = f"If-None-Match: {tag}\r\n" if tag else ""
+        lines = f"{method} {path} HTTP/1.1\r\n{self._head}\r\n{condition}Content-Length: {len(body)}\r\n\r\n"
         self._socket.sendall(lines.encode() + body)
         head = self._read_until(b"\r\n\r\n").decode("latin-1").lower()
+        status = int(head.split(" ", 2)[1])
+        if status == 304:
+            return 200, known
         length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
         while len(self._rest) < length:
             self._receive()
         data, self._rest = self._rest[:length], self._rest[length:]
-        return int(head.split(" ", 2)[1]), data
+        tag = head.partition("\r\netag: ")[2].partition("\r\n")[0]
+        if self._polls and method == "GET" and tag:
+            self._tagged[path] = tag, data
+        return status, data
 
     def _read_until(self, mark: bytes) -> bytes:
         while mark not in self._rest:

@@ -78,7 +78,8 @@ class Console:
             return True
         if not self.interactive:
             raise UsageError(
-                f"not done, because it cannot be undone and no user can be asked: {question} -y confirms it"
+                "nothing was changed: this cannot be undone, and there is no terminal to ask on. "
+                f"-y confirms it: {question}"
             )
         return self._answer(f"{safe(question)} [y/N] ") in ("y", "yes")
 

@@ -1,5 +1,6 @@
 """Numbers, times and tables as text for people. Standard library only."""
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -120,22 +121,43 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
     """Return lines with aligned columns, two spaces apart; the columns in ``right`` are aligned to the right."""
     lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[column]) for row in lines) for column in range(len(header))]
+    widths = [max(display_width(row[column]) for row in lines) for column in range(len(header))]
     return ["  ".join(_cells(row, widths, right)).rstrip() for row in lines]
 
 
 def _cells(row: Sequence[str], widths: Sequence[int], right: frozenset[int]) -> list[str]:
-    cells = zip(row, widths, strict=True)
-    return [cell.rjust(width) if index in right else cell.ljust(width) for index, (cell, width) in enumerate(cells)]
+    gaps = [" " * (width - display_width(cell)) for cell, width in zip(row, widths, strict=True)]
+    return [
+        gap + cell if index in right else cell + gap for index, (cell, gap) in enumerate(zip(row, gaps, strict=True))
+    ]
+
+
+def display_width(text: str) -> int:
+    """Return the columns of a terminal that ``text`` takes: two for each Chinese character, none for an accent."""
+    return sum(_character_width(character) for character in text)
+
+
+def _character_width(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
 
 
 def one_line(text: str, width: int) -> str:
-    """Return ``text`` as one line of at most ``width`` characters, without control characters.
+    """Return ``text`` as one line that takes at most ``width`` columns of a terminal, without control characters.
 
     Names and messages come from other users, so they must not control the terminal.
     """
     clean = "".join(character if character.isprintable() else " " for character in text)
-    return clean if len(clean) <= width else clean[: max(0, width - 3)] + "..."[:width]
+    if display_width(clean) <= width:
+        return clean
+    kept, left = "", max(0, width - 3)
+    for character in clean:
+        left -= _character_width(character)
+        if left < 0:
+            break
+        kept += character
+    return kept + "..."[:width]
 
 
 def safe(text: str) -> str:

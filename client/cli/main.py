@@ -15,6 +15,12 @@ from trainyard.contract.stdio import run_command
 
 UNAUTHORIZED = 401
 COMPLETE = "__complete"
+NEXT_STEPS = {
+    "job_not_found": "run `trainyard list` to see all jobs",
+    "checkpoint_not_found": "`trainyard checkpoints JOB` lists the checkpoints of a job",
+    "step_unavailable": "`trainyard checkpoints JOB` lists the checkpoints of a job",
+}
+"""What to do about an error of the API, by its code."""
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
@@ -36,6 +42,11 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     except TrainyardError as error:
         explain(error, console)
         return exit_of_error(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        console.error(f"trainyard: {error.filename} cannot be read or written: {error.strerror}")
+        return Exit.REJECTED
     except KeyboardInterrupt:
         return Exit.DETACHED
 
@@ -73,11 +84,13 @@ def _meant(given: str, known: Sequence[str]) -> str:
 def explain(error: TrainyardError, console: Console) -> None:
     """Print on stderr what went wrong and what to do."""
     console.error(f"trainyard: {error}")
+    for note in getattr(error, "__notes__", ()):
+        console.error(f"  {note}")
     if isinstance(error, ApiError):
         if error.status == UNAUTHORIZED:
             console.error("  give it with --token or TRAINYARD_TOKEN; an admin of the service can create one")
-        if error.code == "job_not_found":
-            console.error("  run `trainyard list` to see all jobs")
+        if error.code in NEXT_STEPS:
+            console.error(f"  {NEXT_STEPS[error.code]}")
         if error.request_id and error.status >= 500:
             console.error(f"  see request {error.request_id} in the service's log")
     elif exit_of_error(error) == Exit.NO_SERVICE:

@@ -13,6 +13,7 @@ from trainyard.client.cli.minimind import PastedLine, take_defaults
 from trainyard.client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import UsageError
+from trainyard.contract.corpus_files import has_known_form
 from trainyard.contract.parsing import ALIASES
 
 FOLDERS = ("save_dir", "tokenizer_path")
@@ -106,7 +107,8 @@ def _read(source: str, console: Console) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{source} is not JSON: {error}") from error
+        hint = "; if it is the corpus, give it with --data_path" if has_known_form(source) else ""
+        raise UsageError(f"{source} is not JSON: {error}{hint}") from error
     if not isinstance(spec, dict):
         raise UsageError(f"{source} must hold a JSON object")
     return spec

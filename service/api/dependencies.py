@@ -8,12 +8,14 @@ from fastapi import Depends, Request
 
 from trainyard.contract.scopes import Scope
 from trainyard.service import home
+from trainyard.service.api.shared_reads import SharedReads
 from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.evaluations.runner import EvaluationRunner
 from trainyard.service.generation.pool import GenerationPool
+from trainyard.service.jobs.rendered import RenderedJobs
 from trainyard.service.jobs.submission import HostLimits
 from trainyard.service.leadership import LeaderMonitor
 from trainyard.service.logs.line_index import LineIndexCache
@@ -38,6 +40,7 @@ class AppState:
     broadcaster: MetricBroadcaster
     sender: Sender
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
+    rendered_jobs: RenderedJobs = field(default_factory=RenderedJobs)
     line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
     matrix_speed: MatrixSpeed | None = None
 
@@ -48,6 +51,10 @@ class AppState:
     @cached_property
     def leader(self) -> LeaderMonitor:
         return LeaderMonitor()
+
+    @cached_property
+    def shared_reads(self) -> SharedReads:
+        return SharedReads(self.database, lambda: self.scheduler.waiting_version)
 
     @cached_property
     def authenticator(self) -> Authenticator:

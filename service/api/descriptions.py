@@ -151,8 +151,9 @@ FIELDS = {
     "checkpoint": "Its newest full checkpoint that is on disk, or null.",
     "queue": "Its place in the queue, or null if it is not queued.",
     "parent": "The job that this one is a fork of, or null.",
-    "owner": "Name of the token that submitted it, or `local`. A token of scope `submit` changes its own jobs only.",
-    "submitted_by": "Name of the token that submitted it, `admin` or `local`.",
+    "owner": "Name of the token that submitted it, or to which an admin gave it; or `local`. A token of scope `submit` "
+    "changes its own jobs only.",
+    "submitted_by": "As `owner`; or `admin`. The first event of a job has who submitted it.",
     "summary": "Its state in one sentence.",
     "alerts": "Problems that the user should know about.",
     "restart_at": "Time of the automatic restart; null: none.",

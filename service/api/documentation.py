@@ -25,6 +25,7 @@ Agents call tools: `POST /mcp` of the service (Model Context Protocol), or `trai
 All fields of a job spec are in [reference/spec](/docs/reference/spec.md). The OpenAPI document is at
 [/openapi.json](/openapi.json)."""
 MAX_DESCRIPTION = 200
+MARK = r"^\*\*[^*]+\*\*$|^\*\*Decided\.\*\*\s*"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ def _texts(folder: Traversable, prefix: str = "") -> Iterable[tuple[str, str]]:
 def _page(name: str, text: str) -> DocumentationPage:
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     heading = re.search(r"^# (.+)$", body, re.MULTILINE)
-    # Markdown paragraphs are separated by blank lines; one that begins with a letter is text.
-    paragraphs = (part.strip() for part in re.split(r"\n\s*\n", body))
+    # Markdown paragraphs are separated by blank lines; one that begins with a letter is text. The bold marks of the
+    # decisions, such as "Decided" and "Why", describe nothing.
+    paragraphs = (re.sub(MARK, "", part.strip()) for part in re.split(r"\n\s*\n", body))
     first = next((part for part in paragraphs if re.match(r"(?!```)[A-Za-z`*]", part)), "")
     return DocumentationPage(name, _plain(heading[1]) if heading else name, _first_sentence(_plain(first)), text)
 

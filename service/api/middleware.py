@@ -118,8 +118,9 @@ class RequestMiddleware:
         route = getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
-        # Otherwise two of three lines are those of agents and health checks.
-        is_routine = route in PERIODIC_ROUTES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
+        # Otherwise two of three lines are those of agents, health checks and polling clients.
+        is_periodic = route in PERIODIC_ROUTES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
+        is_routine = is_periodic or status == HTTPStatus.NOT_MODIFIED
         level = logging.DEBUG if is_routine else logging.INFO
         log.log(level, "request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):

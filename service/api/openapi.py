@@ -5,13 +5,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 
 from trainyard.contract.parsing import ALIASES
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.spec_reference import NOTES, TITLES
 from trainyard.contract.units import UNITS
 from trainyard.service.api.descriptions import EXAMPLES, FIELDS, PARAMETERS, TAGS
+from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.errors import OPENAI_PATH, PROBLEM
 from trainyard.service.schemas import OpenAIErrorBody, ProblemDetails
 
@@ -19,6 +19,7 @@ REF = "#/components/schemas/{model}"
 CONFLICTS = (("post", "/tokens"), ("post", "/webhooks"))
 QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
 GENERATING = (("post", "/jobs/{job_id}/checkpoints/{step}/generate"), ("post", "/v1/completions"))
+ETAG = {"description": "Tag of the response. It changes with the response.", "schema": {"type": "string"}}
 ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
 """Errors of every route: those of the middleware, and 422 for a request with mistakes."""
 
@@ -41,7 +42,12 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{}, {"token": []}]
         _describe_fields(schemas)
+        shared_paths = {
+            route.path for route in app.routes if isinstance(route, ServiceRoute) and route.sharing is not None
+        }
         for path, operations in document["paths"].items():
+            if path in shared_paths:
+                _add_tag(operations["get"])
             for method, operation in operations.items():
                 _describe_operation(operation)
                 responses = operation["responses"]
@@ -53,12 +59,6 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             schemas.pop(name, None)
         app.openapi_schema = document
     return app.openapi_schema
-
-
-def operation_id(route: APIRoute) -> str:
-    """Return the id of a route's operation: the function's name in camel case, such as ``submitJob``."""
-    first, *others = route.name.split("_")
-    return first + "".join(word.capitalize() for word in others)
 
 
 def _describe_fields(schemas: dict[str, Any]) -> None:
@@ -78,6 +78,14 @@ def _describe_operation(operation: dict[str, Any]) -> None:
             parameter.setdefault("description", text)
     if name in EXAMPLES:
         operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[name]
+
+
+def _add_tag(operation: dict[str, Any]) -> None:
+    """Add the tag of a response that readers share, and the response to a request that names it."""
+    operation["responses"]["200"]["headers"] = {"ETag": ETAG}
+    operation["responses"]["304"] = {
+        "description": "`If-None-Match` names the tag of the current response.", "headers": {"ETag": ETAG}
+    }  # fmt: skip
 
 
 def _add_form_hints(schemas: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.util
 import logging
+import re
 import threading
 import zlib
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainyard.contract.rundir import write_atomically
+from trainyard.service.dashboard.module_graph import ENTRY, needed_modules, page_modules
 from trainyard.service.dashboard.negotiation import URL_PREFIX
 
 STATIC = Path(__file__).parent / "static"
@@ -28,6 +30,7 @@ MEDIA_TYPES = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
     ".html": "text/html; charset=utf-8",
+    ".json": "application/json",
 }
 HASH_DIGITS = 16
 
@@ -61,11 +64,23 @@ LIBRARIES = {
 
 
 @dataclass(frozen=True)
+class HtmlPage:
+    """The HTML of a page, which preloads the scripts of this page."""
+
+    html: Asset
+    etag: str
+
+
+@dataclass(frozen=True)
 class _Built:
-    """All assets, with the libraries not yet compressed. ``libraries``: URL path -> the file and its placeholder."""
+    """All assets, with the libraries not yet compressed. ``libraries``: URL path -> the file and its placeholder.
+
+    ``pages``: pattern of the path -> the page; ``other``: that of any other path.
+    """
 
     files: Mapping[str, Asset]
-    index: Asset
+    pages: Mapping[re.Pattern[str], HtmlPage]
+    other: HtmlPage
     libraries: Mapping[str, tuple[str, Path]]
 
 
@@ -80,7 +95,7 @@ class LibraryMissing(RuntimeError):
 
 
 class Assets:
-    """The files of the dashboard by URL path, and the HTML page that loads them."""
+    """The files of the dashboard by URL path, and the HTML pages that load them."""
 
     def __init__(self, cache: Path, folder: Path = STATIC) -> None:
         self._cache = cache
@@ -90,8 +105,12 @@ class Assets:
         built = _build(folder, found, _fingerprint(folder, dict(found).values()))
         self._libraries = built.libraries
         self._files = built.files
-        self.index = built.index
-        self.index_etag = f'"{_hash(built.index.plain)}"'
+        self._pages = built.pages
+        self._other = built.other
+
+    def page(self, path: str) -> HtmlPage:
+        """Return the HTML for the path of a page."""
+        return next((page for pattern, page in self._pages.items() if pattern.fullmatch(path)), self._other)
 
     def find(self, path: str) -> Asset | None:
         """Return the file with this URL path, or None if there is none."""
@@ -164,14 +183,23 @@ def _build(folder: Path, found: tuple[tuple[str, Path], ...], _: tuple[tuple[str
     libraries = {
         f"{URL_PREFIX}{file.stem}-{_hash(file.read_bytes())}{file.suffix}": (name, file) for name, file in found
     }
-    # Without them the browser finds each module only after the one that imports it: one round trip per level.
-    preloads = "\n".join(f'<link rel="modulepreload" href="{base}{name}">' for name in names if name.endswith(".js"))
-    page = template.replace("{{modulepreload}}", preloads).replace("{{base}}", base)
     urls = {name: path for path, (name, _) in libraries.items()}
     for name in LIBRARIES:
-        page = page.replace("{{" + name + "}}", urls.get(name, ""))
+        template = template.replace("{{" + name + "}}", urls.get(name, ""))
+    sources = {name: files[name].decode() for name in names if name.endswith(".js")}
+
+    def page(*entries: str) -> HtmlPage:
+        # Without preloads the browser finds each module only after the one that imports it: one round trip per level.
+        needed = sorted(needed_modules(sources, entries))
+        preloads = "\n".join(f'<link rel="modulepreload" href="{base}{name}">' for name in needed)
+        html = template.replace("{{modulepreload}}", preloads).replace("{{base}}", base).encode()
+        return HtmlPage(_asset(INDEX_HTML, html), f'"{_hash(html)}"')
+
     return _Built(
-        {base + name: _asset(name, data) for name, data in files.items()}, _asset(INDEX_HTML, page.encode()), libraries
+        {base + name: _asset(name, data) for name, data in files.items()},
+        {pattern: page(ENTRY, module) for pattern, module in page_modules(sources)},
+        page(ENTRY),
+        libraries,
     )
 
 

@@ -49,18 +49,19 @@ class DashboardMiddleware:
             await self._app(scope, receive, _add_vary_accept(send) if is_page_or_api(path) else send)
 
     def _page_response(self, headers: Headers, path: str) -> Response:
+        page = self._assets.page(path)
         extra = {
             "Cache-Control": REVALIDATE,
-            "ETag": self._assets.index_etag,
+            "ETag": page.etag,
             "Vary": "Accept, Accept-Encoding" if is_page_or_api(path) else "Accept-Encoding",
             "Content-Security-Policy": CONTENT_SECURITY_POLICY,
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
             "Cross-Origin-Opener-Policy": "same-origin",
         }
-        if headers.get("if-none-match") == self._assets.index_etag:
+        if headers.get("if-none-match") == page.etag:
             return Response(status_code=304, headers=extra)
-        return _asset_response(self._assets.index, headers, extra)
+        return _asset_response(page.html, headers, extra)
 
 
 def _file_response(asset: Asset, headers: Headers) -> Response:
@@ -78,7 +79,9 @@ def _asset_response(asset: Asset, headers: Headers, extra: dict[str, str]) -> Re
 def _add_vary_accept(send: Send) -> Send:
     async def send_with_vary(message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).add_vary_header("Accept")
+            headers = MutableHeaders(scope=message)
+            if headers.get("vary") != "Accept":  # shared reads have it already
+                headers.add_vary_header("Accept")
         await send(message)
 
     return send_with_vary

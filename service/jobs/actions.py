@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, object_session
 from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import RUN_SETTINGS
 from trainyard.contract.parsing import Problem, pointer_to
+from trainyard.contract.scopes import Scope
 from trainyard.contract.spec import (
     CheckpointSpec,
     JobSpec,
@@ -27,10 +28,10 @@ from trainyard.contract.spec_reference import NOTES
 from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
 from trainyard.contract.units import UNITS
 from trainyard.service.auth import quotas
-from trainyard.service.auth.principal import Principal
+from trainyard.service.auth.principal import ADMIN, LOCAL, Principal
 from trainyard.service.bodies import OptionalBody, without_defaults
-from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
-from trainyard.service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
+from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow, TokenRow
+from trainyard.service.errors import Conflict, Forbidden, InvalidState, SpecInvalid, StepUnavailable, with_problems
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.lifecycle import Action, InProgress, Rejected, Transition, allowed_actions, decide
 from trainyard.service.jobs.queries import job_state, newest_step, train_seconds
@@ -247,7 +248,11 @@ def patch(
     by: Principal,
     now: datetime,
 ) -> JobRow:
-    """Store ``spec``, which is ``before`` with ``changes`` applied. Raises Conflict."""
+    """Store ``spec``, which is ``before`` with ``changes`` applied.
+
+    Raises Conflict; Forbidden if ``changes`` has an owner and the caller is no admin; SpecInvalid if no token has this
+    name.
+    """
     job = _lock_unchanged(session, job_id, before)
     job.spec = spec.model_dump(mode="json")
     job.name, job.priority = spec.name, spec.resources.priority
@@ -256,6 +261,8 @@ def patch(
     if "labels" in changes:
         repository.put_labels(session, job, dict(spec.labels))
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
+    if "owner" in changes:
+        message += f"; {_change_owner(session, job, changes['owner'], by)}"
     if JobStatus(job.status) in LIVE and not RUN_SETTINGS.keys().isdisjoint(changes):
         message += "; the run receives it with its next report"
     repository.record_event(
@@ -263,6 +270,17 @@ def patch(
     )
     session.flush()
     return job
+
+
+def _change_owner(session: Session, job: JobRow, name: str, by: Principal) -> str:
+    """Give the job to another owner; return the change as text. The event of its submission keeps who submitted it."""
+    if not by.scope.covers(Scope.ADMIN):
+        raise Forbidden(f"Only a token of the scope {Scope.ADMIN} changes the owner of a job.")
+    valid = select(TokenRow.id).where(TokenRow.name == name, TokenRow.revoked_at.is_(None))
+    if name not in (LOCAL.name, ADMIN.name) and session.scalar(valid) is None:
+        raise with_problems(SpecInvalid, [Problem("/owner", "no token that is not revoked has this name")])
+    before, job.submitted_by = job.submitted_by or LOCAL.name, name
+    return f"the owner was {before} and is {name}"
 
 
 def remove(session: Session, job_id: str) -> JobRow:
@@ -390,6 +408,7 @@ PATCH_FIELDS: dict[str, tuple[str, ...]] = {
     "description": ("description",),
     "group": ("group",),
     "discarded": (),
+    "owner": (),
     "priority": ("resources", "priority"),
     **RUN_SETTINGS,
 }
@@ -420,6 +439,9 @@ class PatchJobBody(OptionalBody):
     group: Any = _spec_field(JobSpec, "group")
     discarded: bool = Field(
         default=False, description="hide the job from lists; the record and the files stay, and false shows it again"
+    )
+    owner: str = Field(
+        default="", max_length=64, description="name of a token, or local; only a token of the scope admin changes it"
     )
     priority: Any = _spec_field(ResourcesSpec, "priority")
     log_interval: Any = _spec_field(ReportingSpec, "log_interval")

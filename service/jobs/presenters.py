@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,11 +64,12 @@ def _complete(row: JobRow, job: JobSummary) -> Job:
         spec=row.spec,
         plan=_plan(row.facts),
         allowed_actions=_actions(state),
-        weights_path=_weights_path(row, job.checkpoint),
+        weights_path=weights_path(row, job.checkpoint),
     )
 
 
-def _weights_path(row: JobRow, checkpoint: Checkpoint | None) -> str | None:
+def weights_path(row: JobRow, checkpoint: Checkpoint | CheckpointRow | None) -> str | None:
+    """Return the path of the weights file of the job's newest checkpoint, or None if there is no such file."""
     if checkpoint is None:
         return None
     # From the checkpoint's path: after a resume with another save_dir, the files are moved only at the start.
@@ -81,7 +82,7 @@ def _weights_path(row: JobRow, checkpoint: Checkpoint | None) -> str | None:
 def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now: datetime) -> JobSummary:
     state = queries.job_state(job)
     blocker = resume_blocker(state)
-    newest = next((row for row in rows.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
+    newest = newest_on_disk(rows.checkpoints.get(job.id, ()))
     queue = None
     if job.status == JobStatus.QUEUED:
         queue = Queue(position=rows.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
@@ -203,6 +204,11 @@ def _summary_input(job: JobRow, progress: Progress, checkpoint: Checkpoint | Non
         reason=Reason(job.reason) if job.reason else None,
         parent_step=job.parent_step,
     )
+
+
+def newest_on_disk(checkpoints: Sequence[CheckpointRow]) -> CheckpointRow | None:
+    """Return the first of the checkpoints, which are newest first, that is still on disk; None if there is none."""
+    return next((row for row in checkpoints if exists_on_disk(row)), None)
 
 
 def exists_on_disk(row: CheckpointRow | Row[Any]) -> bool:

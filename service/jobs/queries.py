@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.auth.principal import LOCAL
-from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
+from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.ids import JOB_ID
 from trainyard.service.jobs.lifecycle import JobState
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
+EVENTS = EventRow.__table__
 
 NEWEST_ATTEMPT = and_(ATTEMPTS.c.job_id == JOBS.c.id, ATTEMPTS.c.number == JOBS.c.attempt)
 JOBS_WITH_PLACEMENT: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(
@@ -30,6 +31,21 @@ JOB_BY_ID = JOBS_WITH_PLACEMENT.where(JOBS.c.id == bindparam("job_id"))
 
 SPEC_BY_ID = select(JOBS.c.spec).where(JOBS.c.id == bindparam("job_id"))
 NUMBER_BY_ID = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
+
+CURVE_OF_JOB = select(
+    JOBS.c.number, JOBS.c.status, JOBS.c.attempt, JOBS.c.sealed_step, JOBS.c.spec, JOBS.c.facts
+).where(JOBS.c.id == bindparam("job_id"))
+REPORTED_OF_JOB = (
+    select(ATTEMPTS.c.number, ATTEMPTS.c.acked_seq, ATTEMPTS.c.start_step)
+    .where(ATTEMPTS.c.job_id == bindparam("job_id"))
+    .order_by(ATTEMPTS.c.number)
+)
+"""With `CURVE_OF_JOB`, what changes with each change of a live job's curve: every point comes in a numbered line."""
+
+EVENTS_OF_JOB = select(func.max(EVENTS.c.number), func.count()).where(EVENTS.c.job_id == bindparam("job_id"))
+"""What changes with each event that is added to a job, or removed: events are never changed."""
+
+NEWEST_ATTEMPT_OF_JOB = select(JOBS.c.attempt).where(JOBS.c.id == bindparam("job_id"))
 
 FULL_CHECKPOINTS = (
     select(*CHECKPOINTS.c)
@@ -81,6 +97,14 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
         raise JobNotFound()
     spec: dict[str, Any] = row.spec
     return spec
+
+
+def newest_attempt(connection: Connection, job_id: str) -> int:
+    """Return the number of the job's newest attempt; 0: it was never started. Raises JobNotFound."""
+    number = connection.scalar(NEWEST_ATTEMPT_OF_JOB, {"job_id": job_id}) if JOB_ID.fullmatch(job_id) else None
+    if number is None:
+        raise JobNotFound()
+    return int(number)
 
 
 def owner_of(connection: Connection, job_id: str) -> str:

@@ -46,6 +46,11 @@ def aggregate_of(step: int, loss: float | None, attempt: int) -> Aggregate:
     return Aggregate(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
 
 
+def sum_of(first_step: int, last_step: int, points: int, loss_sum: float) -> Aggregate:
+    """Return the aggregate of finite points that has only their sum and their number."""
+    return Aggregate(first_step, last_step, 0, points, 0, None, float(loss_sum), None, None, last_step, 0.0, 0.0)
+
+
 def bucket_width(last_step: int, max_points: int, first_step: int = 0) -> int:
     """Return the smallest power of two that needs at most ``max_points`` buckets for the steps given."""
     width = 1

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.events import MetricEvent
 from trainyard.service.db.models import MetricRow
-from trainyard.service.metrics.downsampling import Aggregate, aggregate_of
+from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, sum_of
 
 FIELDS = (
     "step",
@@ -121,7 +121,7 @@ def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width
         .order_by(func.min(MetricRow.step))
     )
     for first, last, count, total in session.connection().execute(query, execution_options={"yield_per": 5000}):
-        yield Aggregate(first, last, 0, count, 0, None, total or 0.0, None, None, last, 0.0, 0.0)
+        yield sum_of(first, last, count, total or 0.0)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:

@@ -78,16 +78,22 @@ class MatrixSpeed:
             known = self._known(file)
             if name in known or name in self._failed:
                 return known.get(name)
-            if name not in self._threads:
+            thread = self._threads.get(name)
+            if thread is None:
                 thread = threading.Thread(target=self._measure, args=(kind, dtype, name, file), daemon=True)
                 self._threads[name] = thread
                 thread.start()
-        self._threads[name].join(self.wait_seconds if wait_seconds is None else wait_seconds)
+        thread.join(self.wait_seconds if wait_seconds is None else wait_seconds)
         return self._known(file).get(name)
 
     def _measure(self, kind: str, dtype: str, name: str, file: Path) -> None:
-        with self._measuring:  # two at once would slow each other down
-            measured = _measure(kind, dtype)
+        try:
+            with self._measuring:  # two at once would slow each other down
+                measured = _measure(kind, dtype)
+        except subprocess.TimeoutExpired:
+            with self._lock:
+                del self._threads[name]  # the host was busy: a later plan measures again
+            return
         with self._lock:
             if measured is None:
                 self._failed.add(name)
@@ -110,5 +116,5 @@ def _measure(kind: str, dtype: str) -> float | None:
     try:
         done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=True)
         return float(done.stdout)
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return None
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None  # without torch, for example

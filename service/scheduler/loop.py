@@ -93,6 +93,8 @@ class Scheduler:
         self._launches = True
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._waiting: Mapping[str, str] = {}
+        self.waiting_version = 0
+        """Changes with `waiting`, if this service schedules."""
         self.on_lead: Callable[[], None] = lambda: None
 
     def reclaim_devices_by(self, reclaim: Callable[[str], None]) -> None:
@@ -173,7 +175,9 @@ class Scheduler:
         self._store_xid_errors()
         snapshot = self._snapshot()
         decision = plan(snapshot, self._clock(), self.timing)
-        self._waiting = decision.waiting
+        if decision.waiting != self._waiting:
+            self._waiting = decision.waiting
+            self.waiting_version += 1
         self._publish(InventorySnapshot(tuple(snapshot.devices), self._preempts))
         self._executor.probe_agents([action.attempt.name for action in decision.actions if isinstance(action, Inspect)])
         outcomes = [self._renew_lease() and self._execute(action) for action in decision.actions]

@@ -28,7 +28,7 @@ from trainyard.service.launch.base import AttemptRef, AttemptState, Launch
 from trainyard.service.launch.local import LocalLauncher
 
 CORPUS = unique_job_id("corpus_a")
-TOKENIZERS = "trainyard.worker.data.fileset"
+TOKENIZERS = "trainyard.worker.data.part"
 
 
 class Host:

@@ -86,23 +86,32 @@ FAILED = corpus(
 
 def test_the_list_has_state_and_progress(rig: ServiceHarness, page: Page, tmp_path: Path) -> None:
     report = CorpusReport.of([source_report(tmp_path, "web", [["one", "two"]])])
-    ready = corpus("corpus_a", report=report.model_dump(mode="json"), jobs=["job_x"])
+    ready = corpus("corpus_a", report=report.model_dump(mode="json"), jobs=["job_x", "job_y", "job_z"])
+    waiting = {"id": "job_z", "name": "needs-it", "status": "preparing"}
     answer(page, ready, PREPARING, FAILED)
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
+        page.route(
+            re.compile(r"/jobs\?limit=100&fields=summary$"),
+            lambda route: route.fulfill(json={"object": "list", "data": [waiting], "has_more": False}),
+        )
         page.get_by_role("link", name="Data").click()
         table = page.get_by_role("region", name="Corpora").locator("tbody tr")
         expect(table).to_have_count(3)
         expect(page.get_by_text("3 corpora")).to_be_visible()
         expect(table.nth(0)).to_contain_text("/data/web")
         expect(table.nth(0)).to_contain_text("ready")
-        assert table.nth(0).locator("td.num").all_text_contents() == ["2", "10", "1", "1"]
+        assert table.nth(0).locator("td.num").all_text_contents() == ["2", "10", "1"]
+        expect(table.nth(0).locator("li")).to_have_text(["needs-it waits for it", "job_x ", "and 1 more "])
+        expect(table.nth(0).get_by_role("link", name="Start a run from /data/web")).to_have_attribute(
+            "href", "/submit?corpus=corpus_a"
+        )
         expect(table.nth(1)).to_contain_text("web, code")
         expect(table.nth(1)).to_contain_text("300 MB of 1.2 GB, 2.0 MB/s, 8 min left")
         expect(table.nth(1).locator("progress")).to_have_attribute("value", "25")
         expect(table.nth(2)).to_contain_text("cannot be read: Permission denied")
         check_both_themes(page, "data")
-        table.nth(1).get_by_role("link").click()
+        table.nth(1).get_by_role("link", name="web, code", exact=True).click()
         expect(page.get_by_role("heading", name="web, code")).to_be_visible()
         expect(page.get_by_text("code: /data/b")).to_be_visible()
 
@@ -153,7 +162,9 @@ def test_a_corpus_is_described(rig: ServiceHarness, page: Page, tmp_path: Path) 
         page.get_by_text("2 files").click()
         expect(page.get_by_role("region", name="Files of web").locator("tbody tr")).to_have_count(2)
         expect(page.get_by_role("link", name="uses-it")).to_have_attribute("href", f"/jobs/{job}")
-        expect(page.get_by_role("link", name="job_gone")).to_be_visible()
+        users = page.get_by_role("region", name="Jobs that use the corpus").locator("tbody tr")
+        expect(users.first).to_contain_text("local")
+        expect(users.nth(1)).to_contain_text("job_gonedeleted")
         check_both_themes(page, "corpus")
         page.goto(f"http://{host}:{port}/data/corpus_c")
         expect(page.get_by_text("lists every bad line")).to_be_visible()

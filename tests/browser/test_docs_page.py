@@ -35,8 +35,8 @@ def test_a_call_is_tried_with_the_token_of_the_tab(tmp_path: Path, page: Page) -
     rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", token=TOKEN)
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/docs")
-        page.get_by_label("Token").fill(TOKEN)
-        page.get_by_label("Token").press("Enter")
+        page.get_by_label("Token", exact=True).fill(TOKEN)
+        page.get_by_label("Token", exact=True).press("Enter")
         version = page.locator("#operations-service-getVersion")
         version.locator(".opblock-summary-control").click()
         version.get_by_role("button", name="Try it out").click()

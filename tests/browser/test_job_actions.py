@@ -198,9 +198,15 @@ def test_a_decay_branch_is_one_button_and_the_plan_draws_its_rate(
     page.get_by_role("tab", name="Checkpoints").click()
     row = page.get_by_role("tabpanel").get_by_role("row").filter(has_text="Fork from here").last
     row.get_by_role("button", name="Decay from here").click()
-    expect(page.get_by_text("type the number of steps next to the button")).to_be_visible()
-    row.get_by_label("Decay over how many steps, from step 20").fill("8")
-    row.get_by_role("button", name="Decay from here").click()
+    dialog = page.get_by_role("dialog", name="Decay from step 20")
+    expect(dialog.get_by_label("Steps of the decay")).to_have_value("2")
+    dialog.get_by_label("Steps of the decay").fill("0")
+    dialog.get_by_role("button", name="Start the decay").click()
+    expect(dialog.get_by_text("Type a whole number of steps")).to_be_visible()
+    dialog.get_by_label("Steps of the decay").fill("8")
+    expect(dialog.locator(".rates")).to_contain_text("at step 28")
+    check_both_themes(page, "decay")
+    dialog.get_by_role("button", name="Start the decay").click()
     expect(page.get_by_role("heading", name="fast-fork-20")).to_be_visible()
     [made] = rig.get("/jobs", parent=parent["id"])["data"]
     training = made["spec"]["training"]

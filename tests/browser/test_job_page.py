@@ -54,10 +54,10 @@ def test_login_with_a_token_that_is_in_no_url(tmp_path: Path, page: Page) -> Non
     page.on("request", lambda request: addresses.append(request.url))
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
-        page.get_by_label("Token").fill("wrong")
+        page.get_by_label("Token", exact=True).fill("wrong")
         page.get_by_role("button", name="Enter").click()
         expect(page.get_by_text("That token was not accepted.")).to_be_visible()
-        page.get_by_label("Token").fill(secret)
+        page.get_by_label("Token", exact=True).fill(secret)
         page.get_by_role("button", name="Enter").click()
         expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
         expect(page.locator(".command pre").last).to_contain_text("$TRAINYARD_TOKEN")

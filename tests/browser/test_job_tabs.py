@@ -7,12 +7,13 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Position, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
 from tests.browser.test_job_actions import choose_of_row, job_named
 from tests.browser.test_submit_page import field
+from tests.browser.test_workspace import NOTIFICATIONS
 from tests.service.harness import ServiceHarness
 from tests.service.test_log_reader import log
 
@@ -97,15 +98,69 @@ def test_generate_and_resume_start_from_a_checkpoint_and_from_the_curve(
     expect(page.get_by_label("Prompt")).to_be_focused()
     page.get_by_role("tab", name="overview").click()
     chart = figure(page, "Train loss")
-    box = chart.locator(".nsewdrag").first.bounding_box()
+    plot = chart.locator(".nsewdrag").first
+    box = plot.bounding_box()
     assert box is not None
     # Between 30 and 40, so nearer to the checkpoint at 40.
-    page.mouse.click(box["x"] + 0.6 * box["width"], box["y"] + 30, button="right")
-    chart.get_by_role("button", name="Checkpoint at step 40").click()
+    place: Position = {"x": 0.6 * box["width"], "y": 30}
+    plot.click(button="right", position=place)
+    menu = chart.locator(".menu-list")
+    expect(menu).to_contain_text("Checkpoint at step 40")
+    expect(menu.get_by_role("button")).to_contain_text(
+        ["PNG", "SVG", "CSV", "Generate", "Fork from here", "Decay from here", "Resume with", "Evaluate", "Show it"]
+    )
+    check_both_themes(page, "curve-menu")
+    menu.get_by_role("button", name="Decay from here").click()
+    expect(page.get_by_role("dialog", name="Decay from step 40")).to_be_visible()
+    page.keyboard.press("Escape")
+    plot.click(button="right", position=place)
+    menu.get_by_role("button", name="Show it in the list").click()
     marked = page.locator("tr.highlighted")
     expect(marked).to_contain_text("40")
     expect(marked.get_by_role("button", name="Generate")).to_be_focused()
     assert "at=40" in page.url
+
+
+def test_an_admin_gives_a_job_to_another_owner_in_place(service: str, rig: ServiceHarness, page: Page) -> None:
+    job_id = job_named(rig, "waits")["id"]
+    page.goto(f"{service}/jobs/{job_id}")
+    expect(page.get_by_text("owner local")).to_be_visible()
+    expect(page.get_by_role("button", name="Change the owner")).to_be_hidden()
+    assert rig.client.post("/tokens", json={"name": "alice", "scope": "submit"}).status_code == 201
+    page.reload()
+    page.get_by_role("button", name="Change the owner").click()
+    expect(page.locator("#suggestions option")).to_have_count(2)
+    page.get_by_label("owner", exact=True).fill("carol")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").filter(has_text="no token")).to_be_visible()
+    page.get_by_label("owner", exact=True).fill("alice")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("owner alice")).to_be_visible()
+    assert rig.job(job_id)["owner"] == "alice"
+
+
+def test_a_job_is_watched_and_hidden_from_lists_on_its_page(service: str, rig: ServiceHarness, page: Page) -> None:
+    page.add_init_script(NOTIFICATIONS)
+    done, going = (job_named(rig, name)["id"] for name in ("fast", "holds-the-slots"))
+    page.goto(f"{service}/jobs/{done}")
+    page.get_by_role("button", name="More actions").click()
+    page.get_by_role("button", name="discard: hide from lists").click()
+    expect(page.get_by_text("Hidden from lists")).to_be_visible()
+    assert rig.job(done)["discarded"]
+    expect(page.get_by_role("button", name="Notify me")).to_be_hidden()
+    page.get_by_role("button", name="More actions").click()
+    page.get_by_role("button", name="show in lists again").click()
+    expect(page.get_by_text("Shown in lists again")).to_be_visible()
+    assert not rig.job(done)["discarded"]
+    page.goto(f"{service}/jobs/{going}")
+    page.get_by_role("button", name="Notify me at the end").click()
+    watched = page.get_by_role("button", name="Notifies me at the end")
+    expect(watched).to_have_attribute("aria-pressed", "true")
+    assert page.evaluate("window.asked") == 1
+    page.reload()
+    watched.click()
+    expect(page.get_by_role("button", name="Notify me at the end")).to_have_attribute("aria-pressed", "false")
+    assert page.evaluate("localStorage.getItem('trainyard-watched')") == "{}"
 
 
 def test_description_and_group_are_edited_in_place(service: str, rig: ServiceHarness, page: Page) -> None:

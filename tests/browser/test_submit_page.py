@@ -94,6 +94,61 @@ def test_a_button_applies_the_settings_that_fit(tmp_path: Path, page: Page) -> N
     rig.database.close()
 
 
+def test_the_plan_follows_what_is_typed(tmp_path: Path, page: Page) -> None:
+    """Memory by part, the largest batch, sources and the depth dial, without a press on Plan."""
+    gpu = Device("cuda:0", "cuda", memory_bytes=2 << 30)
+    rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", devices=[gpu])
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/submit")
+        plan = page.get_by_role("region", name="Plan", exact=True)
+        expect(plan).to_contain_text("as you type")
+        field(page, "data_path").fill(str(rig.corpus))
+        bar = plan.get_by_role("img", name=re.compile("(Fits|May not fit|Does not fit): "))
+        expect(bar).to_be_visible()
+        expect(field(page, "data_path")).to_be_focused()
+        expect(plan.locator(".memory-parts li")).to_contain_text(["weights", "gradients", "optimizer", "activations"])
+        field(page, "batch_size").fill("4096")
+        expect(plan.get_by_role("img", name=re.compile("Does not fit"))).to_be_visible()
+        widths = bar.locator("span:not(.part-limit)").evaluate_all("parts => parts.map((part) => part.style.width)")
+        assert sum(float(width.rstrip("%")) for width in widths) == pytest.approx(100)
+        largest = plan.get_by_role("button", name=re.compile(r"^Use \d+$"))
+        text = largest.text_content() or ""
+        largest.click()
+        expect(plan.get_by_role("img", name=re.compile("Does not fit"))).to_be_hidden()
+        expect(field(page, "batch_size")).to_have_value(text.removeprefix("Use "))
+        expect(largest).to_be_hidden()
+        field(page, "learning_rate").fill("-1")
+        expect(field_error(page, "learning_rate")).to_have_text("should be greater than 0")
+        expect(plan).to_contain_text("Not planned: learning_rate should be greater than 0")
+        expect(field(page, "learning_rate")).to_be_focused()
+        field(page, "learning_rate").fill("1e-3")
+        expect(plan).not_to_contain_text("Not planned")
+        page.get_by_label("Depth", exact=True).fill("3")
+        proposed = page.get_by_role("region", name="Proposal")
+        expect(proposed.get_by_role("row").filter(has_text="num_hidden_layers")).to_contain_text("3")
+        page.get_by_label("Depth, as a dial").fill("5")
+        expect(page.get_by_label("Depth", exact=True)).to_have_value("5")
+        expect(proposed.get_by_role("row").filter(has_text="num_hidden_layers")).to_contain_text("5")
+        check_both_themes(page, "depth-dial")
+        page.get_by_role("button", name="Use these values").click()
+        assert spec_json(page)["model"]["num_hidden_layers"] == 5
+    rig.close()
+    rig.database.close()
+
+
+def test_the_plan_lists_what_the_run_reads_of_each_source(service: str, rig: ServiceHarness, page: Page) -> None:
+    other = rig.corpus.with_name("other.jsonl")
+    other.write_text('{"text": "two words and more"}\n' * 9)
+    sources = [{"name": name, "path": str(path)} for name, path in (("one", rig.corpus), ("two", other))]
+    page.goto(f"{service}/submit?view=json")
+    page.get_by_label("Job spec").fill(json.dumps({"data": {"sources": sources}}))
+    rows = page.get_by_role("table", name="Sources of the corpus").locator("tbody tr")
+    expect(rows).to_have_count(2)
+    expect(rows.nth(1)).to_contain_text("two")
+    expect(rows.nth(1)).to_contain_text("%")
+    check_both_themes(page, "plan-sources")
+
+
 def test_form_and_json_stay_in_sync(service: str, page: Page) -> None:
     page.goto(f"{service}/submit")
     page.get_by_role("tab", name="Form").press("ArrowRight")

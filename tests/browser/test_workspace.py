@@ -1,6 +1,7 @@
 """The jobs page as a workspace: columns, chosen curves, folded seeds, a thousand jobs, keys, notifications."""
 
 import math
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -199,6 +200,14 @@ def test_columns_are_chosen_among_values_and_differing_settings(sweep: Sweep, pa
     expect(head.filter(has_text="seed")).to_have_attribute("aria-sort", "ascending")
 
 
+def test_charts_without_a_point_are_only_named(sweep: Sweep, page: Page) -> None:
+    page.goto(f"{sweep.url}/?jobs={sweep.ids['alone']}")
+    wait_for_lines(page, sweep.ids["alone"])
+    expect(page.get_by_text("No points of these jobs yet: ")).to_contain_text("Gradient norm")
+    expect(page.get_by_role("group", name=re.compile("^Gradient norm"))).to_be_hidden()
+    expect(page.get_by_role("group", name=re.compile("^Tokens/s"))).to_be_visible()
+
+
 def test_a_discarded_job_can_be_chosen_by_address_only(sweep: Sweep, page: Page) -> None:
     sweep.rig.client.patch(f"/jobs/{sweep.ids['low-s1']}", json={"discarded": True})
     page.goto(f"{sweep.url}/?jobs={sweep.ids['low-s1']},job_gone")
@@ -247,6 +256,30 @@ def test_keys_move_choose_open_compare_and_search(sweep: Sweep, page: Page) -> N
     choose(page, "high-s1").focus()
     page.keyboard.press("o")
     page.wait_for_url(re.compile(f"/jobs/{sweep.ids['high-s1']}$"))
+
+
+def test_actions_on_all_chosen_jobs(sweep: Sweep, page: Page) -> None:
+    chosen = [sweep.ids[name] for name in ("low-s1", "low-s2", "alone")]
+    page.goto(f"{sweep.url}/?jobs={','.join(chosen)}")
+    button = page.get_by_role("button", name="Actions on the chosen jobs")
+    button.click()
+    menu = page.get_by_role("group", name="Actions on the chosen jobs")
+    expect(menu.get_by_role("button", name="Pause: 1 job")).to_be_visible()
+    expect(menu.get_by_role("button", name="Resume", disabled=True)).to_contain_text("no chosen job")
+    check_both_themes(page, "bulk-actions")
+    menu.get_by_role("button", name="Discard: hide from lists: 3 jobs").click()
+    expect(page.locator("#toast")).to_have_text("Discard: hide from lists: 3 of 3")
+    assert all(sweep.rig.job(job_id)["discarded"] for job_id in chosen)
+    expect(rows(page)).to_have_count(2)
+    button.click()
+    menu.get_by_role("button", name="Cancel: 1 job").click()
+    page.get_by_role("dialog").get_by_role("button", name="Back").click()
+    assert sweep.rig.job(sweep.ids["alone"])["desired"] == "run"
+    button.click()
+    menu.get_by_role("button", name="Cancel: 1 job").click()
+    page.get_by_role("dialog").get_by_role("button", name="cancel").click()
+    expect(page.locator("#toast")).to_have_text("Cancel: 1 of 1")
+    assert sweep.rig.job(sweep.ids["alone"])["desired"] != "run"
 
 
 NOTIFICATIONS = """
@@ -348,3 +381,69 @@ def test_a_thousand_jobs_are_listed_by_few_requests_and_scroll(rig: ServiceHarne
         page.get_by_label("Group").select_option("")
         page.get_by_label("Fold").select_option("by group")
         expect(rows(page)).to_have_count(11)
+
+
+SHOWN = """() => [...document.querySelectorAll('.jobs tr')].map((row) =>
+  [Number(row.ariaRowIndex), row.querySelector('.name').textContent, row.querySelector('td.num').textContent])"""
+"""Position, name and score of each row in the document."""
+
+SCROLL_TO = """async (top) => {
+  document.querySelector('.runs').scrollTop = top;
+  await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+}"""
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_rows_are_used_again_while_scrolling_and_keep_what_belongs_to_a_job(
+    rig: ServiceHarness, page: Page, seed: int
+) -> None:
+    add_jobs(rig, 300)
+    dice = random.Random(seed)
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/?columns=score&sort=score")
+        expect(page.get_by_text("301 jobs", exact=True)).to_be_visible()
+        # The job that was submitted has the lowest score.
+        expected = [(2 + i, f"many-{300 - i:04d}" if i else "first") for i in range(301)]
+        created = page.evaluate("() => (window.made = new Set(document.querySelectorAll('.jobs tr'))).size")
+        for top in [0, 300, 9000, *(dice.randrange(0, 301 * 46) for _ in range(20)), 60]:
+            page.evaluate(SCROLL_TO, top)
+            shown = page.evaluate(SHOWN)
+            begin = shown[0][0] - 2
+            assert [(position, name) for position, name, _ in shown] == expected[begin : begin + len(shown)], seed
+            scores = [score for _, name, score in shown if name != "first"]
+            assert scores == [f"{10 - int(name[5:]) / 1000:.3f}" for _, name, _ in shown if name != "first"], seed
+        assert (
+            page.evaluate("() => new Set([...window.made, ...document.querySelectorAll('.jobs tr')]).size") == created
+        )
+        # The box and the focus stay with the job while its row is in the document.
+        box = page.get_by_label("Choose many-0295")
+        box.check()
+        box.focus()
+        page.evaluate(SCROLL_TO, 230)
+        expect(box).to_be_focused()
+        expect(page.locator(".jobs input:checked")).to_have_count(1)
+        page.evaluate(SCROLL_TO, 9000)
+        assert page.evaluate("document.activeElement.tagName") == "BODY", "no other job gets the focus"
+        expect(page.locator(".jobs input:checked")).to_have_count(0)
+        page.evaluate(SCROLL_TO, 0)
+        expect(box).to_be_checked()
+        expect(page.locator(".jobs input:checked")).to_have_count(1)
+
+
+def test_polls_that_bring_nothing_new_draw_no_chart(sweep: Sweep, page: Page) -> None:
+    sweep.rig.exit(sweep.running, "completed", step=20)
+    page.goto(f"{sweep.url}/?jobs={sweep.ids['low-s1']},{sweep.ids['high-s1']}")
+    expect(page.locator("figure .js-line").nth(1)).to_be_attached()
+
+    def await_poll() -> None:
+        with page.expect_response(lambda response: "/jobs?" in response.url):
+            pass
+
+    await_poll()  # It begins after the charts of the one before are drawn.
+    page.evaluate("() => { const { react } = Plotly; window.drawn = 0;"
+                  " Plotly.react = (...given) => { window.drawn += 1; return react(...given); }; }")  # fmt: skip
+    await_poll()
+    await_poll()
+    assert page.evaluate("window.drawn") == 0
+    page.get_by_label("Choose low-s2").check()
+    page.wait_for_function("() => window.drawn > 0")

@@ -1,5 +1,7 @@
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import httpx2
@@ -374,3 +376,25 @@ def test_a_value_that_json_cannot_express_is_named(trainyard: Client, service: F
     with pytest.raises(InvalidSpec):
         trainyard.update("job_7f3kq9", labels={"a": value})
     assert service.requests == []
+
+
+@pytest.mark.parametrize("hours", [-2, 0, 2])
+def test_the_time_is_that_of_the_service_if_the_clocks_differ(hours: int) -> None:
+    service_time = datetime.now(UTC) + timedelta(hours=hours)
+
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(200, json={"status": "ok"}, headers={"date": format_datetime(service_time, usegmt=True)})
+
+    with Client(URL, transport=httpx2.MockTransport(answer)) as client:
+        assert abs(client.server_time - datetime.now(UTC)) < timedelta(seconds=30), "before the first response"
+        client.health()
+        assert abs(client.server_time - service_time) < timedelta(seconds=30)
+
+
+@pytest.mark.parametrize("date", [None, "yesterday", "Thu, 01 Jan 1970"])
+def test_a_response_without_a_valid_date_leaves_the_time_of_this_host(date: str | None) -> None:
+    headers = {} if date is None else {"date": date}
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json={"status": "ok"}, headers=headers))
+    with Client(URL, transport=transport) as client:
+        client.health()
+        assert abs(client.server_time - datetime.now(UTC)) < timedelta(seconds=30)

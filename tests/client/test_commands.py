@@ -3,6 +3,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
+from tests.client.fake_service import FakeService, body_of, job, listed, metric, problem, refused
 from trainyard.client.cli.main import main
 from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
@@ -121,6 +122,49 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     assert err == (
         "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  run `trainyard list` to see all jobs\n"
     )
+
+
+def test_ages_are_by_the_clock_of_the_service(run: Run, service: FakeService) -> None:
+    response = listed([job(created_at="2020-01-31T18:28:05Z")])
+    response.headers["date"] = "Fri, 31 Jan 2020 18:31:05 GMT"  # the clock of this host is years ahead
+    service.faults = [lambda _: response]
+    code, out, _ = run("list")
+    assert (code, re.search("[23] min ago", out) is not None) == (0, True), out
+
+
+@pytest.mark.parametrize(
+    ("line", "note"),
+    [
+        (["watch", "pre12"], "did you mean pre-12?"),
+        (
+            ["generate", "pre-12@newest", "text"],
+            "'newest' is not a step: after @ comes a number or latest, as in pre-12@1200",
+        ),
+    ],
+)
+def test_a_mistyped_job_gets_a_suggestion(run: Run, line: list[str], note: str) -> None:
+    code, _, err = run(*line)
+    assert (code, f"  {note}\n" in err) == (1, True), err
+
+
+def test_a_corpus_in_place_of_a_spec_gets_the_flag_for_it(run: Run, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "one"}\n{"text": "two"}\n')
+    code, _, err = run("submit", str(corpus))
+    assert (code, "if it is the corpus, give it with --data_path" in err) == (2, True), err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_and_no_traceback(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "export"
+    code, _, err = run("export", "pre-12@12000", "--out", str(out))
+    assert (code, err.splitlines()[-1]) == (1, f"trainyard: {out} cannot be read or written: Not a directory")
+
+
+def test_a_checkpoint_that_does_not_exist_leads_to_the_list(run: Run) -> None:
+    code, _, err = run("checkpoints", "pre-12", "--delete", "7", "-y")
+    assert code == 1
+    assert "`trainyard checkpoints JOB` lists the checkpoints of a job" in err
 
 
 def test_without_a_token_the_error_names_the_option(run: Run, service: FakeService) -> None:
@@ -262,7 +306,8 @@ def test_metrics_as_table_and_csv(run: Run, service: FakeService) -> None:
     assert rows[1].startswith("1,1,0.1,8.76,")
     assert rows[2].startswith("2,1,0.1,,")
     assert run("metrics", "pre-12", "--after-step", "1", "--csv")[1].count("\n") == 2
-    assert run("metrics", "pre-12", "--attempt", "7", "--csv")[1] == ""
+    for empty in (run("metrics", "pre-12", "--attempt", "7", "--csv"), run("metrics", "pre-12", "--attempt", "7")):
+        assert empty == (0, "", "no points yet; `trainyard show JOB` has the state of the job\n")
 
 
 def test_held_out_sets_are_in_the_page_the_table_and_the_csv(run: Run, service: FakeService) -> None:

@@ -91,6 +91,19 @@ def test_tables_align() -> None:
     assert table(("A", "B"), []) == ["A  B"]
 
 
+def test_chinese_and_accents_take_their_columns_of_the_terminal() -> None:
+    rows = [["预训练", "1"], ["cafe\N{COMBINING ACUTE ACCENT}", "22"]]
+    assert table(["NAME", "STEP"], rows) == ["NAME    STEP", "预训练  1", "cafe\N{COMBINING ACUTE ACCENT}    22"]
+    assert one_line("预训练", 6) == "预训练"
+    assert [one_line("预训练模型", width) for width in (9, 8, 7, 5, 2)] == [
+        "预训练...",
+        "预训...",
+        "预训...",
+        "预...",
+        "..",
+    ]
+
+
 def test_every_status_has_a_glyph_and_its_word() -> None:
     for status in JobStatus:
         glyph, word = status_word(status).split(" ")

@@ -71,6 +71,13 @@ def test_an_ended_attempt_without_the_log(run: Run, service: FakeService) -> Non
     assert (code, out, err) == (2, "", "trainyard: there is no log of rank 3 of attempt 1 of job_7f3kq9\n")
 
 
+def test_a_job_that_was_never_launched_leads_to_the_reason(run: Run, service: FakeService) -> None:
+    service.jobs[JOB] = job("failed", attempt=0)
+    service.faults = [lambda _: None, no_log]
+    message = f"there is no log of rank 0 of {JOB}: it was never launched; `trainyard show {JOB}` has the reason"
+    assert run("logs", "pre-12") == (2, "", f"trainyard: {message}\n")
+
+
 def test_follow_prints_what_comes_until_the_end(service: FakeService) -> None:
     service.log = "a\n"
 

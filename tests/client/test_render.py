@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, URL, job, metric
+from trainyard.client.cli.formatting import display_width
 from trainyard.client.cli.watch.checkpoints import KeptCheckpoints
 from trainyard.client.cli.watch.render import MAX_LINES, plain, render
 from trainyard.client.cli.watch.state import WatchState
@@ -39,6 +40,16 @@ def test_the_display_of_a_running_job() -> None:
     ]
 
 
+def test_a_narrow_terminal_shows_the_whole_address_or_none() -> None:
+    url = "http://127.0.0.1:8000/jobs/job_7f3kq9"
+    assert [drawn(scene(), width)[-1] for width in (61, 60, 44, 43)] == [
+        f"live, updated 1 s ago   {url}",
+        f"live   {url}",
+        f"live   {url}",
+        "live, updated 1 s ago",
+    ]
+
+
 def test_an_evaluation_has_its_bits_per_byte() -> None:
     evaluated = scene()
     evaluated.curve.last_eval = {"step": 12000, "eval_loss": 3.021, "eval_bpb": 1.25}
@@ -48,7 +59,7 @@ def test_an_evaluation_has_its_bits_per_byte() -> None:
 def test_there_is_a_display_before_the_first_poll() -> None:
     empty = WatchState(handle="pre-12", url=URL, connection_error="connection refused")
     assert drawn(empty)[0].startswith("pre-12")
-    assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
+    assert drawn(empty)[-1] == f"reconnecting, no answer yet   {URL}"
 
 
 def test_a_lost_service_keeps_the_numbers_and_shows_the_time() -> None:
@@ -82,9 +93,10 @@ def test_messages_and_alerts_are_there_but_never_too_many_lines() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 20, 40, 80, 200])
-def test_no_line_is_longer_than_the_screen(width: int) -> None:
-    lines = drawn(scene(name="n" * 300 + "\x1b[2J", message="m" * 500), width)
-    assert max(map(len, lines)) <= width
+@pytest.mark.parametrize("letter", ["n", "预"])
+def test_no_line_is_longer_than_the_screen(width: int, letter: str) -> None:
+    lines = drawn(scene(name=letter * 300 + "\x1b[2J", message=letter * 500), width)
+    assert max(map(display_width, lines)) <= width
     assert not any("\x1b" in line or "\n" in line for line in lines)
 
 

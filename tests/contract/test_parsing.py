@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec, plain
+from trainyard.contract.patterns import DEVICE
 from trainyard.contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}
@@ -249,6 +250,9 @@ def test_no_leaf_value_makes_it_raise_and_a_clean_answer_has_the_value(flat: dic
         ("Input should be a valid dictionary or object to extract fields from", "should be a JSON object"),
         ("Field required", "is required"),
         ("Value error, is the name of an earlier source", "is the name of an earlier source"),
+        ("Input should be a valid integer, unable to parse string as an integer", "should be a valid integer"),
+        ("Input should be a valid number, unable to parse string as a number", "should be a valid number"),
+        (f"String should match pattern '{DEVICE}'", 'must be "auto", "cpu", "cuda", or one GPU such as "cuda:0"'),
     ],
 )
 def test_messages_continue_a_sentence_about_the_field(pydantic_message: str, message: str) -> None:

@@ -20,6 +20,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
 from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data import tokenization
 from trainyard.worker.data.byte_lengths import ByteLengths
 from trainyard.worker.data.corpus import Corpus, content_digest, main, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
@@ -423,7 +424,7 @@ def test_a_corpus_of_release_0_1_opens_without_counts(tmp_path: Path) -> None:
 
 def test_counts_survive_an_interrupted_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = marked(tmp_path / "c.jsonl")
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 8)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 8)
 
     class Stopped(Exception):
         pass

@@ -18,7 +18,7 @@ from tests.data.texts import docstrings
 from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.worker.data import corpus as corpus_module
 from trainyard.worker.data import file as file_module
-from trainyard.worker.data import parquet, readers, shards
+from trainyard.worker.data import parquet, readers, shards, tokenization
 from trainyard.worker.data.corpus import CorpusMeta, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid, text_of
 from trainyard.worker.data.tokenizers import ByteTokenizer
@@ -26,9 +26,9 @@ from trainyard.worker.data.tokenizers import ByteTokenizer
 BUILD = """
 import sys
 from pathlib import Path
-from trainyard.worker.data import corpus, shards
+from trainyard.worker.data import corpus, shards, tokenization
 from trainyard.worker.data.tokenizers import ByteTokenizer
-corpus.BATCH_CHARACTERS, shards.JOURNAL_SECONDS = 3000, 0.0
+tokenization.BATCH_CHARACTERS, shards.JOURNAL_SECONDS = 3000, 0.0
 corpus.open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), max_bad_lines=1.0,
                    progress=lambda done, total: done and print(done, flush=True))
 """
@@ -67,7 +67,7 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 3000)
     monkeypatch.setattr(shards, "JOURNAL_SECONDS", 0.0)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
 
@@ -246,7 +246,7 @@ def test_more_than_the_journal_says_is_cut_off(tmp_path: Path, small_batches: No
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.ArrayFiles, "flush", full)

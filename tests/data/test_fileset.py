@@ -27,6 +27,7 @@ from trainyard.worker.data import fileset
 from trainyard.worker.data.corpus import Corpus, open_built, open_corpus
 from trainyard.worker.data.fileset import FileSetOptions, file_counts, open_files
 from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.part import PartFiles, tokenize_part
 from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.errors import StopRequested
 
@@ -77,11 +78,11 @@ def test_a_corpus_that_gained_a_file_tokenizes_one_file(
 ) -> None:
     built(folder, tmp_path / "cache")
     tokenized: list[str] = []
-    original = fileset.tokenize_part
+    original = tokenize_part
 
-    def record(directory: Path, files: object, *rest: object) -> object:
-        tokenized.extend(file.name for file in files)  # type: ignore[attr-defined]
-        return original(directory, files, *rest)  # type: ignore[arg-type]
+    def record(directory: Path, part: PartFiles, *rest: object) -> object:
+        tokenized.extend(file.name for file in part.files)
+        return original(directory, part, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fileset, "tokenize_part", record)
     write_jsonl(folder / "sub" / "0045.jsonl", ["one more"])

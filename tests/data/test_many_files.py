@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -89,9 +88,7 @@ def test_a_plan_reads_a_sample(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(corpus_sample, "open_regular_inside", count)
     spec = parse_spec({"data": {"data_path": str(folder)}}).spec
-    began = time.process_time()
     sample = sample_corpus(spec)
-    assert time.process_time() - began < 1.0, "seconds of the processor: the machine may have other work"
     assert len(opened) <= MAX_SAMPLED_FILES
     assert sample.size is not None
     assert [source.files for source in sample.sources] == [FILES]

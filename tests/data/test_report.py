@@ -15,7 +15,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.corpus_files import expand
 from trainyard.contract.corpus_page import report_lines
 from trainyard.contract.corpus_report import CorpusReport, SourceReport, read_report
-from trainyard.worker.data import documents as documents_module
+from trainyard.worker.data import report as report_module
 from trainyard.worker.data.corpus import Corpus
 from trainyard.worker.data.fileset import FileSetOptions, describe, open_files
 from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
@@ -46,7 +46,7 @@ def folder_of(texts: list[list[str]], folder: Path) -> Path:
 
 
 def test_counts_are_those_of_the_texts(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "BLOCK_TOKENS", 3000)
+    monkeypatch.setattr(report_module, "BLOCK_TOKENS", 3000)
     seed = 5
     print("seed", seed)
     chance = random.Random(seed)

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import corpus_speed
 from tests.data.texts import docstrings, write_jsonl
-from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data import tokenization
 from trainyard.worker.data.corpus import open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.tokenizers import ByteTokenizer, Ids, limit_threads
@@ -50,7 +50,7 @@ def test_the_environment_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_batches_change_nothing(
     characters: int, docstring_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", characters)
     progress: list[tuple[int, int]] = []
     corpus = open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path, progress=lambda *at: progress.append(at))
     ids = [np.concatenate(([1], own, [2])) for own in ByteTokenizer().encode_batch(docstrings())]
@@ -75,7 +75,7 @@ def pool_threads() -> list[str]:
 
 
 def test_an_error_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 1)
     file = write_jsonl(tmp_path / "c.jsonl", ["a", "b", "bad", "c", "d"])
     before = pool_threads()
     with pytest.raises(MemoryError, match="no room"):
@@ -85,7 +85,7 @@ def test_an_error_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytes
 
 
 def test_progress_that_raises_stops_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 1)
     file = write_jsonl(tmp_path / "c.jsonl", map(str, range(100)))
     before, calls = pool_threads(), 0
 

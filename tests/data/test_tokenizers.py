@@ -21,6 +21,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
 from trainyard.worker.checkpoint.export import byte_level_tokenizer
 from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data import tokenization
 from trainyard.worker.data import tokenizers as module
 from trainyard.worker.data.tokenizers import (
     MAX_WORD,
@@ -381,7 +382,7 @@ def test_an_expression_that_backtracks_is_named(tmp_path: Path, capfd: pytest.Ca
 def test_a_batch_that_never_ends_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = load_tokenizer(str(backtracking(tmp_path, r"(x+x+)+y")))
     ended = threading.Event()
-    monkeypatch.setattr(corpus_module, "ENCODE_SECONDS", 0.0)
+    monkeypatch.setattr(tokenization, "ENCODE_SECONDS", 0.0)
     monkeypatch.setattr(type(tokenizer), "encode_batch", lambda *_: ended.wait(60) and [])
     file = write_jsonl(tmp_path / "c.jsonl", ["a", "b"])
     with pytest.raises(TokenizerInvalid, match=r"'\(x\+x\+\)\+y' of the tokenizer backtracks: lines 1 to 2 took more"):

@@ -20,12 +20,14 @@ GRAPHS = "tests/worker/test_device_setup.py::test_cuda_graphs_give_the_losses_of
 PREFETCH = "tests/worker/test_device_setup.py::test_on_a_gpu_micro_batches_are_prefetched_in_pinned_memory"
 DIGESTS = "tests/worker/test_replicas.py::test_on_a_gpu_the_digests_are_of_the_step"
 TIMER = "tests/worker/test_metrics.py::test_on_a_gpu_events_measure_a_ranks_own_time"
+STACKS = "tests/model/test_muon.py::test_a_stack_of_matrices_is_each_of_them"
 
 COVERED = {
     "model/decoder.py:Decoder.score_tokens": "tests/worker/test_tasks.py::test_scores_on_a_gpu_are_those_of_a_cpu",
     "model/grouped_gemm.py:can_group": ATTENTION,
     "model/layers.py:Attention._masked_attention": ATTENTION,
     "model/layers.py:RMSNorm.forward": ATTENTION,
+    "model/layers.py:RotaryTables.rotate": ATTENTION,
     "model/loss.py:": ATTENTION,
     "model/loss.py:cross_entropy_sum": ATTENTION,
     "model/varlen_attention.py:use_flash": "tests/model/test_varlen_attention.py::"
@@ -64,6 +66,7 @@ COVERED = {
     "worker/training/startup.py:rank_info": RUN,
     "worker/training/startup.py:supports_bfloat16": RUN,
     "worker/training/state.py:TrainState.defers_metrics": RUN,
+    "worker/training/state.py:_build_optimizer": STACKS,
     "worker/training/state.py:_wrap_model": RANKS,
     "worker/training/state.py:build_train_state": GRAPHS,
 }

@@ -32,7 +32,7 @@ STORED = {
     RuleState: "inside step total weight best best_step",
     RunIdentity: "model tokenizer corpus seed max_seq_len packing corpus_file vocabulary",
     RunState: "step tokens rows_per_step world_size identity data_offset base_step base_tokens loss interval"
-    " interval_bytes smoothed trouble scaler probe unevaluated torch_version version",
+    " interval_bytes smoothed trouble scaler probe unevaluated stacks_matrices torch_version version",
 }
 
 

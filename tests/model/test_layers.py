@@ -63,11 +63,28 @@ def test_norm_of_bfloat16_is_computed_in_float32() -> None:
     torch.testing.assert_close(norm(x, torch.float32), norm(x.float()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("cached", [1 << 18, 100])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_in_chunks_has_the_bits_of_whole_tensors(
+    dtype: torch.dtype, rows: int, cached: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainyard.model.layers.CACHED", cached)
+    tables = RotaryTables.at(torch.arange(14).view(2, 7)[:rows], 8, 100.0)
+    x, grad = drawn(2, 7, 3, 8).to(dtype).requires_grad_(), drawn(2, 7, 3, 8, seed=2).bfloat16()
+    ours = tables.rotate(x, torch.bfloat16)
+    first, second = x.float().chunk(2, dim=-1)
+    halves = first * tables.cos - second * tables.sin, second * tables.cos + first * tables.sin
+    plain = torch.cat(halves, dim=-1).bfloat16()
+    assert torch.equal(ours, plain)
+    assert torch.equal(torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(plain, x, grad)[0])
+
+
 def test_rotary_turns_pairs_of_halves() -> None:
     D, theta = 8, 100.0
     positions = torch.tensor([[0, 1, 7]])
     x = drawn(1, 3, 2, D)
-    out = RotaryTables.at(positions, D, theta).rotate(x)
+    out = RotaryTables.at(positions, D, theta).rotate(x, torch.float32)
     for s, position in enumerate(positions[0].tolist()):
         for i in range(D // 2):
             angle = position * theta ** (-2 * i / D)
@@ -80,7 +97,8 @@ def test_rotary_products_depend_on_distance_alone() -> None:
     q, k = drawn(1, 1, 1, 16), drawn(1, 1, 1, 16, seed=1)
 
     def product(at_query: int, at_key: int) -> float:
-        turned = [RotaryTables.at(torch.tensor([[p]]), 16, 1e4).rotate(x) for p, x in ((at_query, q), (at_key, k))]
+        tables = [RotaryTables.at(torch.tensor([[position]]), 16, 1e4) for position in (at_query, at_key)]
+        turned = [table.rotate(x, torch.float32) for table, x in zip(tables, (q, k), strict=True)]
         return number((turned[0] * turned[1]).sum())
 
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
@@ -95,7 +113,7 @@ def plain_attention(layer: Attention, x: Tensor, positions: Tensor, qk_norm: boo
     q, k, v = (p(x).view(B, S, -1, D) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if qk_norm:
         q, k = layer.q_norm(q), layer.k_norm(k)
-    q, k = rotary.rotate(q), rotary.rotate(k)
+    q, k = rotary.rotate(q, torch.float32), rotary.rotate(k, torch.float32)
     out = torch.zeros(B, S, heads, D)
     for b in range(B):
         for h in range(heads):

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 from trainyard.model import moe
 from trainyard.model.grouped_gemm import grouped_mm
-from trainyard.model.moe import MoE, Segments, auxiliary_sum
+from trainyard.model.moe import MoE, Segments, auxiliary_sum, stack_weights
 
 
 def experts(**changes: Any) -> MoE:
@@ -78,6 +78,22 @@ def test_gradients_are_those_of_the_plain_loop() -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(mine[name], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stacked_weights_have_the_bits_of_a_stack_of_casts(dtype: torch.dtype) -> None:
+    drawn = torch.Generator().manual_seed(5)
+    weights = [torch.randn(6, 4, generator=drawn, requires_grad=True) for _ in range(3)]
+    grad = torch.randn(3, 6, 4, generator=drawn).to(dtype)
+    ours = stack_weights(weights, dtype)
+    plain = torch.stack([weight.to(dtype) for weight in weights])
+    assert ours.dtype is dtype
+    assert torch.equal(ours, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, weights, grad), torch.autograd.grad(plain, weights, grad), strict=True
+    ):
+        assert mine.dtype is torch.float32
+        assert torch.equal(mine, theirs)
 
 
 def test_an_expert_without_tokens_gets_a_zero_gradient() -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from tests.data.texts import docstrings
-from tests.model.shapes import small_decoder
+from tests.model.shapes import random_ids, small_decoder
 from trainyard.model.decoder import Decoder
-from trainyard.model.muon import UPDATE_RMS, Muon, matrix_parameters, newton_schulz
+from trainyard.model.muon import UPDATE_RMS, Muon, NewtonSchulz, matrix_parameters, newton_schulz
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16), (8, 1)])
@@ -21,6 +23,47 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     assert torch.nn.functional.cosine_similarity(newton_schulz(matrix).flatten(), (u @ vh).flatten(), dim=0) > 0.95
     assert torch.equal(newton_schulz(torch.zeros(4, 4)), torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_a_stack_of_matrices_is_each_of_them(device: str, shape: tuple[int, int]) -> None:
+    stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3)).to(device)
+    # Each has its own norm: one far larger than the others does not reduce them.
+    stack[1] *= 1e4
+    single = torch.stack([newton_schulz(matrix) for matrix in stack])
+    # The rounding of bfloat16 in five iterations; the values are up to 0.4.
+    torch.testing.assert_close(newton_schulz(stack), single, atol=0.02, rtol=0.02)
+
+
+def test_matrices_of_one_shape_are_updated_together_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(4, 6), (6, 4), (4, 6), (4, 6), (4, 6), (2, 2)]
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    order = {id(parameter): number for number, parameter in enumerate(parameters)}
+
+    def batches(*, stacks: bool) -> list[list[int]]:
+        return [[order[id(each)] for each in batch] for batch in NewtonSchulz(stacks=stacks).batches(parameters)]
+
+    assert batches(stacks=False) == [[0], [1], [2], [3], [4], [5]]
+    assert batches(stacks=True) == [[0, 2, 3, 4], [1], [5]]
+    monkeypatch.setattr("trainyard.model.muon.MAX_STACKED", 50)
+    assert batches(stacks=True) == [[0, 2], [3, 4], [1], [5]]
+
+
+def test_a_run_that_stacks_learns_the_same() -> None:
+    models, losses = [small_decoder() for _ in range(2)], []
+    for model, stacks in zip(models, (False, True), strict=True):
+        optimizer = muon(model, lr=0.02)
+        optimizer.orthogonalizer.stacks = stacks
+        ids = random_ids(2, 13)
+        for _ in range(3):
+            loss = model(ids[:, :-1], labels=ids[:, 1:].contiguous()).loss_sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert losses[3:] == pytest.approx(losses[:3], rel=1e-2)
+    assert losses[2] < losses[0] - 0.1
 
 
 def muon(model: Decoder, lr: float, weight_decay: float = 0.0) -> Muon:

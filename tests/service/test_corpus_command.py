@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -102,3 +103,9 @@ def test_progress_text() -> None:
         "eta_seconds": 8.0,
     }
     assert progress_text(corpus) == "preparing: 12.0 MB of 24.0 MB (50 %), 1.5 MB/s, 8 s left"
+
+
+def test_a_wrong_path_is_printed_in_full(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("corpus", "build", "nope.jsonl")
+    assert (code, f"({tmp_path / 'nope.jsonl'})" in err) == (1, True), err

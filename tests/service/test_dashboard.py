@@ -110,7 +110,7 @@ def test_a_url_changes_with_the_content(tmp_path: Path) -> None:
     assert first.paths()[0] != second.paths()[0]
     for name in LIBRARIES:
         assert first.library_path(name) == second.library_path(name)
-    assert first.index_etag != second.index_etag
+    assert first.page("/").etag != second.page("/").etag
 
 
 def test_a_broken_gzip_cache_of_the_library_is_written_again(tmp_path: Path) -> None:
@@ -129,14 +129,33 @@ def test_a_broken_gzip_cache_of_the_library_is_written_again(tmp_path: Path) -> 
 
 
 MODULE_IMPORT = re.compile(r'^(?:import|export) \{ ([^}]+) \} from "(\.[^"]+)";$', re.MULTILINE)
+LATER_IMPORT = re.compile(r'import\("(\.[^"]+)"\)')
 EXPORT = re.compile(r"^export (?:const|let|class|function|async function) (\w+)", re.MULTILINE)
+PAGES = {
+    "/": "jobs",
+    "/jobs": "jobs",
+    "/jobs/job_x": "job",
+    "/compare": "compare",
+    "/data": "data",
+    "/data/corpus_x": "data",
+    "/system": "system",
+    "/submit": "submit",
+    "/docs": "docs",
+}
+"""Path of a page -> the module that it needs besides the entry module."""
 
 
-def read_modules(rig: ServiceHarness) -> tuple[str, dict[str, str]]:
-    """Return the URL path of the entry module, and the source of every module that it needs by URL path."""
-    [entry] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
+def find_entry(rig: ServiceHarness) -> str:
+    """Return the URL path of the entry module."""
+    entries: list[str] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
+    [entry] = entries
+    return entry
+
+
+def read_modules(rig: ServiceHarness, entries: list[str], later: bool = False) -> dict[str, str]:
+    """Return the sources of the modules and of those that they import, by URL path. ``later``: also at run time."""
     modules: dict[str, str] = {}
-    todo = [entry]
+    todo = list(entries)
     while todo:
         path = todo.pop()
         if path in modules:
@@ -144,28 +163,42 @@ def read_modules(rig: ServiceHarness) -> tuple[str, dict[str, str]]:
         answer = rig.client.get(path)
         assert answer.status_code == 200, path
         modules[path] = answer.text
-        todo += [resolve(path, target) for _, target in MODULE_IMPORT.findall(answer.text)]
-    return entry, modules
+        targets = [target for _, target in MODULE_IMPORT.findall(answer.text)]
+        todo += [resolve(path, target) for target in targets + (LATER_IMPORT.findall(answer.text) if later else [])]
+    return modules
 
 
 def resolve(path: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
 
-def test_the_page_preloads_exactly_the_modules_that_it_needs(rig: ServiceHarness) -> None:
-    page = rig.client.get("/").text
-    entry, modules = read_modules(rig)
-    preloaded = re.findall(r'<link rel="modulepreload" href="([^"]+)"', page)
-    assert len(preloaded) == len(set(preloaded))
-    assert set(preloaded) == set(modules)
-    assert len(modules) == len(list(STATIC.rglob("*.js"))), "a script is not imported by any other"
+def test_a_page_preloads_exactly_the_modules_that_it_imports(rig: ServiceHarness) -> None:
+    entry = find_entry(rig)
     base = entry.removesuffix("app.js")
     assert re.fullmatch(r"/ui/[0-9a-f]{16}/", base)
-    assert all(path.startswith(base) for path in modules)
+    for path, name in PAGES.items():
+        html = rig.client.get(path, headers={"Accept": BROWSER}).text
+        preloaded = re.findall(r'<link rel="modulepreload" href="([^"]+)"', html)
+        assert len(preloaded) == len(set(preloaded)), path
+        assert set(preloaded) == set(read_modules(rig, [entry, f"{base}pages/{name}.js"])), path
+
+
+def test_every_script_is_imported_by_another(rig: ServiceHarness) -> None:
+    modules = read_modules(rig, [find_entry(rig)], later=True)
+    assert len(modules) == len(list(STATIC.rglob("*.js")))
+
+
+def test_etags_of_pages_differ_with_their_preloads(tmp_path: Path) -> None:
+    assets = Assets(tmp_path / "cache")
+    etags = {name: assets.page(path).etag for path, name in PAGES.items()}
+    assert len(set(etags.values())) == len(etags)
+    assert assets.page("/nothing").html.plain.count(b"modulepreload") < assets.page("/").html.plain.count(
+        b"modulepreload"
+    )
 
 
 def test_modules_import_only_what_others_export_and_in_no_circle(rig: ServiceHarness) -> None:
-    _, modules = read_modules(rig)
+    modules = read_modules(rig, [find_entry(rig)], later=True)
     exports = {path: set(EXPORT.findall(source)) for path, source in modules.items()}
     needs: dict[str, set[str]] = {}
     for path, source in modules.items():
@@ -220,7 +253,7 @@ def test_a_missing_library_is_named_and_the_rest_works(
     monkeypatch.setitem(LIBRARIES, "swagger_script", Library("no_such_package", "a.js", "the page /docs"))
     made = Assets(tmp_path / "cache")
     assert "the page /docs will not work: the Python package no_such_package has no file a.js" in caplog.text
-    assert b'<meta name="swagger-script" content="">' in made.index.plain
+    assert b'<meta name="swagger-script" content="">' in made.page("/docs").html.plain
     assert made.find(made.library_path("charts")) is not None
 
 

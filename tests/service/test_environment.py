@@ -9,7 +9,7 @@ from tests.meta.hints import ROOT, hints
 from trainyard.contract.spec import JobSpec
 from trainyard.service.launch.base import AttemptRef, Launch
 from trainyard.service.launch.environment import INHERITED, INHERITED_PREFIXES, WorkerEnvironment, inherited
-from trainyard.worker.agent.torchrun import rank_environment
+from trainyard.worker.agent.torchrun import ALLOCATOR, rank_environment
 
 SETTINGS = ROOT / "docs/reference/settings.md"
 VARIABLE = re.compile(r"`([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|CXX|CC|[a-z]+_proxy)(?:=[^`]*)?`")
@@ -57,12 +57,12 @@ def test_every_variable_that_a_page_or_a_hint_names_reaches_the_ranks(
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, "expandable_segments:True"),
+        ({}, ALLOCATOR),
         ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None),
     ],
 )
-def test_memory_of_a_gpu_is_in_expandable_segments(
+def test_the_allocators_of_a_gpu_are_chosen_unless_the_user_has_chosen(
     given: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert in_a_rank(tmp_path, given, monkeypatch).get("PYTORCH_ALLOC_CONF") == expected

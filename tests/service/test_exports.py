@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from tests.faults.service_home import until
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.locks import FileLock
@@ -127,7 +128,7 @@ def test_an_export_whose_job_is_deleted_meanwhile_shows_no_path(
 
     exported, deleted = in_threads(2, act)
     assert deleted == (204, "")
-    assert exported == (404, "job_not_found: No job has this id.")
+    assert exported == (404, "job_not_found: No job has this id. GET /jobs?name=NAME finds jobs by their name.")
 
 
 def broken(directory: Path, state: str) -> None:
@@ -196,4 +197,4 @@ def test_the_weights_of_a_job_are_named_once_they_are_written(rig: ServiceHarnes
     file = rig.home / "runs" / job_id / "out" / "pretrain_512.pth"
     file.parent.mkdir()
     file.write_bytes(b"")
-    assert rig.job(job_id)["weights_path"] == str(file)
+    until(lambda: rig.job(job_id)["weights_path"] == str(file))

@@ -88,6 +88,7 @@ ELSEWHERE = {
     "give --kind if only": "tests/client/test_evaluations.py",
     ": the rate had already decayed": "tests/client/test_forks.py",
     "Ctrl-C detaches": "tests/client/test_watch.py",
+    "; if it is the corpus": "tests/client/test_commands.py",
 }
 """Start of a hint -> the test in which it is followed, or of what it speaks of."""
 

@@ -1,7 +1,9 @@
 """The lifecycle rules, for every status. Pure."""
 
 import itertools
+import re
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -38,6 +40,8 @@ from trainyard.service.jobs.lifecycle import (
 from trainyard.service.timing import Timing
 
 OUTCOMES: tuple[Any, ...] = get_args(ExitReport.model_fields["outcome"].annotation)
+STATUSES = Path(__file__).parents[2] / "docs/reference/statuses.md"
+
 STANDINGS = [JobState(*each) for each in itertools.product(JobStatus, Desired, (False, True), (0, 1, 3), (False, True))]
 
 
@@ -79,6 +83,16 @@ def test_what_fits_each_status() -> None:
         JobStatus.SUCCEEDED: ["delete"],
         JobStatus.FAILED: ["resume", "delete"],
     }
+
+
+@pytest.mark.parametrize("status", JobStatus)
+def test_the_reference_lists_the_actions_of_each_status(status: JobStatus) -> None:
+    # What is after a semicolon holds in special cases only. An action in progress is not listed.
+    row = re.search(rf"^\| `{status}` \|.*\| ([^|]+) \|$", STATUSES.read_text(), re.MULTILINE)
+    assert row is not None
+    state = JobState(status, Desired.PAUSE if status is JobStatus.PAUSING else Desired.RUN, attempts=1)
+    new = [action for action in ACTIONS if isinstance(decide(action, state), Transition)]
+    assert sorted(row[1].partition(";")[0].split(", ")) == sorted(new)
 
 
 def test_only_what_has_stopped_can_be_resumed() -> None:

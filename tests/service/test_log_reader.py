@@ -42,8 +42,10 @@ def test_whose_log(rig: ServiceHarness) -> None:
     assert rig.get(f"/jobs/{job_id}/logs", rank="agent", attempt=1)["data"] == "the agent"
     for params in ({"rank": 2}, {"attempt": 2}, {}):
         assert rig.get(f"/jobs/{job_id}/logs", expect=404, **params)["code"] == "log_not_found"
-    waiting = rig.submit()
-    assert rig.get(f"/jobs/{waiting}/logs", expect=404)["code"] == "log_not_found"
+    no_attempt = rig.get(f"/jobs/{job_id}/logs", expect=404, attempt=2)
+    assert no_attempt["detail"] == "The job has no attempt of this number: its newest is 1."
+    waiting = rig.get(f"/jobs/{rig.submit()}/logs", expect=404)
+    assert (waiting["code"], waiting["detail"]) == ("log_not_found", "The job has no log yet: it has not started.")
 
 
 @pytest.mark.parametrize(

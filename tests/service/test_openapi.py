@@ -1,5 +1,6 @@
 """The OpenAPI document says what each call, parameter, field and body is, with the unit of each number."""
 
+import ast
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +9,7 @@ import jsonschema_rs
 import pytest
 
 from tests.service.harness import ServiceHarness
+from trainyard.contract.patterns import PATTERN_MESSAGES
 from trainyard.service.api.descriptions import EXAMPLES, FIELDS, PARAMETERS, TAGS
 
 UNIT = re.compile(
@@ -131,3 +133,17 @@ def test_the_id_of_an_operation_says_what_it_does_and_its_tag_to_what(document: 
         parts = [part for part in where.split(" ")[1].split("/") if part and "{" not in part]
         assert tag in parts or tag in ("service", "exports", "generation", "evaluations"), where
     assert used == set(TAGS)
+
+
+def test_every_pattern_has_a_message_in_words(document: dict[str, Any]) -> None:
+    patterns = set(re.findall(r"'pattern': ('(?:[^'\\]|\\.)*')", repr(document)))
+    found = {ast.literal_eval(pattern) for pattern in patterns}
+    assert len(found) > 8
+    assert found <= set(PATTERN_MESSAGES)
+
+
+def test_a_name_that_does_not_match_says_in_words_what_it_may_be(rig: ServiceHarness) -> None:
+    answer = rig.client.post("/tokens", json={"name": "my agent"}).json()
+    assert [(each["pointer"], each["message"]) for each in answer["errors"]] == [
+        ("/name", "must be 1 to 64 letters (a-z), digits, dots, _ or -, and begin with a letter or digit")
+    ]

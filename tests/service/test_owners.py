@@ -89,3 +89,35 @@ def test_webhooks_need_operate(make_rig: MakeHarness, any_url: str) -> None:
     token = created(rig, "ci", scope="submit")
     answer = rig.client.get("/webhooks", headers=bearer(token))
     assert answer.json()["detail"] == "This needs the scope operate; the token ci has submit."
+
+
+def test_an_admin_gives_a_job_to_another_owner(any_rig: ServiceHarness) -> None:
+    alice, bob = (created(any_rig, name, scope="submit") for name in ("alice", "bob"))
+    operator, admin = (created(any_rig, f"with-{scope}", scope=scope) for scope in ("operate", "admin"))
+    created(any_rig, "gone", scope="submit")
+    any_rig.client.delete("/tokens/gone")
+    job = any_rig.client.post("/jobs", json=any_rig.spec(), headers=bearer(alice)).json()
+    path = f"/jobs/{job['id']}"
+    for token in (alice, operator):
+        answer = any_rig.client.patch(path, json={"owner": "bob", "name": "x"}, headers=bearer(token))
+        assert (answer.status_code, answer.json()["code"]) == (403, "forbidden")
+        assert answer.json()["detail"] == "Only a token of the scope admin changes the owner of a job."
+    for name in ("nobody", "gone", "", "carol"):
+        answer = any_rig.client.patch(path, json={"owner": name}, headers=bearer(admin))
+        assert answer.status_code == 422
+        assert answer.json()["errors"] == [
+            {"pointer": "/owner", "message": "no token that is not revoked has this name"}
+        ]
+    assert any_rig.client.patch(path, json={"owner": None}, headers=bearer(admin)).status_code == 422
+    assert any_rig.job(job["id"])["name"] == job["name"]
+    given = any_rig.client.patch(path, json={"owner": "bob"}, headers=bearer(admin))
+    assert (given.status_code, given.json()["owner"]) == (200, "bob")
+    assert any_rig.client.post(f"{path}/pause", headers=bearer(alice)).status_code == 403
+    assert any_rig.client.post(f"{path}/pause", headers=bearer(bob)).status_code == 202
+    events = any_rig.data(job["id"], "events")
+    assert events[0]["actor"] == "alice", "who submitted it is kept"
+    [changed] = [event for event in events if event["kind"] == "changed"]
+    assert (changed["actor"], changed["message"]) == ("with-admin", "changed owner; the owner was alice and is bob")
+    assert [one["id"] for one in any_rig.get("/jobs", owner="bob")["data"]] == [job["id"]]
+    assert any_rig.get("/jobs", owner="alice")["data"] == []
+    assert any_rig.client.patch(path, json={"owner": "local"}).json()["owner"] == "local"

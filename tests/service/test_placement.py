@@ -1,7 +1,6 @@
 """Which GPUs a job gets: near each other, without an XID error, and none that a setting excludes."""
 
 import logging
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from tests.fakes import nvml
 from tests.fakes.nvml import NvmlHost
 from tests.service.conftest import Command, MakeHarness
+from tests.work import count_calls
 from trainyard.service.devices import inventory, xids
 from trainyard.service.devices.inventory import Device, HostInventory, same_pci_address
 from trainyard.service.devices.placement import choose
@@ -71,11 +71,10 @@ def test_a_job_gets_gpus_that_are_near_each_other(
     assert " ".join(device.removeprefix("cuda:") for device in choose(free, ranks)) == expected
 
 
-def test_the_choice_is_quick_with_many_gpus() -> None:
+def test_the_choice_takes_little_work_with_many_gpus() -> None:
     many = [Device(f"cuda:{i}", "cuda", numa_node=i % 2) for i in range(64)]
-    before = time.process_time()
     assert choose(many, 16) == tuple(f"cuda:{2 * i}" for i in range(16))
-    assert time.process_time() - before < 0.5
+    assert count_calls(lambda: choose(many, 16)) < 400_000, "there are 5e14 ways to choose"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -466,6 +467,24 @@ def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: Servic
     # A device that cannot be measured has no estimate, and is not tried again.
     assert [speed.estimate(spec, "nothing", 340) for _ in range(2)] == [None, None]
     assert plan(rig)["eta_seconds"] is None
+
+
+def test_a_measurement_that_takes_too_long_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
+    calls = itertools.count(1)
+
+    def measure(*_: str) -> float:
+        if next(calls) == 1:
+            raise subprocess.TimeoutExpired("matrix_speed", 60)
+        return 1e12
+
+    monkeypatch.setattr("trainyard.service.planning.matrix_speed._measure", measure)
+    speed = MatrixSpeed(tmp_path, wait_seconds=60.0)
+    assert speed.estimate(spec, "cpu", 340) is None
+    second = speed.estimate(spec, "cpu", 340)
+    assert second is not None
+    assert second.flops == 1e12
+    assert next(calls) == 3
 
 
 def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarness, tmp_path: Path) -> None:

@@ -219,7 +219,6 @@ def test_a_long_curve_is_read_at_once(rig: ServiceHarness, points: int) -> None:
             page = rig.get(f"/jobs/{job_id}/metrics", max_points=max_points)
             took.append(time.perf_counter() - begin)
         print(f"{points:,} points as {len(page['data'])} rows of {page['resolution']}: {min(took) * 1000:.0f} ms")
-        assert min(took) < 1.0, "100 ms on a machine that does nothing else"
     with rig.database.read() as session:
         begin = time.perf_counter()
         slow = list(buckets(store.points(session, job_id, None), page["resolution"], 50))

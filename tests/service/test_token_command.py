@@ -56,10 +56,17 @@ def test_wrong_usage(command: Command) -> None:
     assert command("token", "create", "a b")[0] == 1
     assert command("token", "create", "ci", "--scope", "root")[0] == 2
     assert command("token", "create", "ci", "--expires-in", "soon")[0] == 2
-    assert command("token", "revoke", "nobody-knows", "-y")[0] == 1
-    assert [tokens.parse_duration(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
-    with pytest.raises(UsageError, match="12h"):
-        tokens.parse_duration("-5")
+    code, _, err = command("token", "revoke", "nobody-knows", "-y")
+    assert (code, "[token_not_found]" in err) == (1, True)
+    assert [tokens.parse_duration(text, "--overlap") for text in ("90", "90s", "5min", "12h", "2D")] == [
+        90,
+        90,
+        300,
+        43200,
+        172800,
+    ]
+    with pytest.raises(UsageError, match=r"--overlap takes .* such as 12h, not .-5"):
+        tokens.parse_duration("-5", "--overlap")
 
 
 def test_how_a_token_stands() -> None:

@@ -73,7 +73,8 @@ def test_the_log_of_deliveries(any_rig: ServiceHarness, receiver: Receiver) -> N
     assert one["payload"] == receiver.got[0].payload
     assert deliveries(any_rig, webhook, state="pending") == []
     assert any_rig.get(f"/webhooks/{webhook['id']}")["succeeded_at"] is not None
-    any_rig.get(f"/webhooks/{webhook['id']}/deliveries/999999", expect=404)
+    missing = any_rig.get(f"/webhooks/{webhook['id']}/deliveries/999999", expect=404)
+    assert missing["code"] == "delivery_not_found"
 
 
 def test_who_hears_what(any_rig: ServiceHarness, receiver: Receiver) -> None:

@@ -21,8 +21,6 @@ from tests.story.service_process import Served, until
 from tests.story.test_story import spec
 from trainyard.contract.rundir import RunDir
 
-RELEASE_0_1 = "3dc47211ad9d41b04c08c5fedc7407a10f598d4f"
-ROOT = Path(__file__).parents[2]
 STEPS = 240
 FAKE_STEPS, WAIT_STEP = 60, 30
 
@@ -34,17 +32,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "corpus.jsonl"
     assert write_docstrings(file, 400) == 400
     return file
-
-
-@pytest.fixture(scope="module")
-def old_release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the code of release 0.1."""
-    archive = subprocess.run(["git", "archive", RELEASE_0_1], cwd=ROOT, capture_output=True)
-    if archive.returncode != 0:
-        pytest.skip("release 0.1 is not in this repository's history")
-    folder = tmp_path_factory.mktemp("release-0.1")
-    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
-    return folder
 
 
 @pytest.fixture(scope="module")

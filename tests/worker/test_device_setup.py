@@ -11,6 +11,7 @@ import torch.nn.attention
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.varlen_attention import varlen_attention
+from trainyard.worker.agent.torchrun import ALLOCATOR
 from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.packing import Batch
 from trainyard.worker.distributed import DistributedContext
@@ -19,6 +20,14 @@ from trainyard.worker.training.device_setup import activate_flash_attention, com
 from trainyard.worker.training.state import build_train_state, initial_model
 
 CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("setting", ALLOCATOR.split(","))
+def test_torch_knows_each_setting_of_the_allocators(setting: str) -> None:
+    """Without a GPU torch accepts any name, but checks the value of those that it knows."""
+    change: Any = torch._C._accelerator_setAllocatorSettings  # noqa: SLF001 - it has no public name
+    with pytest.raises(ValueError, match=r"nonsense|stoull"):
+        change(f"{setting.partition(':')[0]}:nonsense")
 
 
 class FakeFlash:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.worker import rank_runner
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
+from trainyard.model.muon import Muon
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.training import state as train_state
@@ -61,6 +62,12 @@ def test_a_resumed_run_is_the_untouched_one(options: dict[str, Any], tmp_path: P
 
     ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
     model = train_state.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
+    # A checkpoint without the field is of 0.1, which did not stack.
+    own = train_state.build_train_state(model, described.training, 0.0, ranks)
+    assert isinstance(own.optimizer, Muon)
+    own.optimizer.orthogonalizer.stacks = True
+    assert own.load(files[1]).stacks_matrices is False
+    assert own.optimizer.orthogonalizer.stacks is False
     training = described.training.model_copy(update={"optimizer": "adamw", "cautious_weight_decay": False})
     with pytest.raises(TrainingError, match="was trained with muon"):
         train_state.build_train_state(model, training, 0.0, ranks).load(files[1])

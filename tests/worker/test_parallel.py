@@ -140,8 +140,7 @@ def orthogonal(ranks: DistributedContext, shapes: list[tuple[int, int]]) -> list
         parts[local] = ParameterPart("x", tuple(whole.shape), ranks.rank * share * whole.shape[1], local)
         own.append(local)
     sharded, found = ShardedNewtonSchulz(parts, ranks), []
-    for start in range(0, len(own), sharded.batch):
-        chunk = own[start : start + sharded.batch]
+    for chunk in sharded.batches(own):
         found += sharded(chunk, [each.detach() for each in chunk])
     expected = [part.of(newton_schulz(whole)) for part, whole in zip(parts.values(), wholes, strict=True)]
     return [torch.equal(each, other) for each, other in zip(found, expected, strict=True)]

@@ -285,8 +285,8 @@ def _from_agent(evidence: Evidence, cause: StopCause | None) -> _ExitSummary | N
         case StopCause.KILLED:
             return _ExitSummary("killed", Reason.USER, f"killed at step {evidence.step} as requested")
         case StopCause.OVERDUE:
-            message = f"did not save and stop within the grace period, and was killed at step {evidence.step}"
-            return _ExitSummary("killed", Reason.USER, message)
+            late = "did not save and stop within the grace period (timeouts.stop)"
+            return _ExitSummary("killed", Reason.USER, f"{late}, and was killed at step {evidence.step}")
         case StopCause.PEER_LOST:
             return _lost_node(evidence) or _from_other_node(evidence)
         case StopCause.HUNG:
@@ -302,7 +302,7 @@ def _from_agent(evidence: Evidence, cause: StopCause | None) -> _ExitSummary | N
 
 def _from_preparation(evidence: Evidence, cause: StopCause | None) -> _ExitSummary:
     if cause in (StopCause.KILLED, StopCause.OVERDUE):
-        late = "" if cause is StopCause.KILLED else ": it did not stop within the grace period"
+        late = "" if cause is StopCause.KILLED else ": it did not stop within the grace period (timeouts.stop)"
         return _ExitSummary("killed", Reason.USER, f"the preparation of the corpus was killed{late}")
     if cause is StopCause.HUNG:
         return _crash(Reason.HUNG, "the preparation of the corpus made no progress", evidence)

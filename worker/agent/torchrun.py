@@ -105,6 +105,14 @@ def set_pdeathsig() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
+ALLOCATOR = "expandable_segments:True,pinned_max_cached_size_mb:16"
+"""Torch's allocators on a GPU. Without expandable segments, evaluations and the experts' slots leave the GPU's memory
+in pieces that fit nothing. Pinned host memory is rounded up to a power of two, and kept when it is freed: above 16 MB,
+which is more than a micro-batch, the buffers of a save take what they need and give it back.
+"""
+# Not pinned_max_round_threshold_mb: it caches blocks of any size, and torch 2.13 may reuse one that is too small.
+
+
 def rank_environment(environment: dict[str, str], endpoint: RendezvousEndpoint | None = None) -> dict[str, str]:
     """Return the ranks' environment: the agent's without its secrets.
 
@@ -114,9 +122,8 @@ def rank_environment(environment: dict[str, str], endpoint: RendezvousEndpoint |
     inherited = {name: value for name, value in environment.items() if name not in SECRETS}
     interface = interface_of(address_towards((endpoint or LOOPBACK).host))
     gloo = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
-    # Without it, evaluations and the experts' slots leave memory of a GPU in pieces that fit nothing. It must be set
-    # before the process starts. A choice of the user is kept, under the old name too.
-    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in inherited else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    # It must be set before the process starts. A choice of the user is kept, under the old name too.
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in inherited else {"PYTORCH_ALLOC_CONF": ALLOCATOR}
     return {**gloo, **allocator, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
 
 

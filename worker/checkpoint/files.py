@@ -78,7 +78,8 @@ class RunState:
     ``smoothed``: the sums of the smoothed loss, see `contract.smoothing.Ema`, [] if unknown. ``trouble``: the
     `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the score of
     `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its evaluation
-    was still to be done; None also in checkpoints of 0.1.
+    was still to be done; None also in checkpoints of 0.1. ``stacks_matrices``: see `model.muon.NewtonSchulz`, False in
+    checkpoints of 0.1.
     """
 
     # Without an annotation, because it is no field. Pydantic reads it in `from_json`.
@@ -100,6 +101,7 @@ class RunState:
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
     unevaluated: dict[str, Any] | None = None
+    stacks_matrices: bool = False
     torch_version: str = torch.__version__
     version: int = 1
 

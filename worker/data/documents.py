@@ -23,9 +23,10 @@ CHUNK = 1 << 20
 """Hashes that are in memory at once, or a small multiple of it."""
 
 
-def blocks(offsets: Integers) -> Iterator[tuple[int, int]]:
-    """Yield (first, last) ranges of documents of about ``BLOCK_TOKENS`` tokens."""
-    edges = np.searchsorted(offsets, np.arange(0, int(offsets[-1]) + BLOCK_TOKENS, BLOCK_TOKENS))
+def blocks(offsets: Integers, tokens: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (first, last) ranges of documents of about ``tokens`` tokens, by default BLOCK_TOKENS."""
+    tokens = tokens or BLOCK_TOKENS
+    edges = np.searchsorted(offsets, np.arange(0, int(offsets[-1]) + tokens, tokens))
     edges = np.unique(np.minimum(edges, len(offsets) - 1))
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
 
@@ -59,7 +60,7 @@ class HashFile:
 
     def read(self, documents: int) -> Hashes:
         """Return all hashes, memory-mapped: valid also after the file is deleted."""
-        self._file.flush()
+        self._file.flush(durable=False)
         hashes: Hashes = memmap_array(self._path, np.uint64, documents)
         return hashes
 
@@ -68,7 +69,7 @@ class HashFile:
 
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):
-            self._file.close()
+            self._file.close(durable=False)
         self._path.unlink(missing_ok=True)
 
 

@@ -45,26 +45,45 @@ class ReadPosition:
     bytes: int
     sha256: str
 
+    @classmethod
+    def start(cls) -> Self:
+        return cls(0, hashlib.sha256().hexdigest())
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bytes ``start`` to ``end`` of an unpacked text file. A document begins at ``start``, and one ends at ``end``."""
+
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.start
+
 
 class CorpusFile:
     """An open corpus file, read once, up to the size it had when it was opened.
 
     ``stream`` yields the decompressed bytes, or the raw bytes of a parquet file. ``size`` is the size on disk.
-    ``opened``: the same file, opened before; ``path`` is then only its name.
+    ``opened``: the same file, opened before; ``path`` is then only its name. ``piece``: read only these bytes of it.
     Raises DataInvalid if ``path`` is not a readable regular file of UTF-8 text, or if it needs a missing package.
     """
 
-    def __init__(self, path: Path, opened: io.BufferedReader | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, opened: io.BufferedReader | None = None, piece: Piece | None = None) -> None:
+        self.path, self.piece = path, piece
         self.raw = open_regular(path) if opened is None else _from_start(opened)
         self._stat = os.fstat(self.raw.fileno())
         self.size = self._stat.st_size
+        if piece is not None:
+            self.raw.seek(piece.start)
+            self.size = max(0, min(piece.end, self.size) - piece.start)
         self._hashing_reader = _HashingReader(self.raw, self.size)
         try:
-            self.compression = compression_of(self.raw.peek(4))
+            self.compression = Compression.NONE if piece is not None else compression_of(self.raw.peek(4))
             self.stream = self._open_stream()
             with self.translate_errors():
-                if self.compression is not Compression.PARQUET:
+                if self.compression is not Compression.PARQUET and piece is None:
                     require_utf8(path, self.head())
         except BaseException:
             self.raw.close()

@@ -1,7 +1,7 @@
 """The counts of each file of a corpus that was made of several: ``files.json`` in its directory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,6 +41,11 @@ class FileCounts:
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "stats": vars(self.stats)}  # dataclasses.asdict copies everything, which is slow
+
+    def followed_by(self, more: Self) -> Self:
+        """Return the counts of the first pieces of a file together with those of the next one."""
+        stats = self.stats.followed_by(more.stats)
+        return replace(self, bytes=self.bytes + more.bytes, tokens=self.tokens + more.tokens, stats=stats)
 
     @property
     def key(self) -> FileKey:

@@ -1,9 +1,10 @@
 """Tokenize the files of a corpus into one corpus of the cache: in parallel, and each file once.
 
 The corpus has the files of `worker.data.corpus` and ``files.json``: the counts of each file, in order. The files are
-cut into parts of up to ``PART_BYTES``. Processes tokenize the parts; this one appends them in order. A file that a
-corpus of the cache already has is copied from there. A killed build continues after the last appended file, and a part
-that was being made continues after its last journal entry. No file stays open, however many there are.
+cut into parts of up to ``PART_BYTES``; a part is some files, or a piece of a larger one. Processes tokenize the parts;
+this one appends them in order. A file that a corpus of the cache already has is copied from there. A killed build
+continues after the last appended part, and a part that was being made continues after its last journal entry. No file
+stays open, however many there are.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import json
 import os
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +22,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,27 +32,24 @@ from trainyard.contract.cache import CorpusCache
 from trainyard.contract.corpus_files import NamedFile, file_sketch, shown
 from trainyard.contract.corpus_report import REPORT, SourceReport
 from trainyard.contract.failpoints import failpoint
+from trainyard.contract.file_identity import Compression, compression_of
 from trainyard.contract.rundir import read_json, write_json
-from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import (
     RECENT_CHANGE_SECONDS,
     Corpus,
     CorpusMeta,
-    ProgressCallback,
     cache_key,
     content_digest,
     files_label,
-    no_progress,
     open_built,
     open_corpus,
     require_usable,
-    token_bytes,
-    tokenize_file,
 )
-from trainyard.worker.data.file import PrefixDiffers, ReadPosition, open_regular
+from trainyard.worker.data.file import Piece, open_regular
 from trainyard.worker.data.file_counts import FILES, FileCounts, FileKey, read_counts, write_counts
 from trainyard.worker.data.jsonl import MAX_BAD_LINE_EXAMPLES, DataInvalid, ParseStats, require_unchanged
-from trainyard.worker.data.readers import detect_plain_text, open_reader
+from trainyard.worker.data.part import PROGRESS_SECONDS, PartFiles, tokenize_part
+from trainyard.worker.data.readers import detect_plain_text, find_document_end
 from trainyard.worker.data.report import name_files, write_report
 from trainyard.worker.data.shards import (
     JOURNAL,
@@ -60,23 +57,22 @@ from trainyard.worker.data.shards import (
     OFFSETS,
     TOKENS,
     ArrayFiles,
-    ShardWriter,
     build_directory,
     memmap_array,
 )
+from trainyard.worker.data.tokenization import ProgressCallback, no_progress, token_bytes
 from trainyard.worker.data.tokenizers import Tokenizer
 
-PART_BYTES, MIN_PART_BYTES = 16 << 20, 1 << 20
-"""Files are tokenized together up to these sizes: large enough to pay for starting a part, small enough to repeat. A
-small corpus is cut into PARTS_PER_PROCESS parts for each process, so that none waits for the last part for long."""
+PART_BYTES, MIN_PART_BYTES = 16 << 20, 1 << 19
+"""Files are tokenized together up to these sizes: large enough to pay for starting a part, small enough to repeat. Of
+what is left, a part is at most 1 / PARTS_PER_PROCESS of the share of each process. So the last parts are small, and no
+process waits long for another one."""
 
-PARTS_PER_PROCESS = 4
+PARTS_PER_PROCESS = 3
 
-PROGRESS_SECONDS = 0.25
 COPY_TOKENS = 1 << 22
-NOTHING_READ = ReadPosition(0, hashlib.sha256().hexdigest())
+HASH_BYTES = 1 << 22
 Result = TypeVar("Result")
-PART = "part.json"
 
 
 @dataclass(frozen=True)
@@ -121,14 +117,14 @@ def _open_file(file: NamedFile, options: FileSetOptions) -> Corpus:
 
 def _open_several(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     options.cache.mkdir(parents=True, exist_ok=True)
-    keys = _identify(files, options)
+    keys = identify_files(files, options)
     content = hashlib.sha256(json.dumps([[key.content, key.plain] for key in keys]).encode()).hexdigest()
     key = cache_key(f"files {content}", options.tokenizer, options.text_field, plain=False)
     corpus = open_built(
         options.cache,
         key,
         lambda: options.progress(0, 0),
-        lambda directory: _Build(files, keys, content, directory, options).run(),
+        lambda directory: FileSetBuild(files, keys, content, directory, options).run(),
     )
     corpus.stats = _named_stats(files, corpus)
     corpus.sketches = [key.sketch for key in keys]
@@ -176,7 +172,7 @@ def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
     return stats
 
 
-def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileKey]:
+def identify_files(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileKey]:
     """Return the keys of ``files``. If no file has changed since the last time, only their times are read."""
     identities = [_stat_identity(file) for file in files]
     name = hashlib.sha256(json.dumps(identities).encode()).hexdigest()[:32]
@@ -247,7 +243,10 @@ def _cores() -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """Consecutive files that one process tokenizes, or that are copied from ``source``, from its file ``first``."""
+    """Consecutive files that one process tokenizes, or that are copied from ``source``, from its file ``first``.
+
+    ``start``: the index of the first file. ``piece``: only this piece of the only file.
+    """
 
     start: int
     files: tuple[NamedFile, ...]
@@ -255,13 +254,24 @@ class _Part:
     bytes: int
     source: Path | None = None
     first: int = 0
+    piece: Piece | None = None
+
+    @property
+    def starts_file(self) -> bool:
+        """Whether its first file is not begun by an earlier part."""
+        return self.piece is None or self.piece.start == 0
 
     def directory(self, building: Path) -> Path:
-        names = json.dumps([[key.content, key.plain] for key in self.keys])
-        return building / f".part-{hashlib.sha256(names.encode()).hexdigest()[:16]}"
+        # With the index of its first file: another part may have the same files.
+        names = [
+            self.start,
+            [[key.content, key.plain] for key in self.keys],
+            self.piece and [*vars(self.piece).values()],
+        ]
+        return building / f".part-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]}"
 
 
-class _Build:
+class FileSetBuild:
     """One build of a file set, in the directory whose lock the caller holds."""
 
     def __init__(
@@ -280,7 +290,10 @@ class _Build:
         self._finished: list[Path] = []
         self._journaled_at = time.monotonic()
         self._done_bytes = 0
-        self._total_bytes = sum(_size(file) for file in files)
+        self._sizes = [_size(file) for file in files]
+        self._total_bytes = sum(self._sizes)
+        self._pieces: dict[int, list[Piece]] = {}
+        self._hashed, self._digests = -1, dict[Piece, str]()
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -291,10 +304,13 @@ class _Build:
             stack.callback(arrays.close)
             if sizes is None:
                 arrays.append(np.zeros(0, self._dtype), np.zeros(1, np.int64))
-            parts = self._parts(len(self._counts), stack)
+            parts = self._parts(stack)
+            for part in parts:
+                if part.piece is not None:
+                    self._pieces.setdefault(part.start, []).append(part.piece)
             try:
-                for part, counts in self._tokenized(parts, building):
-                    self._append(arrays, part, counts, building)
+                for part, counts in self.tokenized_parts(parts, building):
+                    self.append(arrays, part, counts, building)
             except BaseException:
                 with suppress(OSError):
                     self._write_journal(arrays, building)
@@ -303,48 +319,52 @@ class _Build:
             self._remove_parts(building)
             self._write_meta(building)
             options = self._options
-            write_report(
-                building, self._files, self._counts, options.tokenizer, options.text_field, lambda: self._report(0)
-            )
+            waiting, threads = lambda: self._report(0), self._processes()
+            write_report(building, self._files, self._counts, options.tokenizer, options.text_field, waiting, threads)
 
-    def _parts(self, start: int, stack: ExitStack) -> list[_Part]:
-        """Cut the files from ``start`` into parts: runs of cached files of one corpus, and runs of other files."""
+    def _parts(self, stack: ExitStack) -> list[_Part]:
+        """Cut what is left: runs of cached files of one corpus, runs of other files, and pieces of large ones."""
         cached = _CachedFiles(self._options, stack)
-        parts = _PartList(self._part_bytes())
-        for index in range(start, len(self._files)):
-            file, key = self._files[index], self._keys[index]
-            parts.add(index, file, key, _size(file), cached.find(key))
+        start, done = len(self._counts), 0
+        if start and self._counts[-1].bytes < self._sizes[start - 1]:
+            start, done = start - 1, self._counts[-1].bytes
+        numbers = range(start, len(self._files))
+        # A file that has been begun is continued, also if the cache has it by now.
+        found = [None if number == start and done else cached.find(self._keys[number]) for number in numbers]
+        left = sum(self._sizes[number] for number, place in zip(numbers, found, strict=True) if place is None) - done
+        parts = _PartList(self._processes(), self._options.roots)
+        for number, place in zip(numbers, found, strict=True):
+            parts.add(number, self._files[number], self._keys[number], Piece(done, self._sizes[number]), place, left)
+            left -= 0 if place else self._sizes[number] - done
+            done = 0
         return parts.finish()
-
-    def _part_bytes(self) -> int:
-        share = self._total_bytes // (PARTS_PER_PROCESS * self._processes())
-        return min(PART_BYTES, max(MIN_PART_BYTES, share))
 
     def _processes(self) -> int:
         return self._options.processes or _cores()
 
-    def _tokenized(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
+    def tokenized_parts(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
         """Yield each part in order, once its directory is complete."""
         fresh = [part for part in parts if part.source is None]
         processes = min(len(fresh), self._processes())
         if processes <= 1:
             for part in parts:
-                yield part, self._cached_counts(part) if part.source else self._tokenize_here(part, building)
+                yield part, self._cached_counts(part) if part.source else self.tokenize_here(part, building)
             return
         with _TokenizerProcesses(self._options, processes) as workers:
-            jobs = {part.start: workers.submit(part, building) for part in fresh}
+            # A file that cannot be cut may be as long as all others together.
+            longest_first = sorted(fresh, key=lambda part: -part.bytes if part.bytes > 2 * PART_BYTES else 0)
+            jobs = {id(part): workers.submit(part, building) for part in longest_first}
             for part in parts:
                 if part.source is not None:
                     yield part, self._cached_counts(part)
                 else:
-                    counts = _wait(jobs[part.start], lambda: self._report(workers.bytes_done))
+                    counts = _wait(jobs.pop(id(part)), lambda: self._report(workers.bytes_done))
                     workers.bytes_done -= part.bytes
                     yield part, counts
 
-    def _tokenize_here(self, part: _Part, building: Path) -> list[FileCounts]:
-        options, directory = self._options, part.directory(building)
+    def tokenize_here(self, part: _Part, building: Path) -> list[FileCounts]:
         return tokenize_part(
-            directory, part.files, part.keys, options.tokenizer, options.text_field, self._report, options.roots
+            part.directory(building), _part_files(part, self._options), self._options.tokenizer, self._report
         )
 
     def _report(self, done: int) -> None:
@@ -357,11 +377,17 @@ class _Build:
         return [replace(entry, plain=key.plain) for entry, key in zip(counts, part.keys, strict=True)]
 
     @failpoint("fileset.append")
-    def _append(self, arrays: ArrayFiles, part: _Part, counts: list[FileCounts], building: Path) -> None:
+    def append(self, arrays: ArrayFiles, part: _Part, counts: list[FileCounts], building: Path) -> None:
         """Append the tokens of a part to the corpus, and journal now and then."""
+        if part.piece is not None and counts[0].content != self._digest_of(part):
+            require_unchanged(part.files[0].path)
         source = part.source or part.directory(building)
         skipped = _counts_of(part.source)[: part.first] if part.source is not None else []
         _append_documents(arrays, source, skipped, counts, self._dtype, sum(entry.tokens for entry in self._counts))
+        if part.piece is not None:
+            counts = [replace(counts[0], content=part.keys[0].content)]
+        if not part.starts_file:
+            counts = [self._counts.pop().followed_by(counts[0])]
         self._counts += counts
         self._done_bytes += part.bytes
         if part.source is None:
@@ -369,6 +395,18 @@ class _Build:
         self._report(0)
         if time.monotonic() - self._journaled_at >= JOURNAL_SECONDS:
             self._write_journal(arrays, building)
+
+    def _digest_of(self, part: _Part) -> str:
+        """Return the sha256 of a piece, as it was in the file that has the digest of its key."""
+        assert part.piece is not None
+        if self._hashed != part.start:
+            self._hashed, self._digests = (
+                part.start,
+                hash_pieces(
+                    part.files[0], part.keys[0], self._pieces[part.start], self._options.roots, lambda: self._report(0)
+                ),
+            )
+        return self._digests[part.piece]
 
     def _write_journal(self, arrays: ArrayFiles, building: Path) -> None:
         # Data first, then the entry, then the parts that it makes unnecessary.
@@ -401,31 +439,61 @@ class _Build:
 
 
 class _PartList:
-    """Cuts files into parts: consecutive cached files of one corpus, or others of up to ``part_bytes`` together."""
+    """Cuts files into parts: consecutive cached files of one corpus, others of some bytes together, pieces of one."""
 
-    def __init__(self, part_bytes: int) -> None:
-        self._part_bytes = part_bytes
+    def __init__(self, processes: int, roots: Sequence[Path]) -> None:
+        self._processes, self._roots = processes, roots
         self._parts: list[_Part] = []
         self._files: list[NamedFile] = []
         self._keys: list[FileKey] = []
-        self._start = self._bytes = 0
+        self._start = self._bytes = self._limit = 0
         self._found: tuple[Path, int] | None = None
 
-    def add(self, index: int, file: NamedFile, key: FileKey, size: int, found: tuple[Path, int] | None) -> None:
-        """Add the next file. ``found``: the corpus of the cache that has it, and its number there."""
-        if not self._continues(size, found):
+    def add(
+        self, index: int, file: NamedFile, key: FileKey, rest: Piece, found: tuple[Path, int] | None, left: int
+    ) -> None:
+        """Add the next file.
+
+        ``rest``: what is to be done of it. ``found``: the corpus of the cache that has it, and its number there.
+        ``left``: the bytes that are to be tokenized, from here on.
+        """
+        limit = self._part_bytes(left)
+        if found is None and (rest.start or (rest.bytes > limit and self._processes > 1)):
+            pieces = self._cut(file, key, rest, left)
+            if rest.start or len(pieces) > 1:
+                self._end_part()
+                self._parts += [_Part(index, (file,), (key,), piece.bytes, piece=piece) for piece in pieces]
+                return
+        if not self._continues(rest.bytes, found):
             self._end_part()
-            self._start, self._found = index, found
+            self._start, self._found, self._limit = index, found, limit
         self._files.append(file)
         self._keys.append(key)
-        self._bytes += size
+        self._bytes += rest.bytes
+
+    def _part_bytes(self, left: int) -> int:
+        return min(PART_BYTES, max(MIN_PART_BYTES, left // (PARTS_PER_PROCESS * max(2, self._processes))))
+
+    def _cut(self, file: NamedFile, key: FileKey, rest: Piece, left: int) -> list[Piece]:
+        """Cut a file at ends of documents, or leave it whole if it is packed."""
+        pieces, start = [], rest.start
+        with open_regular(file.path, self._roots) as opened:
+            cuttable = compression_of(opened.peek(4)) is Compression.NONE
+            while cuttable and self._processes > 1:
+                limit = self._part_bytes(left - (start - rest.start))
+                end = find_document_end(opened, start + limit, key.plain) if rest.end - start > 1.5 * limit else None
+                if end is None or end >= rest.end:
+                    break
+                pieces.append(Piece(start, end))
+                start = end
+        return [*pieces, Piece(start, rest.end)]
 
     def _continues(self, size: int, found: tuple[Path, int] | None) -> bool:
         if not self._files:
             return False
         if found is not None and self._found is not None:
             return found == (self._found[0], self._found[1] + len(self._files))
-        return found is None and self._found is None and self._bytes + size <= self._part_bytes
+        return found is None and self._found is None and self._bytes + size <= self._limit
 
     def _end_part(self) -> None:
         if self._files:
@@ -436,6 +504,32 @@ class _PartList:
     def finish(self) -> list[_Part]:
         self._end_part()
         return self._parts
+
+
+def hash_pieces(
+    file: NamedFile, key: FileKey, pieces: Sequence[Piece], roots: Sequence[Path], on_block: Callable[[], None]
+) -> dict[Piece, str]:
+    """Return the sha256 of pieces up to the end of a file. Raises DataInvalid if it is not the file of ``key``.
+
+    ``on_block`` is called now and then, and may raise.
+    """
+    whole, digests = hashlib.sha256(), {}
+    with open_regular(file.path, roots) as opened:
+        for piece in [Piece(0, pieces[0].start), *pieces]:
+            digest, end = hashlib.sha256(), piece.start
+            while block := opened.read(min(HASH_BYTES, piece.end - end)):
+                whole.update(block)
+                digest.update(block)
+                end += len(block)
+                on_block()
+            digests[piece] = digest.hexdigest()
+    if whole.hexdigest() != key.content:
+        require_unchanged(file.path)
+    return digests
+
+
+def _part_files(part: _Part, options: FileSetOptions) -> PartFiles:
+    return PartFiles(part.files, part.keys, options.text_field, part.piece, options.roots)
 
 
 def _read_journal(building: Path, token_bytes: int) -> tuple[list[FileCounts], tuple[int, int] | None]:
@@ -533,76 +627,6 @@ class _CachedFiles:
         return True
 
 
-def tokenize_part(
-    directory: Path,
-    files: Sequence[NamedFile],
-    keys: Sequence[FileKey],
-    tokenizer: Tokenizer,
-    text_field: str,
-    progress: Callable[[int], None],
-    roots: Sequence[Path] = (),
-) -> list[FileCounts]:
-    """Tokenize ``files`` into token shards in ``directory``, and return their counts. A complete part is only read."""
-    stored = read_counts(directory / PART)
-    if stored is not None:
-        return stored
-    write = partial(_write_part, directory, files, keys, tokenizer, text_field, progress, roots)
-    if len(files) > 1:
-        shutil.rmtree(directory, ignore_errors=True)  # only a part of one file has a journal
-    try:
-        return write()
-    except PrefixDiffers:
-        # The stored part belongs to a file with other bytes.
-        shutil.rmtree(directory)
-        return write()
-
-
-def _write_part(
-    directory: Path,
-    files: Sequence[NamedFile],
-    keys: Sequence[FileKey],
-    tokenizer: Tokenizer,
-    text_field: str,
-    progress: Callable[[int], None],
-    roots: Sequence[Path],
-) -> list[FileCounts]:
-    directory.mkdir(parents=True, exist_ok=True)
-    counts: list[FileCounts] = []
-    with ShardWriter(directory, tokenizer, token_bytes(tokenizer), lambda: NOTHING_READ) as shards:
-        done = 0
-        for file, key in zip(files, keys, strict=True):
-            report = partial(_report_after, progress, done)
-            counts.append(_tokenize(file, key, shards, tokenizer, text_field, report, roots))
-            done += counts[-1].bytes
-    write_counts(directory / PART, counts)
-    return counts
-
-
-def _report_after(progress: Callable[[int], None], before: int, size: int) -> None:
-    progress(before + size)
-
-
-def _tokenize(
-    file: NamedFile,
-    key: FileKey,
-    shards: ShardWriter,
-    tokenizer: Tokenizer,
-    text_field: str,
-    progress: Callable[[int], None],
-    roots: Sequence[Path],
-) -> FileCounts:
-    before = shards.tokens
-    with open_regular(file.path, roots) as opened, open_reader(file.path, opened) as reader:
-        shards.position = lambda: reader.position
-        if (entry := shards.resumed_from) is not None:
-            before = 0
-            reader.skip(entry.stats, entry.position, lambda: progress(reader.bytes_read))
-        stats = tokenize_file(reader, tokenizer, text_field, shards, lambda done, _: progress(done))
-        if reader.digest != key.content:
-            require_unchanged(file.path)
-        return FileCounts(key.content, key.plain, reader.size, shards.tokens - before, stats)
-
-
 class _TokenizerProcesses:
     """Processes that tokenize parts, each with a share of the cores. ``bytes_done``: of parts not yet appended."""
 
@@ -612,7 +636,7 @@ class _TokenizerProcesses:
         self._free: queue.Queue[subprocess.Popen[str]] = queue.Queue()
         threads = max(1, (options.processes or _cores()) // count)
         environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
-        command = [sys.executable, "-P", "-m", "trainyard.worker.data.fileset"]
+        command = [sys.executable, "-P", "-m", "trainyard.worker.data.part"]
         self._processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
             for _ in range(count)
@@ -637,13 +661,10 @@ class _TokenizerProcesses:
         options = self._options
         request = {
             "directory": str(part.directory(building)),
-            "files": [[file.name, str(file.path)] for file in part.files],
-            "keys": [asdict(key) for key in part.keys],
+            "part": _part_files(part, options).to_json(),
             "tokenizer_path": options.tokenizer_path,
             "special_tokens": options.special_tokens,
             "fingerprint": options.tokenizer.fingerprint,
-            "text_field": options.text_field,
-            "roots": [str(root) for root in options.roots],
         }
         reported = 0
         with suppress(BrokenPipeError):
@@ -674,46 +695,3 @@ class _TokenizerProcesses:
         for process in self._processes:
             with process:  # closes its pipes and waits for it
                 pass
-
-
-def main() -> int:
-    """Tokenize the part that each line of stdin names; write progress and results to stdout, one JSON object a line."""
-    from trainyard.worker.data.tokenizers import load_tokenizer
-
-    # A stop of the whole process tree must not end a part before the process that waits for it has stored its journal.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    tokenizer: Tokenizer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        roots = [Path(root) for root in request["roots"]]
-        reported_at = 0.0
-
-        def report(done: int) -> None:
-            nonlocal reported_at
-            if time.monotonic() - reported_at >= PROGRESS_SECONDS:
-                reported_at = time.monotonic()
-                print(json.dumps({"done": done}), flush=True)
-
-        files = [NamedFile(name, Path(path)) for name, path in request["files"]]
-        keys = [FileKey(**key) for key in request["keys"]]
-        try:
-            if tokenizer is None:
-                tokenizer = load_tokenizer(request["tokenizer_path"], request["special_tokens"], roots)
-                if tokenizer.fingerprint != request["fingerprint"]:
-                    raise DataInvalid("the tokenizer was changed while the corpus was tokenized: start again")
-            counts = tokenize_part(
-                Path(request["directory"]), files, keys, tokenizer, request["text_field"], report, roots
-            )
-            answer: dict[str, Any] = {"files": [entry.to_json() for entry in counts]}
-        except (DataInvalid, TokenizerInvalid) as error:
-            answer = {"invalid": str(error)}
-        except OutsideRoots as error:
-            answer = {"outside": error.reason, "path": str(error.filename)}
-        except OSError as error:
-            answer = {"failed": str(error), "errno": error.errno}
-        print(json.dumps(answer), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

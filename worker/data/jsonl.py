@@ -1,7 +1,7 @@
 """Parse JSONL lines into documents, and count and describe the bad lines."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -78,6 +78,13 @@ class ParseStats:
         self.special_texts += other.special_texts
         self.added_tokens += other.added_tokens
         self.examples = [*self.examples, *other.examples][:MAX_BAD_LINE_EXAMPLES]
+
+    def followed_by(self, more: "ParseStats") -> "ParseStats":
+        """Return the counts of a file, of which ``more`` counts the next lines, from 1 again."""
+        shifted = [(self.lines + line, reason) for line, reason in more.examples]
+        total = replace(self)
+        total.add(replace(more, examples=shifted))
+        return total
 
     def describe_bad(self) -> str:
         """Return text such as ``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""

@@ -13,11 +13,12 @@ from typing import Protocol, Self
 from trainyard.contract.file_identity import BLANK, BOM, Compression, is_plain_text
 from trainyard.contract.json_lines import BadLineError
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile, ReadPosition, SourceReader
+from trainyard.worker.data.file import CorpusFile, Piece, ReadPosition, SourceReader
 from trainyard.worker.data.jsonl import Document, ParseStats, text_of
 from trainyard.worker.data.parquet import ParquetReader
 
 SKIPPED_LINES_PER_PROGRESS = 1 << 16
+CUT_BYTES = 1 << 16
 
 
 class Reader(Protocol):
@@ -69,6 +70,28 @@ def open_reader(path: Path, opened: io.BufferedReader | None = None) -> Reader:
     return TextReader(source) if is_plain_text(path.name, source.head()) else LineReader(source)
 
 
+def open_piece(path: Path, opened: io.BufferedReader, piece: Piece, plain: bool) -> Reader:
+    """Read a piece of an open text file. Its lines count from 1. ``plain``: blank lines separate the documents."""
+    source = CorpusFile(path, opened, piece)
+    return TextReader(source) if plain else LineReader(source)
+
+
+def find_document_end(file: io.BufferedReader, after: int, plain: bool) -> int | None:
+    """Return the first position after ``after`` bytes at which a document has ended, or None if none is near.
+
+    ``plain``: as in `open_piece`.
+    """
+    mark = b"\n\n" if plain else b"\n"
+    found = b""
+    file.seek(after)
+    while len(found) < jsonl.MAX_LINE_BYTES and (block := file.read(CUT_BYTES)):
+        start = max(0, len(found) - 1)
+        found += block
+        if (at := found.find(mark, start)) >= 0:
+            return after + at + len(mark)
+    return None
+
+
 def detect_plain_text(path: Path, opened: io.BufferedReader | None = None) -> bool:
     """Return whether blank lines separate the documents. It depends on the file's name too, not only on its bytes."""
     if not is_plain_text(path.name, b""):
@@ -113,7 +136,8 @@ class LineReader(SourceReader):
 
     def _raw_lines(self) -> Iterator[bytes | None]:
         """Yield each line, the first one without a byte order mark; None for a line that is too long."""
-        limit, bom = jsonl.MAX_LINE_BYTES, BOM
+        piece = self.source.piece
+        limit, bom = jsonl.MAX_LINE_BYTES, BOM if piece is None or piece.start == 0 else b""
         while block := self._read_line(limit):
             complete = len(block) < limit or block.endswith(b"\n")
             if bom:

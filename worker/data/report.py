@@ -1,11 +1,14 @@
 """Describe a tokenized corpus in one pass over its tokens, in constant memory. The result is ``report.json``."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +28,19 @@ from trainyard.contract.corpus_report import (
 )
 from trainyard.contract.rundir import write_json
 from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
-from trainyard.worker.data.documents import HashFile, Integers, blocks, count_distinct, text_hashes
+from trainyard.worker.data.documents import Hashes, HashFile, Integers, blocks, count_distinct, text_hashes
 from trainyard.worker.data.file_counts import FileCounts
 from trainyard.worker.data.shards import OFFSETS, TOKENS, memmap_array
 from trainyard.worker.data.tokenizers import Tokenizer
 
 SOURCE = "data"
 """Name of a source that has none; see `contract.spec.DataSpec.training_sources`."""
+
+BLOCK_TOKENS = 1 << 18
+"""Tokens that a thread reads at once: their hashes fit into the cache of a core."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MAX_SAMPLE_TOKENS = 4 * MAX_SAMPLE_CHARACTERS
 """Enough for the characters, if each of their bytes is a token."""
@@ -44,10 +53,11 @@ def write_report(
     tokenizer: Tokenizer,
     text_field: str,
     on_block: Callable[[], None],
+    threads: int = 1,
 ) -> SourceReport:
     """Describe the token shards in ``directory``, made of ``files``, and write report.json into it.
 
-    ``on_block`` is called for each block of tokens, and may raise.
+    ``on_block`` is called for each block of tokens, and may raise. ``threads`` read the tokens.
     """
     tokens, documents = sum(entry.tokens for entry in counts), sum(entry.stats.documents for entry in counts)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
@@ -55,7 +65,7 @@ def write_report(
         memmap_array(directory / TOKENS, dtype, tokens), memmap_array(directory / OFFSETS, np.int64, documents + 1)
     )
     lengths = _byte_lengths(tokenizer)
-    found = _read_tokens(shards, directory, tokenizer.vocab_size, lengths, on_block)
+    found = _read_tokens(shards, directory, tokenizer.vocab_size, lengths, on_block, threads)
     text_bytes, single_bytes = None, 0
     if lengths is not None:
         text_bytes = int(found.token_counts @ lengths.lengths) - found.inserted_spaces
@@ -154,27 +164,69 @@ def _character_parts(tokenizer: Tokenizer, lengths: ByteLengths) -> list[int]:
     ]
 
 
+@dataclass(frozen=True)
+class _Block:
+    """What `_TokenFacts` needs of the tokens of a block of documents. ``hashes`` [documents]."""
+
+    token_counts: Integers
+    length_counts: Integers
+    inserted_spaces: int
+    hashes: Hashes
+
+
 def _read_tokens(
-    shards: _Shards, directory: Path, vocab_size: int, lengths: ByteLengths | None, on_block: Callable[[], None]
+    shards: _Shards,
+    directory: Path,
+    vocab_size: int,
+    lengths: ByteLengths | None,
+    on_block: Callable[[], None],
+    threads: int,
 ) -> _TokenFacts:
     documents = len(shards.offsets) - 1
     added = lengths.added if lengths is not None and lengths.inserts_space else None
     spaces = 0
     token_counts, length_counts = np.zeros(vocab_size, np.int64), np.zeros(64, np.int64)
+    read = partial(_read_block, shards, vocab_size, added)
     with HashFile(directory) as hashes:
-        for first, last in blocks(shards.offsets):
-            offsets = shards.offsets[first : last + 1]
-            tokens = shards.tokens[int(offsets[0]) : int(offsets[-1])]
-            token_counts += np.bincount(tokens, minlength=vocab_size)
-            if added is not None:
-                spaces += int((added[tokens[:-1]] & ~added[tokens[1:]]).sum())
-            # frexp is exact, and a text has at least one token.
-            exponents = np.frexp((np.diff(offsets) - 2).astype(np.float64))[1] - 1
-            length_counts += np.bincount(exponents, minlength=64)
-            hashes.append(text_hashes(shards.tokens, offsets))
+        for block in _in_threads(read, blocks(shards.offsets, BLOCK_TOKENS), threads):
+            token_counts += block.token_counts
+            length_counts += block.length_counts
+            spaces += block.inserted_spaces
+            hashes.append(block.hashes)
             on_block()
         distinct = count_distinct(hashes.read(documents))
     return _TokenFacts(token_counts, length_counts, documents - distinct, spaces)
+
+
+def _read_block(
+    shards: _Shards, vocab_size: int, added: npt.NDArray[np.bool_] | None, documents: tuple[int, int]
+) -> _Block:
+    first, last = documents
+    offsets = shards.offsets[first : last + 1]
+    tokens = shards.tokens[int(offsets[0]) : int(offsets[-1])]
+    # frexp is exact, and a text has at least one token.
+    exponents = np.frexp((np.diff(offsets) - 2).astype(np.float64))[1] - 1
+    return _Block(
+        np.bincount(tokens, minlength=vocab_size),
+        np.bincount(exponents, minlength=64),
+        0 if added is None else int((added[tokens[:-1]] & ~added[tokens[1:]]).sum()),
+        text_hashes(shards.tokens, offsets),
+    )
+
+
+def _in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+    """Yield the results in order. At most two for each thread are in memory."""
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                if len(waiting) == 2 * threads:
+                    yield waiting.popleft().result()
+                waiting.append(pool.submit(work, item))
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _buckets(length_counts: Integers) -> tuple[LengthBucket, ...]:

@@ -71,16 +71,22 @@ class ShardWriter:
     """Writes the token and offset files; the sink of `worker.data.corpus.tokenize_file`.
 
     ``resumed_from``: the journal entry of an earlier build of ``directory`` that this one continues, or None.
-    ``position``: returns how far the corpus was read.
+    ``position``: returns how far the corpus was read. ``durable``: the files survive a power cut once they are closed.
     """
 
     def __init__(
-        self, directory: Path, tokenizer: Tokenizer, token_bytes: int, position: Callable[[], ReadPosition]
+        self,
+        directory: Path,
+        tokenizer: Tokenizer,
+        token_bytes: int,
+        position: Callable[[], ReadPosition],
+        *,
+        durable: bool = True,
     ) -> None:
         self.position = position
         self.resumed_from = JournalEntry.read(directory, token_bytes)
         self.tokens = self.resumed_from.tokens if self.resumed_from else 0
-        self._directory = directory
+        self._directory, self._durable = directory, durable
         self._dtype = np.uint16 if token_bytes == 2 else np.uint32
         self._bos = np.array([tokenizer.bos_id], dtype=self._dtype)
         self._eos = np.array([tokenizer.eos_id], dtype=self._dtype)
@@ -118,7 +124,7 @@ class ShardWriter:
                 with suppress(OSError):
                     self._write_journal()
         finally:
-            self._files.close()
+            self._files.close(durable=self._durable)
 
 
 class ArrayFiles:
@@ -135,17 +141,22 @@ class ArrayFiles:
         for file, column in zip(self._files, columns, strict=True):
             file.write(np.ascontiguousarray(column).data)
 
-    def flush(self) -> None:
+    def flush(self, *, durable: bool = True) -> None:
         for file in self._files:
             file.flush()
-            os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Fsync and close the files: after a power cut, a published directory must not have empty files."""
-        for file in self._files:
-            with file:
-                file.flush()
+            if durable:
                 os.fsync(file.fileno())
+
+    def close(self, *, durable: bool = True) -> None:
+        """Fsync and close the files: after a power cut, a published directory must not have empty files.
+
+        Not ``durable``: only close them.
+        """
+        try:
+            self.flush(durable=durable)
+        finally:
+            for file in self._files:
+                file.close()
 
 
 DISCARD_ERRORS = (DataInvalid, OSError)

@@ -10,7 +10,7 @@ nothing to split.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -279,9 +279,13 @@ class ShardedNewtonSchulz(NewtonSchulz):
     """
 
     def __init__(self, parts: dict[nn.Parameter, ParameterPart], ranks: DistributedContext) -> None:
-        self.batch = ranks.world
+        super().__init__()
         self._parts = parts
         self._ranks = ranks
+
+    def batches(self, parameters: Sequence[nn.Parameter]) -> Iterator[Sequence[nn.Parameter]]:
+        world = self._ranks.world
+        yield from (parameters[start : start + world] for start in range(0, len(parameters), world))
 
     def shape(self, parameter: Tensor) -> Sequence[int]:
         return self._parts[cast(nn.Parameter, parameter)].shape

@@ -136,6 +136,7 @@ class TrainState:
             interval_bytes=interval_bytes or [],
             trouble=dataclasses.asdict(progress.nonfinite),
             scaler=self.scaler.state_dict(),
+            stacks_matrices=isinstance(self.optimizer, Muon) and self.optimizer.orthogonalizer.stacks,
         )
 
     def load(self, path: Path) -> RunState:
@@ -149,6 +150,9 @@ class TrainState:
             files.load_optimizer_parts(path, self.split.held.parts, self.optimizer)
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
+        if isinstance(self.optimizer, Muon):
+            # A run of 0.1 continues with the bits that it began with.
+            self.optimizer.orthogonalizer.stacks = state.stacks_matrices
         return state
 
 
@@ -245,6 +249,8 @@ def _build_optimizer(model: Decoder, split: SplitModel | None, training: Trainin
             orthogonalizer=split.orthogonalizer() if split is not None else None,
         )
         muon.param_groups[0]["lr_multiplier"] = training.matrix_lr_multiplier
+        # A new run; `TrainState.load` restores what a run began with. A CPU gains little, so its runs keep their bits.
+        muon.orthogonalizer.stacks = all(matrix.is_cuda for matrix in matrices)
         return muon
     # Fused on a CPU too: several times faster, and elementwise, so that its result does not depend on any order.
     groups = _parameter_groups(updated, training)

@@ -25,7 +25,10 @@ def build(args: SimpleNamespace, console: Console) -> int:
         except InvalidSpec as error:
             console.error(f"trainyard: {error.detail}")
             for problem in error.errors:
-                console.error(f"  {problem.pointer or 'the corpus'}: {problem.message}")
+                # A wrong path is printed in full, because the user may have typed a relative one.
+                value = data.get(problem.pointer[1:])
+                shown = f" ({value})" if isinstance(value, str) else ""
+                console.error(f"  {problem.pointer or 'the corpus'}: {problem.message}{shown}")
             return Exit.REJECTED
         if not args.no_wait:
             progress = ProgressPrinter(console)

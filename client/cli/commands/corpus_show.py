@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,7 @@ def show(args: SimpleNamespace, console: Console) -> int:
         if args.json:
             console.json(corpus)
         else:
-            console.lines(corpus_page(corpus, datetime.now(UTC)))
+            console.lines(corpus_page(corpus, trainyard.server_time))
         return Exit.SUCCEEDED
     options = ["--text-field", args.text_field, "--special-tokens", args.special_tokens]
     options += ["--json"] if args.json else []

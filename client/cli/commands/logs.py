@@ -184,7 +184,8 @@ class LogReader:
             ids = "rank 0" if ranks == 1 else f"ranks 0 to {ranks - 1}"
             raise UsageError(f"there is no {self.name} of {self.job['id']}: it has {ids}")
         if is_idle(self.job):
-            raise UsageError(f"there is no log of {self.name} of {self.job['id']}")
+            why = "" if newest else f": it was never launched; `trainyard show {self.job['id']}` has the reason"
+            raise UsageError(f"there is no log of {self.name} of {self.job['id']}{why}")
 
     def _read_chunk(self) -> LogChunk:
         start = {"tail": self._tail} if self._offset is None else {"offset": self._offset}

@@ -242,7 +242,7 @@ def _disk(plan: Mapping[str, Any]) -> str:
 
 def _time(plan: Mapping[str, Any]) -> str:
     if plan.get("eta_seconds") is None:
-        return "unknown: no similar run on this kind of device yet"
+        return "unknown: no similar run yet, and no free device was measured"
     return f"about {duration(plan['eta_seconds'])}, by {plan.get('eta_basis')}"
 
 

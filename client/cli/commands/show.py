@@ -4,7 +4,7 @@ import csv
 import io
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version as installed_version
 from itertools import chain
 from types import SimpleNamespace
@@ -40,11 +40,11 @@ def connect(args: SimpleNamespace) -> Client:
 
 
 def list_jobs(args: SimpleNamespace, console: Console) -> int:
-    now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
         filters |= {"owner": args.owner, "order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
+        now = trainyard.server_time
     shown = jobs[: args.limit]
     if args.json:
         console.json_list(shown, has_more=len(jobs) > len(shown))
@@ -99,7 +99,7 @@ def show(args: SimpleNamespace, console: Console) -> int:
         evaluated = (job.get("progress") or {}).get("eval_loss") is not None
         held_out = trainyard.held_out(job["id"]) if evaluated else {}
         scores = _newest_scores(trainyard, job["id"])
-        console.lines(job_page(job, datetime.now(UTC), held_out, scores))
+        console.lines(job_page(job, trainyard.server_time, held_out, scores))
     return Exit.SUCCEEDED
 
 
@@ -108,6 +108,9 @@ def _newest_scores(trainyard: Client, job_id: str) -> list[Any]:
         return list(trainyard.evaluations(job_id, newest=True))
     except NotFound:
         return []  # a service of 0.1, or the job was deleted just now
+
+
+NO_POINTS = "no points yet; `trainyard show JOB` has the state of the job"
 
 
 def metrics(args: SimpleNamespace, console: Console) -> int:
@@ -131,6 +134,7 @@ def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> 
     source = iter(points)
     first = next(source, None)
     if first is None:
+        console.error(NO_POINTS)
         return
     buffer = io.StringIO()
     names = [column for name in first for column in ([name] if name != "eval" else cells)]
@@ -146,9 +150,14 @@ def _print_csv(points: Iterable[Any], sets: Sequence[str], console: Console) -> 
 
 
 def _print_points(points: Iterable[Any], console: Console) -> None:
+    source = iter(points)
+    first = next(source, None)
+    if first is None:
+        console.error(NO_POINTS)
+        return
     form = "{:>10}  {:>10}  {:>10}  {:>9}  {:>11}  {:>7}  {:>9}  {:>8}"
     console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "BPB", "EVAL LOSS", "EVAL BPB"))
-    for point in points:
+    for point in chain([first], source):
         cells = (
             count(point["step"]),
             "not finite" if point.get("nonfinite") and point.get("loss") is None else fixed(point.get("loss"), 4),

@@ -1,7 +1,7 @@
 """`trainyard token create|list|limit|rotate|revoke`: the named tokens of the service."""
 
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +15,11 @@ TIME = re.compile(r"([0-9]{1,9})(s|m|min|h|d)?")
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
 
-def parse_duration(text: str) -> int:
-    """Return 90 for "90" or "90s", and 3600 for "1h". Raises UsageError."""
+def parse_duration(text: str, option: str) -> int:
+    """Return 90 for "90" or "90s", and 3600 for "1h". Raises UsageError, with the name of the option."""
     match = TIME.fullmatch(text.strip().lower())
     if match is None:
-        raise UsageError(f"a time is a number with s, min, h or d, such as 12h, not {text!r}")
+        raise UsageError(f"{option} takes a number with s, min, h or d, such as 12h, not {text!r}")
     return int(match.group(1)) * UNITS[match.group(2) or "s"]
 
 
@@ -32,7 +32,9 @@ def create(args: SimpleNamespace, console: Console) -> int:
 
 def rotate(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        token = trainyard.rotate_token(args.name, overlap=parse_duration(args.overlap), expires_in=_lifetime(args))
+        token = trainyard.rotate_token(
+            args.name, overlap=parse_duration(args.overlap, "--overlap"), expires_in=_lifetime(args)
+        )
     return _print_secret(token, args, console)
 
 
@@ -68,7 +70,7 @@ def list_tokens(args: SimpleNamespace, console: Console) -> int:
     if not tokens:
         console.error("no named tokens; create one:  trainyard token create NAME --scope submit")
         return Exit.SUCCEEDED
-    now = datetime.now(UTC)
+    now = trainyard.server_time
     header = ("NAME", "SCOPE", "JOBS", "DEVICES", "CREATED", "LAST USED", "STATUS")
     console.lines(table(header, [_row(token, now) for token in tokens]))
     return Exit.SUCCEEDED
@@ -95,7 +97,7 @@ def _status(token: Any, now: datetime) -> str:
 
 
 def _lifetime(args: SimpleNamespace) -> int | None:
-    return None if args.expires_in is None else parse_duration(args.expires_in)
+    return None if args.expires_in is None else parse_duration(args.expires_in, "--expires-in")
 
 
 def _print_secret(token: NewToken, args: SimpleNamespace, console: Console) -> int:

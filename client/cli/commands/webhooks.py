@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import datetime
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,7 +72,7 @@ def show(args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(webhook)
         return Exit.SUCCEEDED
-    now = datetime.now(UTC)
+    now = trainyard.server_time
     lines = {
         "webhook": f"{webhook['id']}  {status(webhook)}",
         "url": webhook["url"],
@@ -108,7 +108,7 @@ def deliveries(args: SimpleNamespace, console: Console) -> int:
         console.json_list(rows)
     else:
         header = ("ID", "TYPE", "JOB", "STATE", "TRIES", "LAST", "CREATED")
-        now = datetime.now(UTC)
+        now = trainyard.server_time
         console.lines(table(header, [_row(one, now) for one in rows], right=frozenset({4})))
     return Exit.SUCCEEDED
 

@@ -9,6 +9,7 @@ from trainyard.client.cli.formatting import (
     bar,
     compact_number,
     count,
+    display_width,
     duration,
     fixed,
     local_time,
@@ -49,7 +50,7 @@ def render(state: WatchState, now: datetime, width: int = 100) -> list[Line]:
         lines.append(_checkpoint(state, now))
     alerts = (state.job.get("alerts") or [])[:MAX_ALERTS]
     lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in alerts]
-    lines.append(_footer(state, now))
+    lines.append(_footer(state, now, width))
     return [_truncate(line, width) for line in lines[:MAX_LINES]]
 
 
@@ -63,7 +64,7 @@ def _title(state: WatchState, width: int) -> Line:
     attempt = f"   attempt {job['attempt']}" if job.get("attempt") else ""
     left = f"{one_line(str(job.get('name', state.handle)), 40)}{attempt}   {job.get('id', '')}"
     hint = "Ctrl-C detaches; the job keeps running"
-    gap = width - len(left) - len(hint)
+    gap = width - display_width(left) - display_width(hint)
     return [(left, "bold"), (" " * gap + hint, "dim")] if gap >= 3 else [(left, "bold")]
 
 
@@ -162,14 +163,16 @@ def _by_minutes(state: WatchState, now: datetime) -> float | None:
     return max(0.0, 60 * minutes - (now - saved).total_seconds()) if minutes and saved else None
 
 
-def _footer(state: WatchState, now: datetime) -> Line:
+def _footer(state: WatchState, now: datetime, width: int) -> Line:
     url = f"{state.url}/jobs/{state.job['id']}" if state.job.get("id") else state.url
     if state.connection_error is not None:
-        since = duration((now - state.answered_at).total_seconds()) if state.answered_at else "now"
-        return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {url}", "")]
+        since = f"for {duration((now - state.answered_at).total_seconds())}" if state.answered_at else "yet"
+        return [(f"reconnecting, no answer {since}", "bold yellow"), (f"   {url}", "")]
     updated = local_time(state.progress.get("updated_at")) or state.answered_at
     age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
-    return [(f"live{age}   {url}", "dim")]
+    # Half an address opens nothing, so on a narrow terminal the age is left out first.
+    fitting = (text for text in (f"live{age}   {url}", f"live   {url}") if display_width(text) <= width)
+    return [(next(fitting, f"live{age}"), "dim")]
 
 
 def _truncate(line: Line, width: int) -> Line:
@@ -178,7 +181,7 @@ def _truncate(line: Line, width: int) -> Line:
     left = width
     for text, style in line:
         spans.append((one_line(text, left), style))
-        left -= len(text)
+        left -= display_width(text)
         if left <= 0:
             break
     return spans

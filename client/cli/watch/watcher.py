@@ -32,14 +32,15 @@ NO_RETRIES = RetryPolicy(seconds=0.0)
 
 @dataclass(frozen=True)
 class Clock:
-    """The time and how to sleep; tests replace both."""
+    """The time and how to sleep; tests replace both. ``utc_now``: by the clock of the service."""
 
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
+    utc_now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     def now(self) -> datetime:
         """Return the current time in UTC."""
-        return datetime.now(UTC)
+        return self.utc_now()
 
 
 def watch(args: SimpleNamespace, console: Console) -> int:
@@ -51,7 +52,12 @@ def watch(args: SimpleNamespace, console: Console) -> int:
 def follow_job(job_id: str, args: SimpleNamespace, console: Console, handle: str) -> int:
     """Follow a job with a new client, and return the exit code. ``handle``: the name or id that the user gave."""
     with Client(args.url, args.token, timeout=5.0, retries=NO_RETRIES) as trainyard:
-        return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
+        return follow(
+            Watcher(trainyard, job_id, handle, streams=True),
+            args,
+            console,
+            Clock(utc_now=lambda: trainyard.server_time),
+        )
 
 
 def follow(watcher: "Watcher", args: SimpleNamespace, console: Console, clock: Clock) -> int:

@@ -1,16 +1,17 @@
 """Routes that list a job's checkpoints, events, samples and attempts."""
 
 from fastapi import APIRouter
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import Limit, OptionalText
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, SampleRow
 from trainyard.service.errors import RequestInvalid, with_problems
-from trainyard.service.jobs import presenters, repository
+from trainyard.service.jobs import presenters, queries, repository
 from trainyard.service.jobs.listing import page_of
 from trainyard.service.schemas import Attempt, Checkpoint, Event, Page, Sample
 
@@ -18,6 +19,7 @@ router = APIRouter(prefix="/jobs/{job_id}", dependencies=[READ], route_class=Ser
 
 
 @router.get("/checkpoints", tags=["checkpoints"])
+@shared()
 def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
     """List the published checkpoints that exist on disk, newest first."""
     found: list[Checkpoint] = []
@@ -32,7 +34,14 @@ def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: Op
     return Page(data=found[:limit], has_more=more or len(found) > limit)
 
 
+def events_part(connection: Connection, job_id: str, _query: bytes) -> object:
+    """Return what changes with the job's events. None for a job that has none: it may not exist."""
+    newest, count = connection.execute(queries.EVENTS_OF_JOB, {"job_id": job_id}).one()
+    return (newest, count) if count else None
+
+
 @router.get("/events", tags=["events"])
+@shared(events_part)
 def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
     """List the events, oldest first: changes of status, warnings, saves and restarts, each with its actor."""
     with state.database.connection() as connection:
@@ -41,6 +50,7 @@ def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: Optiona
 
 
 @router.get("/samples", tags=["samples"])
+@shared()
 def list_samples(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Sample]:
     """List the texts that the model generated, oldest first."""
     with state.database.connection() as connection:
@@ -49,6 +59,7 @@ def list_samples(state: StateDep, job_id: str, limit: Limit = 100, after: Option
 
 
 @router.get("/attempts", tags=["attempts"])
+@shared()
 def list_attempts(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Attempt]:
     """List the attempts, oldest first: why each was launched, its start step, and how it ended."""
     with state.database.read() as session:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Query, Response
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import GROUPS, Problem, nearest, pointer_to, printable
+from trainyard.contract.patterns import WITHOUT_NUL
 from trainyard.contract.prepared import PreparedCorpus
 from trainyard.contract.scopes import Scope
 from trainyard.contract.spec import JobSpec
@@ -35,7 +36,7 @@ BODY: dict[str, Any] = {
 
 router = APIRouter(prefix="/corpora", tags=["corpora"], route_class=ServiceRoute)
 
-OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+OptionalText = Annotated[str | None, Query(max_length=300, pattern=WITHOUT_NUL)]
 
 
 @router.post("", status_code=202, dependencies=[SUBMIT], response_model=TokenizedCorpus, openapi_extra=BODY)

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Query, Response
 from fastapi import Path as InPath
 
+from trainyard.contract import patterns
 from trainyard.contract.parsing import Problem, duplicate_names
 from trainyard.contract.spec import JobSpec, TaskSpec, TaskSpecs
 from trainyard.service.api.dependencies import AppState, StateDep
@@ -22,8 +23,8 @@ from trainyard.service.evaluations import requests, store
 from trainyard.service.jobs.submission import check_tasks
 from trainyard.service.schemas import Evaluation, Page, TaskScore
 
-CheckpointStep = Annotated[str, InPath(pattern=r"^([0-9]{1,15}|latest)$")]
-EvaluationId = Annotated[str, InPath(max_length=40, pattern=r"^[a-z0-9_]+$")]
+CheckpointStep = Annotated[str, InPath(pattern=patterns.STEP_OR_LATEST)]
+EvaluationId = Annotated[str, InPath(max_length=40, pattern=patterns.EVALUATION_ID)]
 ScoreLimit = Annotated[int, Query(ge=1, le=1000)]
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["evaluations"], route_class=ServiceRoute)

@@ -10,12 +10,14 @@ from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import Problem
+from trainyard.contract.patterns import WITHOUT_NUL
 from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.corpora import ensure_corpus
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import NO_FIELDS, JsonBody
@@ -42,7 +44,7 @@ from trainyard.service.schemas import Job, JobSummary, Page, ResumedJob
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+OptionalText = Annotated[str | None, Query(max_length=300, pattern=WITHOUT_NUL)]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 OptionalLimit = Annotated[int | None, Query(ge=1, le=100)]
@@ -167,7 +169,8 @@ def _to_response(state: AppState, rows: JobRows) -> Job:
     return presenters.to_job_responses(rows, state.scheduler.waiting)[0]
 
 
-@router.get("/jobs", dependencies=[READ])
+@router.get("/jobs", dependencies=[READ], response_model=Page[Job] | Page[JobSummary])
+@shared()
 def list_jobs(
     state: StateDep,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
@@ -182,7 +185,7 @@ def list_jobs(
     group: OptionalText = None,
     discarded: bool = False,
     owner: OptionalText = None,
-) -> Page[Job] | Page[JobSummary]:
+) -> Response:
     """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
     `search`: a part of the name, ignoring case, or the beginning of the id. `fields=summary` leaves out `spec`, `plan`
@@ -207,12 +210,12 @@ def list_jobs(
     with state.database.connection() as connection:
         jobs, has_more = listing.jobs(connection, filter_)
         rows = queries.load_related(connection, jobs)
-    if fields == "summary":
-        return Page(data=presenters.to_job_summaries(rows, state.scheduler.waiting), has_more=has_more)
-    return Page(data=presenters.to_job_responses(rows, state.scheduler.waiting), has_more=has_more)
+    body = state.rendered_jobs.page(rows, state.scheduler.waiting, fields == "summary", has_more)
+    return Response(body, media_type="application/json")
 
 
 @router.get("/jobs/{job_id}", dependencies=[READ])
+@shared()
 def get_job(state: StateDep, job_id: str) -> Job:
     """Return one job."""
     return load_response(state, job_id)
@@ -225,7 +228,7 @@ def update_job(
     """Change a job, also while it runs.
 
     `name`, `labels`, `description`, `group`, `priority`, `log_interval`, `save_interval` and `keep_last` are of the
-    spec. `discarded` hides the job from lists, or shows it again.
+    spec. `discarded` hides the job from lists, or shows it again. `owner` needs a token of the scope `admin`.
     """
     changes = body.given()
     with state.database.connection() as connection:

@@ -7,19 +7,19 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from trainyard.contract.parsing import Problem
+from trainyard.contract.patterns import ONE_LINE
 from trainyard.contract.rundir import RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.api.routers.jobs import find_job
 from trainyard.service.auth.permissions import READ
 from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
+from trainyard.service.jobs import queries
 from trainyard.service.logs import reader
 from trainyard.service.schemas import LogChunk, LogLines, LogMatch, LogMatches
 
 AGENT = "agent"
 RANK = re.compile(r"[0-9]{1,6}")
 MAX_BYTES = 2**53 - 1
-NO_LINE_END = r"^[^\x00\r\n]+$"
 
 Attempt = Annotated[int | None, Query(ge=1, le=MAX_BYTES)]
 Rank = Annotated[str, Query(max_length=20)]
@@ -72,7 +72,7 @@ def read_log_lines(
 def search_log(
     state: StateDep,
     job_id: str,
-    q: Annotated[str, Query(min_length=1, max_length=200, pattern=NO_LINE_END)],
+    q: Annotated[str, Query(min_length=1, max_length=200, pattern=ONE_LINE)],
     attempt: Attempt = None,
     rank: Rank = "0",
     after_line: Place = 0,
@@ -98,9 +98,12 @@ def validate_rank(rank: str, tail: int | None = None, offset: int | None = None)
 
 
 def _file(state: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
-    job = find_job(state, job_id)
-    number = attempt or job.attempt
-    if not 1 <= number <= job.attempt:
-        raise LogNotFound()
-    directory = RunDir(state.settings.runs / job.id).attempt(number)
+    with state.database.connection() as connection:
+        newest = queries.newest_attempt(connection, job_id)
+    number = attempt or newest
+    if newest == 0:
+        raise LogNotFound("The job has no log yet: it has not started.")
+    if not 1 <= number <= newest:
+        raise LogNotFound(f"The job has no attempt of this number: its newest is {newest}.")
+    directory = RunDir(state.settings.runs / job_id).attempt(number)
     return reader.log_file(directory, None if rank == AGENT else int(rank))

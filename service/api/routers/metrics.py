@@ -9,18 +9,21 @@ from itertools import groupby
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import JSONResponse
-from sqlalchemy import select
+from pydantic_core import to_json
+from sqlalchemy import Connection, select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.events import HeldOutResult
 from trainyard.contract.parsing import Problem
 from trainyard.contract.smoothing import HALF_LIFE
+from trainyard.contract.status import TERMINAL
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs import queries
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import rollups, smoothing, store
 from trainyard.service.metrics.downsampling import BUCKET_FIELDS, Aggregate, bucket_width
@@ -42,7 +45,19 @@ SmoothWidth = Annotated[Literal["auto"] | Annotated[float, Query(ge=0, le=1e9, a
 router = APIRouter(tags=["metrics"], route_class=ServiceRoute)
 
 
+def curve_part(connection: Connection, job_id: str, query: bytes) -> object:
+    """Return the rows that change whenever the job's curve does; None if its points may change without them."""
+    if b"lineage" in query:
+        return None  # its ancestors' curves count too
+    job = connection.execute(queries.CURVE_OF_JOB, {"job_id": job_id}).first()
+    # Retention deletes points of jobs that have ended, and changes no other row.
+    if job is None or job.status in TERMINAL:
+        return None
+    return tuple(job), connection.execute(queries.REPORTED_OF_JOB, {"job_id": job_id}).all()
+
+
 @router.get("/jobs/{job_id}/metrics", dependencies=[READ], response_model=MetricPage, responses={200: ROWS})
+@shared(curve_part)
 def list_metrics(
     request: Request,
     state: StateDep,
@@ -172,7 +187,7 @@ def _points_within(
     elif query.lineage:
         parts = lineage_aggregates(session, job, view)
     elif cell >= rollups.FINEST:
-        parts = rollups.aggregates(session, job, view)
+        parts = rollups.sums(session, job, cell, first, last)
     else:
         parts = store.sums(session, job.id, ranges, cell)
     return (part for part in parts if part.step >= first)
@@ -208,7 +223,9 @@ def _response(request: Request, result: MetricsResult, sets: Sequence[str]) -> R
     if "application/x-ndjson" in accept:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         return Response(lines, media_type="application/x-ndjson", headers=_next_link(request, result))
-    return JSONResponse({"object": "list", "data": rows, **result.envelope})
+    # Several times as fast as JSONResponse. There is no NaN: the rows have null instead.
+    body = to_json({"object": "list", "data": rows, **result.envelope}, inf_nan_mode="null")
+    return Response(body, media_type="application/json")
 
 
 def _project(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:

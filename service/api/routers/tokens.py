@@ -7,6 +7,7 @@ from fastapi import APIRouter, Body
 from fastapi import Path as InPath
 from sqlalchemy import select
 
+from trainyard.contract.patterns import WITHOUT_NUL
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
@@ -20,7 +21,7 @@ from trainyard.service.errors import TokenNameTaken
 from trainyard.service.jobs.listing import page_of_all
 from trainyard.service.schemas import NewToken, Page, QuotaRequest, RotationRequest, Token, TokenRequest
 
-Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
+Name = Annotated[str, InPath(max_length=64, pattern=WITHOUT_NUL)]
 
 log = logging.getLogger("trainyard")
 

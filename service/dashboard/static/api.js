@@ -1,10 +1,11 @@
 // Client of the public API. The token is sent in a header, never in a URL, and is kept as long as the tab.
+import { t } from "./i18n.js";
 const STORAGE_KEY = "trainyard-token";
 
 /** An error response (RFC 9457), with `errors` for each invalid field of a request. */
 export class ApiError extends Error {
   constructor(body, status) {
-    super(body.detail ?? `HTTP status ${status}`);
+    super(body.detail ?? t("HTTP status {status}", { status }));
     this.status = status;
     this.code = body.code ?? "unknown";
     this.errors = body.errors ?? [];
@@ -33,15 +34,15 @@ export function requestHeaders(more = {}) {
 export async function request(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
+    response = await fetch(path, { cache: "no-cache", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     setOffline(true);
-    throw new ServiceUnreachable("The service does not answer");
+    throw new ServiceUnreachable(t("The service does not answer"));
   }
   if (response.status === 502 || response.status === 504) {
     setOffline(true);
-    throw new ServiceUnreachable("The service does not answer");
+    throw new ServiceUnreachable(t("The service does not answer"));
   }
   setOffline(false);
   if (response.status === 401) connection.dispatchEvent(new Event("unauthorized"));

@@ -1,13 +1,14 @@
 // Converts rows of metrics to the data of charts. Pure.
+import { t, tn } from "./i18n.js";
 
 export const LIGHT_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#1F2933"];
 export const DARK_COLORS = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442"];
 export const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-export const AXES = { step: "Step", tokens: "Tokens", active: "Active time (h)", clock: "Wall clock" };
+export const AXES = { step: t("Step"), tokens: t("Tokens"), active: t("Active time (h)"), clock: t("Wall clock") };
 /** Choices of smoothing, [value in the URL, label]: a number is the width of a centred kernel in steps, `mean-50` a running mean with a half-life of 50 steps. */
 export const SMOOTHINGS = [
-  ["auto", "automatic"], ["0", "none"], ...[10, 50, 200, 1000].map((steps) => [String(steps), `centred, ${steps} steps`]),
-  ...[10, 50, 200, 1000].map((steps) => [`mean-${steps}`, `running mean, ${steps} steps`]),
+  ["auto", t("automatic")], ["0", t("none")], ...[10, 50, 200, 1000].map((steps) => [String(steps), t("centred, {n} steps", { n: steps })]),
+  ...[10, 50, 200, 1000].map((steps) => [`mean-${steps}`, t("running mean, {n} steps", { n: steps })]),
 ];
 export const DEFAULT_SMOOTHING = "auto";
 
@@ -19,8 +20,8 @@ export const smoothedLoss = (row) => (row.loss_smooth === undefined ? row.loss_e
 
 /** "smoothed over 50 steps". `width`: `smooth_width` of the response. */
 export function smoothingText(smoothing, width) {
-  if (smoothing.startsWith("mean-")) return `running mean, half-life ${smoothing.slice(5)} steps: it lags`;
-  return width ? `smoothed over ${width.toLocaleString("en-US")} ${width === 1 ? "step" : "steps"}` : "";
+  if (smoothing.startsWith("mean-")) return t("running mean, half-life {n} steps: it lags", { n: smoothing.slice(5) });
+  return width ? tn(width, "smoothed over {n} step", "smoothed over {n} steps", { n: width.toLocaleString("en-US") }) : "";
 }
 
 const MIN_PAUSE_MS = 60_000;
@@ -161,15 +162,15 @@ export function countNotShown(values) {
 export function pointSizeText(resolution, rows) {
   const apart = rows.length > 1 ? Math.round((rows.at(-1).step - rows[0].step) / (rows.length - 1)) : 1;
   const steps = resolution > 1 ? resolution : Math.max(1, apart);
-  return `1 point = ${steps.toLocaleString("en-US")} ${steps === 1 ? "step" : "steps"}`;
+  return tn(steps, "1 point = {n} step", "1 point = {n} steps", { n: steps.toLocaleString("en-US") });
 }
 
 /** "Train loss, step 0 to 12,400, now 2.913" */
 export function chartLabel(name, rows, value, format) {
-  if (!rows.length) return `${name}, no data yet`;
+  if (!rows.length) return t("{name}, no data yet", { name });
   const last = rows.findLast((row) => value(row) !== null && value(row) !== undefined);
-  const now = last ? `, now ${format(value(last))}` : "";
-  return `${name}, step ${(rows[0].first_step ?? rows[0].step).toLocaleString("en-US")} to ${rows.at(-1).step.toLocaleString("en-US")}${now}`;
+  const range = { name, from: (rows[0].first_step ?? rows[0].step).toLocaleString("en-US"), to: rows.at(-1).step.toLocaleString("en-US") };
+  return last ? t("{name}, step {from} to {to}, now {now}", { ...range, now: format(value(last)) }) : t("{name}, step {from} to {to}", range);
 }
 
 /** Step ranges of earlier attempts that a later attempt trained again: [attempt, after step, until step]. */

@@ -3,6 +3,7 @@ import { AXES, DEFAULT_SMOOTHING, SMOOTHINGS, cliffTop, countNotShown, logTicks,
 import { saveChart } from "./chart-export.js";
 import { announce, h, markPaint, setAttr, setText, setVisible, updateList } from "./dom.js";
 import { compactNumber, count } from "./format.js";
+import { locale, t, tn } from "./i18n.js";
 import { LevelRule } from "./level-rule.js";
 import { Menu } from "./menu.js";
 import { getParam, setParam } from "./router.js";
@@ -60,13 +61,21 @@ const truncate = (name) => (name.length > 18 ? `${name.slice(0, 17)}…` : name)
 const escapeHtml = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
+const FRAME_MS = 8; // of work after which the browser may paint
 const PIXELS_PER_TICK = 70; // px that one number below the x axis needs
 let libraryPromise = null;
+
+const libraryAddress = () => document.querySelector("meta[name=charts]").content;
+
+/** Starts the download of plotly without running it, which would delay the first text. */
+export function preloadLibrary() {
+  if (!libraryPromise && libraryAddress()) document.head.append(h("link", { rel: "preload", as: "script", href: libraryAddress(), fetchpriority: "low" }));
+}
 
 /** Loads plotly once. Its URL is in a meta tag, not a script tag, so it does not delay text and tables. */
 export function loadLibrary() {
   libraryPromise ??= new Promise((done, failed) => {
-    const address = document.querySelector("meta[name=charts]").content;
+    const address = libraryAddress();
     const script = h("script", { src: address, onload: () => done(window.Plotly), onerror: () => ((libraryPromise = null), failed(new Error("charts"))) });
     document.head.append(script);
   });
@@ -96,17 +105,17 @@ export class Chart {
     this.plot.style.height = `${height}px`;
     this.note = h("span", { class: "muted" });
     this.now = h("strong", { class: "readout" });
-    this.logButton = h("button", { type: "button", class: "quiet", "aria-pressed": String(log), onclick: () => this.toggleLog() }, "log");
-    this.dataButton = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => this.toggleData() }, "data");
-    this.cliffButton = h("button", { type: "button", class: "quiet", "aria-pressed": "false", hidden: true, title: "Show the first steps too", onclick: () => this.toggleCliff() }, "full range");
+    this.logButton = h("button", { type: "button", class: "quiet", "aria-pressed": String(log), onclick: () => this.toggleLog() }, t("log"));
+    this.dataButton = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => this.toggleData() }, t("data"));
+    this.cliffButton = h("button", { type: "button", class: "quiet", "aria-pressed": "false", hidden: true, title: t("Show the first steps too"), onclick: () => this.toggleCliff() }, t("full range"));
     this.rule = new LevelRule(this);
-    this.menu = new Menu("⋯", (at) => this.menuActions(at), { name: `Save ${name}`, quiet: true });
+    this.menu = new Menu("⋯", (at) => this.menuActions(at), { name: t("Save {chart}", { chart: name }), quiet: true });
     this.box.addEventListener("contextmenu", (event) => this.onContextMenu(event));
     this.box.append(this.rule.node);
-    this.resetButton = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.group.setZoom(null) }, "whole run");
+    this.resetButton = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.group.setZoom(null) }, t("whole run"));
     this.tableBox = h("div", { class: "scroll values", hidden: true, tabindex: "0" });
     const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.resetButton, this.cliffButton, this.rule.button, this.logButton, this.dataButton, this.menu.node));
-    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no data yet` }, head, this.box, this.note, this.rule.table, this.tableBox);
+    this.node = h("figure", { class: "chart", role: "group", "aria-label": t("{name}, no data yet", { name }) }, head, this.box, this.note, this.rule.table, this.tableBox);
     setVisible(this.rule.button, false);
     this.node.chart = this;
     this.isVisible = false;
@@ -122,17 +131,22 @@ export class Chart {
   /**
    * Sets `{traces, shapes, label, now, note, columns, values, runs}`, which the next `draw` uses. Besides plotly's attributes a trace has `main` (its points are those of the
    * crosshair), `end` (label at its end), `label` (column of the CSV), `counted` (values that a log axis may not show) and `falls` (its first steps may be left out of the y range).
-   * `runs`: see LevelRule.
+   * `runs`: see LevelRule. `values()` returns the rows of the table.
    */
   show(content) {
     this.content = content;
+  }
+
+  /** Whether there is no point to draw. */
+  get isEmpty() {
+    return Boolean(this.content) && !this.content.traces.some((trace) => trace.y.some(Number.isFinite));
   }
 
   /** Updates the texts now, and the plot now if it is visible, otherwise when it becomes visible. */
   async draw() {
     if (!this.content) return;
     const { traces, label } = this.content;
-    const isEmpty = !traces.some((trace) => trace.y.some(Number.isFinite));
+    const { isEmpty } = this;
     setAttr(this.node, "aria-label", label);
     // Who zooms has chosen what to see, and a log axis has room for the first steps.
     this.cliff = this.log || this.group.zoom ? null : cliffTop(traces);
@@ -144,9 +158,9 @@ export class Chart {
     if (!this.tableBox.hidden) this.fillData();
     this.isStale = !this.isVisible;
     if (this.isStale || isEmpty) return;
-    if (!this.started) setText(this.note, "Drawing…");
+    if (!this.started) setText(this.note, t("Drawing…"));
     const Plotly = await loadLibrary().catch((error) => {
-      setText(this.note, "The chart library could not be loaded. The values are under “data”.");
+      setText(this.note, t("The chart library could not be loaded. The values are under “data”."));
       throw error;
     });
     if (this.isClosed) return;
@@ -166,10 +180,9 @@ export class Chart {
     const { traces, note = "" } = this.content;
     const values = (trace) => (trace.counted === true ? trace.y : trace.counted);
     const notShown = this.log ? traces.filter((trace) => trace.counted).reduce((sum, trace) => sum + countNotShown(values(trace)), 0) : 0;
-    const none = this.content.values?.length ? "Not reported by this run" : "No data yet";
-    const empty = isEmpty ? none : "";
-    const above = this.cliff && !this.showsCliff ? `first ${count(this.cliff.points)} ${this.cliff.points === 1 ? "point" : "points"} above, up to ${this.format(this.cliff.full)}` : "";
-    return [empty || note, above, notShown ? `${notShown} not shown on a log axis` : ""].filter(Boolean).join(" · ");
+    const empty = !isEmpty ? "" : this.content.values?.().length ? t("Not reported by this run") : t("No data yet");
+    const above = this.cliff && !this.showsCliff ? tn(this.cliff.points, "first {n} point above, up to {top}", "first {n} points above, up to {top}", { n: count(this.cliff.points), top: this.format(this.cliff.full) }) : "";
+    return [empty || note, above, notShown ? t("{n} not shown on a log axis", { n: notShown }) : ""].filter(Boolean).join(" · ");
   }
 
   layout({ room, annotations }) {
@@ -203,9 +216,9 @@ export class Chart {
   menuActions(at) {
     const { xaxis } = this.plot._fullLayout ?? {};
     const x = at && xaxis ? xaxis.p2d(at.x - this.plot.getBoundingClientRect().left - xaxis._offset) : null;
-    const save = (label, kind, why = null) => ({ label, why, press: () => saveChart(this, kind).catch((error) => announce(`${this.name} was not saved: ${error.message}`)) });
-    const isDrawn = this.started ? null : "the chart is not drawn";
-    return [save("Save as PNG", "png", isDrawn), save("Save as SVG", "svg", isDrawn), save("Save the values as CSV", "csv", this.content ? null : "there are no values yet"), ...(this.extraActions?.(x) ?? [])];
+    const save = (label, kind, why = null) => ({ label, why, press: () => saveChart(this, kind).catch((error) => announce(t("{name} was not saved: {reason}", { name: this.name, reason: error.message }))) });
+    const isDrawn = this.started ? null : t("the chart is not drawn");
+    return [save(t("Save as PNG"), "png", isDrawn), save(t("Save as SVG"), "svg", isDrawn), save(t("Save the values as CSV"), "csv", this.content ? null : t("there are no values yet")), ...(this.extraActions?.(x) ?? [])];
   }
 
   addListeners() {
@@ -243,7 +256,7 @@ export class Chart {
     const lines = x === null ? [] : this.content.traces.filter((trace) => trace.main || trace.end);
     const values = lines.map((line) => [line.y[nearestIndex(line, x)], line.end]).filter(([y]) => Number.isFinite(y));
     const text = values.map(([y, name]) => (name && lines.length > 1 ? `${name} ${this.format(y)}` : this.format(y))).join("   ");
-    setText(this.now, text ? `${text} at ${this.group.formatX(x)}` : (this.content.now ?? ""));
+    setText(this.now, text ? t("{values} at {place}", { values: text, place: this.group.formatX(x) }) : (this.content.now ?? ""));
   }
 
   updateCrosshair() {
@@ -292,12 +305,13 @@ export class Chart {
 
   /** Fills the table with the newest values. */
   fillData() {
-    const { columns = [], values = [] } = this.content ?? {};
+    const { columns = [] } = this.content ?? {};
+    const values = this.content?.values?.() ?? [];
     if (!this.body) {
       this.body = h("tbody");
       const head = h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", class: "num" }, name))));
-      this.tableBox.append(h("table", {}, h("caption", { class: "visually-hidden" }, `${this.name}, newest first`), head, this.body));
-      setAttr(this.tableBox, "aria-label", `${this.name} as a table`);
+      this.tableBox.append(h("table", {}, h("caption", { class: "visually-hidden" }, t("{name}, newest first", { name: this.name })), head, this.body));
+      setAttr(this.tableBox, "aria-label", t("{name} as a table", { name: this.name }));
       setAttr(this.tableBox, "role", "region");
     }
     const newest = values.slice(-200).reverse();
@@ -340,9 +354,11 @@ export class ChartGroup {
     const number = (this.redrawNumber = (this.redrawNumber ?? 0) + 1);
     for (const chart of this.charts) {
       if (number !== this.redrawNumber) return;
+      const began = performance.now();
       const isNew = !chart.started;
       await chart.draw();
-      if (isNew && chart.started) await nextPaint();
+      // Several charts in one frame would make scrolling jump.
+      if ((isNew && chart.started) || performance.now() - began > FRAME_MS) await nextPaint();
     }
   }
 
@@ -361,9 +377,9 @@ export class ChartGroup {
 
   /** Writes an x value as text. */
   formatX(x) {
-    if (this.axis === "clock") return new Date(toNumber(x)).toLocaleTimeString();
+    if (this.axis === "clock") return new Date(toNumber(x)).toLocaleTimeString(locale);
     if (this.axis === "active") return `${x.toFixed(2)} h`;
-    return this.axis === "tokens" ? `${compactNumber(x)} tokens` : `step ${count(x)}`;
+    return this.axis === "tokens" ? t("{n} tokens", { n: compactNumber(x) }) : t("step {step}", { step: count(x) });
   }
 
   close() {
@@ -432,5 +448,5 @@ export function chartControls({ axis, smoothing }, defaultAxis, onAxis, onSmooth
     onSmoothing(smooth.value);
   });
   const pair = (id, label, choice) => h("span", { class: "choice" }, h("label", { for: id }, label), choice);
-  return h("div", { class: "bar" }, pair("axis", "X axis", along), pair("smooth", "Smoothing", smooth), ...more);
+  return h("div", { class: "bar" }, pair("axis", t("X axis"), along), pair("smooth", t("Smoothing"), smooth), ...more);
 }

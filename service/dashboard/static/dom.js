@@ -1,4 +1,5 @@
 // Creates and updates elements. Text is always set as text: nothing here parses HTML.
+import { t } from "./i18n.js";
 
 /** Creates an element; `props` are attributes, `on*` listeners, `class`, or boolean attributes such as `hidden`. */
 export function h(tag, props = {}, ...children) {
@@ -79,9 +80,9 @@ export function announce(message) {
 export async function copyText(text, what) {
   try {
     await navigator.clipboard.writeText(text);
-    announce(`${what} copied`);
+    announce(t("{what} copied", { what }));
   } catch {
-    announce("The browser blocked copying. Select the text instead.");
+    announce(t("The browser blocked copying. Select the text instead."));
   }
 }
 

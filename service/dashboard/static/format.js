@@ -1,4 +1,5 @@
-// Formats numbers, sizes and times. Pure.
+// Formats numbers, sizes and times.
+import { locale, t } from "./i18n.js";
 
 export const NONE = "–";
 const integerFormat = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
@@ -46,24 +47,30 @@ export function bytes(value) {
 export function duration(seconds) {
   if (!isNumber(seconds)) return NONE;
   const all = Math.max(0, Math.round(seconds));
-  if (all < 90) return `${all} s`;
+  if (all < 90) return t("{n} s", { n: all });
   const minutes = Math.round(all / 60);
-  if (minutes < 60) return `${minutes} min`;
+  if (minutes < 60) return t("{n} min", { n: minutes });
   const hours = Math.floor(minutes / 60);
-  if (hours < 48) return minutes % 60 ? `${hours} h ${minutes % 60} min` : `${hours} h`;
-  return hours % 24 ? `${Math.floor(hours / 24)} d ${hours % 24} h` : `${hours / 24} d`;
+  if (hours < 48) return minutes % 60 ? t("{hours} h {minutes} min", { hours, minutes: minutes % 60 }) : t("{hours} h", { hours });
+  return hours % 24 ? t("{days} d {hours} h", { days: Math.floor(hours / 24), hours: hours % 24 }) : t("{days} d", { days: hours / 24 });
 }
 
 export const secondsSince = (at, now = Date.now()) => (at ? (now - Date.parse(at)) / 1000 : null);
-export const ago = (at) => (at ? `${duration(secondsSince(at))} ago` : NONE);
+export const ago = (at) => (at ? t("{duration} ago", { duration: duration(secondsSince(at)) }) : NONE);
+let dateTimeFormat = null; // A new one for each row of a table would be slow.
+
 /** Local date and time, to the second. */
-export const dateTime = (at) => (at ? new Date(at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" }) : "");
+export function dateTime(at) {
+  if (!at) return "";
+  dateTimeFormat ??= new Intl.DateTimeFormat(locale, { dateStyle: "medium", timeStyle: "medium" });
+  return dateTimeFormat.format(new Date(at));
+}
 
 /** Local time; with the date if it is not today. */
 export function timeOrDateTime(at) {
   if (!at) return NONE;
   const then = new Date(at);
-  const time = then.toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+  const time = then.toLocaleTimeString(locale, { hour: "2-digit", minute: "2-digit", second: "2-digit" });
   const today = then.toDateString() === new Date().toDateString();
-  return today ? time : `${then.toLocaleDateString(undefined, { month: "short", day: "numeric" })} ${time}`;
+  return today ? time : `${then.toLocaleDateString(locale, { month: "short", day: "numeric" })} ${time}`;
 }

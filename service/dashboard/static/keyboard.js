@@ -1,9 +1,10 @@
 // Single-key shortcuts of the pages, and the dialog that lists them. They can be switched off, because some input methods send single keys.
 import { h } from "./dom.js";
+import { t } from "./i18n.js";
 
 const STORAGE_KEY = "trainyard-shortcuts";
-const SEARCH = { key: "/", does: "search this page", run: () => [...document.querySelectorAll("#main input[type=search]")].find((field) => field.checkVisibility())?.focus() };
-const HELP = { key: "?", does: "show the keys", run: showKeys };
+const SEARCH = { key: "/", does: t("search this page"), run: () => [...document.querySelectorAll("#main input[type=search]")].find((field) => field.checkVisibility())?.focus() };
+const HELP = { key: "?", does: t("show the keys"), run: showKeys };
 let ofPage = [];
 
 const isOn = () => localStorage.getItem(STORAGE_KEY) !== "off";
@@ -34,9 +35,9 @@ function showKeys() {
   const rows = [...ofPage, SEARCH, HELP].map(({ key, does }) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, does)));
   const on = h("input", { type: "checkbox", onchange: () => localStorage.setItem(STORAGE_KEY, on.checked ? "on" : "off") });
   on.checked = isOn();
-  const close = h("button", { type: "button", onclick: () => box.close() }, "Close");
-  const box = h("dialog", { class: "keys", "aria-labelledby": "keys-title" }, h("h2", { id: "keys-title" }, "Keys"), h("table", {}, h("tbody", {}, rows)),
-    h("p", {}, h("label", {}, on, " Use single keys")), h("div", { class: "bar" }, close));
+  const close = h("button", { type: "button", onclick: () => box.close() }, t("Close"));
+  const box = h("dialog", { class: "keys", "aria-labelledby": "keys-title" }, h("h2", { id: "keys-title" }, t("Keys")), h("table", {}, h("tbody", {}, rows)),
+    h("p", {}, h("label", {}, on, " ", t("Use single keys"))), h("div", { class: "bar" }, close));
   box.addEventListener("close", () => box.remove());
   document.body.append(box);
   box.showModal();

@@ -2,11 +2,12 @@
 import { xValues } from "./chart-data.js";
 import { h, setAttr, setText, setVisible, updateList } from "./dom.js";
 import { NONE, compactNumber, count, duration } from "./format.js";
+import { t } from "./i18n.js";
 import { getParam, setParam } from "./router.js";
 
 const PARAM = "level";
 const DIGITS = 4;
-const COLUMNS = [["Run", ""], ["Step", "num"], ["Tokens", "num"], ["Active time", "num"]];
+const COLUMNS = [[t("Run"), ""], [t("Step"), "num"], [t("Tokens"), "num"], [t("Active time"), "num"]];
 
 /** Returns where the run first is at or below `level`: `{step, tokens, seconds}`, between two points by a straight line; `{lowest}` if it never is. `run`: `{rows, attempts, of}`. Pure. */
 export function firstReached(level, { rows, attempts, of }) {
@@ -28,9 +29,9 @@ export class LevelRule {
     this.chart = chart;
     const given = Number(getParam(PARAM) ?? NaN);
     this.level = Number.isFinite(given) ? given : null;
-    this.button = h("button", { type: "button", class: "quiet", "aria-pressed": "false", title: "When was this loss reached?", onclick: () => this.toggle() }, "level");
+    this.button = h("button", { type: "button", class: "quiet", "aria-pressed": "false", title: t("When was this loss reached?"), onclick: () => this.toggle() }, t("level"));
     this.value = h("span", { class: "level-value", "aria-hidden": "true" });
-    this.node = h("div", { class: "level-rule", role: "slider", tabindex: "0", "aria-orientation": "vertical", "aria-label": `Level of ${chart.name}`, hidden: true }, this.value);
+    this.node = h("div", { class: "level-rule", role: "slider", tabindex: "0", "aria-orientation": "vertical", "aria-label": t("Level of {chart}", { chart: chart.name }), hidden: true }, this.value);
     this.body = h("tbody");
     const head = h("tr", {}, COLUMNS.map(([name, kind]) => h("th", { scope: "col", class: kind }, name)));
     this.caption = h("caption");
@@ -112,10 +113,10 @@ export class LevelRule {
   }
 
   showTable(found) {
-    setText(this.caption, `First at or below ${this.chart.format(this.level)}, on the smoothed line`);
+    setText(this.caption, t("First at or below {level}, on the smoothed line", { level: this.chart.format(this.level) }));
     updateList(this.body, found.map((run, i) => [run, i]), ([, i]) => i, () => h("tr", {}, h("th", { scope: "row" }), COLUMNS.slice(1).map(([, kind]) => h("td", { class: kind }))), (row, [run]) => {
       const never = run.step === undefined;
-      const lowest = run.lowest === null ? "no loss yet" : `not reached, lowest ${this.chart.format(run.lowest)}`;
+      const lowest = run.lowest === null ? t("no loss yet") : t("not reached, lowest {lowest}", { lowest: this.chart.format(run.lowest) });
       const values = never ? [lowest, "", ""] : [count(run.step), compactNumber(run.tokens), run.seconds === null ? NONE : duration(run.seconds)];
       setText(row.firstChild, run.name);
       values.forEach((value, i) => setText(row.children[i + 1], value));
@@ -127,7 +128,7 @@ export class LevelRule {
     setAttr(this.node, "aria-valuemin", low.toPrecision(DIGITS));
     setAttr(this.node, "aria-valuemax", high.toPrecision(DIGITS));
     setAttr(this.node, "aria-valuenow", this.level);
-    const texts = found.map((run) => (run.step === undefined ? `${run.name} not reached` : `${run.name} at step ${count(run.step)}`));
+    const texts = found.map((run) => (run.step === undefined ? t("{run} not reached", { run: run.name }) : t("{run} at step {step}", { run: run.name, step: count(run.step) })));
     setAttr(this.node, "aria-valuetext", `${this.chart.format(this.level)}: ${texts.join(", ")}`);
   }
 }

@@ -1,7 +1,7 @@
 // A button that opens a list of actions. An action that is not possible stays in the list, with the reason.
 import { h, setAttr, setVisible } from "./dom.js";
 
-/** `actions(at)` returns what to list: [{label, press, why, danger}]; `at`: see `open`; `why`: the reason if it is not possible. `name`: for screen readers, if the label is a sign. */
+/** `actions(at)` returns what to list: [{label, press, why, danger}], or `{heading}` above the next ones; `at`: see `open`; `why`: the reason if it is not possible. `name`: for screen readers, if the label is a sign. */
 export class Menu {
   constructor(label, actions, { name = null, quiet = false } = {}) {
     this.actions = actions;
@@ -28,7 +28,7 @@ export class Menu {
     document.addEventListener("pointerdown", this.onOutside);
     addEventListener("scroll", this.onMove, true);
     addEventListener("resize", this.onMove);
-    this.list.firstChild?.focus({ preventScroll: true });
+    this.list.querySelector("button")?.focus({ preventScroll: true });
   }
 
   /** The list is fixed in the window, because a table that scrolls would clip it. */
@@ -41,7 +41,8 @@ export class Menu {
     this.list.style.top = `${Math.max(4, Math.min(y, innerHeight - height - 4))}px`;
   }
 
-  item({ label, press, why = null, danger = false }) {
+  item({ heading, label, press, why = null, danger = false }) {
+    if (heading) return h("span", { class: "menu-heading" }, heading);
     const run = () => {
       if (why) return;
       this.close();
@@ -61,7 +62,7 @@ export class Menu {
     const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (!by) return;
     event.preventDefault();
-    const items = [...this.list.children];
+    const items = [...this.list.querySelectorAll("button")];
     items[(items.indexOf(document.activeElement) + by + items.length) % items.length]?.focus();
   }
 

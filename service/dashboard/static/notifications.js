@@ -1,8 +1,9 @@
 // Tells the user with a notification of the browser that a watched job has ended. Watched jobs are kept in this browser.
 import { ApiError, get, withQuery } from "./api.js";
 import { announce } from "./dom.js";
+import { t } from "./i18n.js";
 import { navigate } from "./router.js";
-import { FINAL_STATUSES, STATUSES } from "./status.js";
+import { FINAL_STATUSES, STATUSES, wordFor } from "./status.js";
 
 const STORAGE_KEY = "trainyard-watched";
 const ASKED_KEY = "trainyard-notifications-asked";
@@ -31,9 +32,9 @@ export async function setWatched(jobs, wanted) {
     else delete names[id];
   }
   write(names);
-  if (!wanted) return announce("You will not be notified");
+  if (!wanted) return announce(t("You will not be notified"));
   const allowed = await askOnce();
-  return announce(allowed ? "You will be notified when the job ends" : "The browser shows no notifications. This page will tell you while it is open");
+  return announce(allowed ? t("You will be notified when the job ends") : t("The browser shows no notifications. This page will tell you while it is open"));
 }
 
 async function askOnce() {
@@ -67,8 +68,8 @@ async function check() {
 }
 
 function tell(job) {
-  const title = `${job.name} ${job.status}`;
-  announce(`${title}. ${job.summary}`);
+  const title = `${job.name} ${wordFor(job.status)}`;
+  announce(t("{title}. {summary}", { title, summary: job.summary }));
   if (!("Notification" in window) || Notification.permission !== "granted") return;
   // A notification with the same tag is replaced, so several tabs show one.
   const shown = new Notification(title, { body: job.summary, tag: job.id });

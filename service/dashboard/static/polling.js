@@ -2,6 +2,7 @@
 import { ServiceUnreachable, connection } from "./api.js";
 import { h, setText, setVisible } from "./dom.js";
 import { duration, timeOrDateTime } from "./format.js";
+import { t } from "./i18n.js";
 
 export const POLL_MS = 2000;
 
@@ -92,11 +93,11 @@ export function showConnectionState() {
 
 function render() {
   const updated = document.getElementById("updated");
-  setText(updated, updatedAt === null ? "" : `updated ${duration((Date.now() - updatedAt) / 1000)} ago`);
+  setText(updated, updatedAt === null ? "" : t("updated {duration} ago", { duration: duration((Date.now() - updatedAt) / 1000) }));
   const banner = document.getElementById("offline");
   setVisible(banner, offlineSince !== null);
   if (offlineSince === null) return;
-  const since = updatedAt === null ? "" : ` This page shows the state of ${timeOrDateTime(updatedAt)}.`;
   if (!banner.firstChild) banner.append(h("span"));
-  setText(banner.firstChild, `The service is unreachable; runs continue without it.${since} Retrying.`);
+  setText(banner.firstChild, updatedAt === null ? t("The service is unreachable; runs continue without it. Retrying.")
+    : t("The service is unreachable; runs continue without it. This page shows the state of {time}. Retrying.", { time: timeOrDateTime(updatedAt) }));
 }

@@ -1,13 +1,15 @@
 // URLs and pages. A page is `{title, open(place, params)}`; `place` is an empty element, and `open` returns a function that closes it.
+// Its modules are loaded when it is opened first, so that the first page waits only for its own.
 import { h } from "./dom.js";
+import { t } from "./i18n.js";
 
 const routes = [];
 let closePage = () => {};
 
-/** Adds a page for a pattern such as `/jobs/:id`. */
-export function addRoute(pattern, made) {
+/** Adds a page for a pattern such as `/jobs/:id`. `load()` returns a promise of it. */
+export function addRoute(pattern, load) {
   const names = [...pattern.matchAll(/:(\w+)/g)].map((match) => match[1]);
-  routes.push({ names, match: new RegExp(`^${pattern.replace(/:\w+/g, "([^/]+)")}/?$`), made });
+  routes.push({ names, match: new RegExp(`^${pattern.replace(/:\w+/g, "([^/]+)")}/?$`), load });
 }
 
 export function startRouter() {
@@ -41,9 +43,27 @@ export function openPage() {
     if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = match ? `${match.made.title} · Trainyard` : "Not found · Trainyard";
-  if (match) closePage = match.made.open(place, match.params) ?? (() => {});
-  else place.append(h("h1", {}, "Not found"), h("p", {}, h("a", { href: "/" }, "To the jobs")));
+  closePage = match ? openWhenLoaded(match, place) : () => {};
+  if (match) return;
+  document.title = `${t("Not found")} · Trainyard`;
+  place.append(h("h1", {}, t("Not found")), h("p", {}, h("a", { href: "/" }, t("To the jobs"))));
+}
+
+/** Returns a function that closes the page, also one that is not loaded yet. */
+function openWhenLoaded({ load, params }, place) {
+  let close = () => {};
+  let isClosed = false;
+  const open = (page) => {
+    if (isClosed) return;
+    document.title = `${page.title} · Trainyard`;
+    close = page.open(place, params) ?? close;
+  };
+  const fail = () => place.append(h("p", { class: "error", role: "alert" }, t("This page could not be loaded.")), h("button", { type: "button", onclick: () => location.reload() }, t("Load again")));
+  load().then(open, fail);
+  return () => {
+    isClosed = true;
+    close();
+  };
 }
 
 /** Sets a query parameter of the URL without a history entry; null removes it. */

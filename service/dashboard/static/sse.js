@@ -1,5 +1,6 @@
 // Server-sent events over fetch, because EventSource cannot send a token. Reconnects after the last event id.
 import { ApiError, ServiceUnreachable, request } from "./api.js";
+import { t } from "./i18n.js";
 
 const SILENCE_TIMEOUT_MS = 40_000; // The service sends a comment every 15 s.
 const RETRY_DELAYS_MS = [500, 1000, 2000, 4000, 8000];
@@ -30,7 +31,7 @@ async function readWithRetries(life, path, take) {
 /** Returns true after the service has sent the "end" event. */
 async function readEvents(life, path, take) {
   const more = life.last ? { "Last-Event-ID": life.last } : {};
-  const response = await request(path, { signal: life.abort.signal, headers: { Accept: "text/event-stream", ...more } });
+  const response = await request(path, { cache: "no-store", signal: life.abort.signal, headers: { Accept: "text/event-stream", ...more } });
   for await (const event of eventsOf(response, () => life.abort.abort())) {
     if (life.closed) return false;
     life.tries = 0;
@@ -45,12 +46,12 @@ async function readEvents(life, path, take) {
 /** Sends `body` and calls `take(kind, data)` with each event of the response. Throws if the connection breaks before the "end". */
 export async function streamOnce(path, body, take, signal) {
   const headers = { Accept: "text/event-stream", "Content-Type": "application/json" };
-  const response = await request(path, { method: "POST", body: JSON.stringify(body), headers, signal });
+  const response = await request(path, { cache: "no-store", method: "POST", body: JSON.stringify(body), headers, signal });
   for await (const event of eventsOf(response, () => response.body.cancel())) {
     if (event.kind !== "comment") take(event.kind, event.data);
     if (event.kind === "end") return;
   }
-  throw new ServiceUnreachable("The connection ended too early");
+  throw new ServiceUnreachable(t("The connection ended too early"));
 }
 
 /** Yields the events of a response, also comments. Calls `onSilence` if nothing comes for too long. */

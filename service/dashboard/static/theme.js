@@ -1,4 +1,5 @@
 // Light or dark theme: the system's, until the user picks one.
+import { t } from "./i18n.js";
 const STORAGE_KEY = "trainyard-theme";
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -9,7 +10,7 @@ export function setUpTheme(button) {
   const kept = localStorage.getItem(STORAGE_KEY);
   if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
   const tell = () => {
-    button.textContent = isDark() ? "☀ Light" : "☾ Dark";
+    button.textContent = isDark() ? `☀ ${t("Light")}` : `☾ ${t("Dark")}`;
     themeChange.dispatchEvent(new Event("change"));
   };
   button.addEventListener("click", () => {

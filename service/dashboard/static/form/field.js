@@ -2,6 +2,7 @@
 import { ApiError } from "../api.js";
 import { h, setAttr, setText, setVisible } from "../dom.js";
 import { formatValue, isEqual, isObject, jsonPointer, rangeText, setAt } from "./schema.js";
+import { t } from "../i18n.js";
 
 // Inputs for one setting. Each is `{node, control, get, set}`: `get` returns the JSON value or INVALID;
 // `set` returns whether the input can hold the value. Numbers use the browser's number fields.
@@ -15,7 +16,7 @@ function createInput(field, id, onChange) {
 
 const emptyValue = (field) => (field.nullable ? null : INVALID);
 // The same word as in the help text.
-const nullLabel = (field) => (!field.nullable ? null : field.none ? field.none : field.help.includes("null") ? "null" : "none");
+const nullLabel = (field) => (!field.nullable ? null : field.none ? field.none : field.help.includes("null") ? "null" : t("none"));
 
 const LONG_TEXT = 10_000;
 
@@ -75,7 +76,7 @@ function select(field, id, onChange) {
 }
 
 function numberTuple(field, id, onChange) {
-  const make = (_, i) => h("input", { id: i ? `${id}-${i}` : id, type: "number", step: "any", "aria-label": `${field.name}, ${i + 1} of ${field.tupleLength}`, oninput: onChange });
+  const make = (_, i) => h("input", { id: i ? `${id}-${i}` : id, type: "number", step: "any", "aria-label": t("{name}, {i} of {all}", { name: field.name, i: i + 1, all: field.tupleLength }), oninput: onChange });
   const all = Array.from({ length: field.tupleLength }, make);
   const get = () => (all.some((input) => input.value === "") ? INVALID : all.map((input) => Number(input.value)));
   const fits = (value) => Array.isArray(value) && value.length === all.length && value.every((number) => typeof number === "number");
@@ -83,7 +84,7 @@ function numberTuple(field, id, onChange) {
 }
 
 /** Rows that can be added and removed. `make()` creates a row with `read` and `write`. */
-function rowList(id, make, word, onChange) {
+function rowList(id, make, { add: addText, remove: removeText }, onChange) {
   const place = h("div", { class: "rows" });
   const parts = [];
   const add = (value) => {
@@ -95,12 +96,12 @@ function rowList(id, make, word, onChange) {
       more.focus();
       onChange();
     };
-    const line = h("div", { class: "row" }, part.node, h("button", { type: "button", class: "quiet", "aria-label": `Remove this ${word}`, onclick: remove }, "×"));
+    const line = h("div", { class: "row" }, part.node, h("button", { type: "button", class: "quiet", "aria-label": removeText, onclick: remove }, "×"));
     parts.push(part);
     place.append(line);
     return part;
   };
-  const more = h("button", { id, type: "button", class: "more", onclick: () => (add(null).control.focus(), onChange()) }, `Add a ${word}`);
+  const more = h("button", { id, type: "button", class: "more", onclick: () => (add(null).control.focus(), onChange()) }, addText);
   const fill = (values) => {
     parts.length = 0;
     place.replaceChildren();
@@ -114,17 +115,17 @@ function textRows(field, id, onChange) {
   const all = rowList(id, () => {
     const control = h("textarea", { rows: "1", "aria-label": field.name, oninput: onChange });
     return { node: control, control, read: () => control.value, write: (value) => (control.value = value ?? "") };
-  }, "text", onChange);
+  }, { add: t("Add a text"), remove: t("Remove this text") }, onChange);
   const fits = (value) => Array.isArray(value) && value.every((text) => typeof text === "string");
   return { ...all, get: () => all.parts.map((part) => part.read()), set: (value) => fits(value) && all.fill(value) };
 }
 
 function pairRows(field, id, onChange) {
   const all = rowList(id, () => {
-    const key = h("input", { type: "text", placeholder: "key", "aria-label": `${field.name}: key`, oninput: onChange });
-    const value = h("input", { type: "text", placeholder: "value", "aria-label": `${field.name}: value`, oninput: onChange });
+    const key = h("input", { type: "text", placeholder: t("key"), "aria-label": t("{name}: key", { name: field.name }), oninput: onChange });
+    const value = h("input", { type: "text", placeholder: t("value"), "aria-label": t("{name}: value", { name: field.name }), oninput: onChange });
     return { node: h("span", { class: "pair" }, key, value), control: key, read: () => [key.value, value.value], write: (pair) => ([key.value, value.value] = pair ?? ["", ""]) };
-  }, "label", onChange);
+  }, { add: t("Add a label"), remove: t("Remove this label") }, onChange);
   // A row without a key is not complete yet.
   const get = () => Object.fromEntries(all.parts.map((part) => part.read()).filter(([key]) => key !== ""));
   const fits = (value) => isObject(value) && Object.values(value).every((text) => typeof text === "string");
@@ -149,7 +150,7 @@ function jsonInput(field, id, onChange) {
 const WIDE_KINDS = new Set(["paths", "texts", "pairs", "json"]);
 const ROW_KINDS = new Set(["texts", "pairs"]);
 const WIDE_TEXT_LENGTH = 500; // Longer texts are paths, which need a wide input.
-const NOT_A_NUMBER = "must be a number";
+const NOT_A_NUMBER = t("must be a number");
 let fieldCount = 0;
 
 export class Field {
@@ -165,7 +166,7 @@ export class Field {
     const wide = WIDE_KINDS.has(described.kind) || (described.kind === "text" && described.maxLength > WIDE_TEXT_LENGTH);
     // Each row has its own label, and the button that adds a row has its text.
     const named = ROW_KINDS.has(described.kind) ? ["span", { class: "mono" }] : ["label", { for: id, class: "mono" }];
-    const label = h(...named, described.name, described.required ? h("span", { class: "required-mark" }, " required") : null);
+    const label = h(...named, described.name, described.required ? h("span", { class: "required-mark" }, ` ${t("required")}`) : null);
     this.unit = described.unit ? h("span", { class: "unit" }, described.unit) : null;
     this.node = h("div", { class: `field${wide ? " wide" : ""}` }, label, h("div", { class: "entry" }, this.input.node, this.unit, this.resetButton), this.help, this.error);
     this.node.addEventListener("focusout", (event) => this.node.contains(event.relatedTarget) || this.restoreIfEmpty());
@@ -176,7 +177,7 @@ export class Field {
   show(value) {
     this.foreign = this.input.set(value) ? undefined : { value };
     if (this.foreign) this.input.set(this.base);
-    this.setError(this.foreign ? "the JSON has a value of another type here" : "");
+    this.setError(this.foreign ? t("the JSON has a value of another type here") : "");
     this.refresh();
   }
 
@@ -212,8 +213,8 @@ export class Field {
     this.node.classList.toggle("changed", changed);
     setVisible(this.resetButton, changed);
     const baseText = formatValue(this.base === "" ? null : this.base);
-    setAttr(this.resetButton, "aria-label", `Back to ${baseText}: ${this.name}`);
-    setAttr(this.resetButton, "title", `back to ${baseText}`);
+    setAttr(this.resetButton, "aria-label", t("Back to {value}: {name}", { value: baseText, name: this.name }));
+    setAttr(this.resetButton, "title", t("back to {value}", { value: baseText }));
     const limits = this.choices ? "" : rangeText(this);
     const was = changed && !(this.required && this.base === "") ? `${this.from} ${baseText}` : "";
     setText(this.help, [this.helpText, limits, was].filter(Boolean).join(" · "));
@@ -250,7 +251,7 @@ export class SettingsForm {
     Object.assign(this, { fields, send, done });
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.button = h("button", { class: "primary" }, verb);
-    const cancel = h("button", { type: "button", onclick: leave }, "Discard");
+    const cancel = h("button", { type: "button", onclick: leave }, t("Discard"));
     this.node = h("form", { class: "sheet", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press()) },
       fields.map((field) => field.node), this.error, h("div", { class: "bar" }, this.button, cancel));
     this.node.addEventListener("keydown", (event) => event.key === "Escape" && (event.preventDefault(), leave()));
@@ -262,7 +263,7 @@ export class SettingsForm {
 
   async press() {
     const bad = this.fields.find((field) => field.value === INVALID);
-    bad?.setError("must not be empty");
+    bad?.setError(t("must not be empty"));
     bad?.focus();
     if (bad || this.busy) return;
     this.busy = true;

@@ -1,5 +1,6 @@
 // Form fields from the job spec's JSON schema in the API's OpenAPI document, and values in specs.
 import { get } from "../api.js";
+import { t } from "../i18n.js";
 
 // Reads, sets and compares values in specs. Pure.
 
@@ -53,7 +54,7 @@ export const isObject = (value) => value !== null && typeof value === "object" &
 
 /** Writes a value for people: 5e-4, true, a text without quotes. */
 export function formatValue(value) {
-  if (value === undefined || value === null) return "none";
+  if (value === undefined || value === null) return t("none");
   if (typeof value === "string") return value;
   if (typeof value !== "number") return JSON.stringify(value);
   return value !== 0 && (Math.abs(value) < 1e-2 || Math.abs(value) >= 1e7) ? value.toExponential().replace("+", "") : String(value);
@@ -145,9 +146,9 @@ export const jsonPointer = (path) => path.map((part) => `/${String(part).replace
 export function rangeText({ min, exclusiveMin, max, exclusiveMax }) {
   const write = (value) => (Math.abs(value) >= 1e10 || (value && Math.abs(value) < 1e-3) ? value.toExponential().replace("+", "") : value.toLocaleString("en-US", { maximumFractionDigits: 6 }));
   // JSON's largest integer is no useful limit.
-  const high = max !== undefined && max < 1e12 ? write(max) : exclusiveMax !== undefined ? `below ${write(exclusiveMax)}` : null;
-  const low = min !== undefined ? write(min) : exclusiveMin !== undefined ? `above ${write(exclusiveMin)}` : null;
-  if (low === null) return high === null ? "" : `up to ${high}`;
-  if (high === null) return exclusiveMin === undefined ? `${low} or more` : low;
-  return `${low} to ${high}`;
+  const high = max !== undefined && max < 1e12 ? write(max) : exclusiveMax !== undefined ? t("below {high}", { high: write(exclusiveMax) }) : null;
+  const low = min !== undefined ? write(min) : exclusiveMin !== undefined ? t("above {low}", { low: write(exclusiveMin) }) : null;
+  if (low === null) return high === null ? "" : t("up to {n}", { n: high });
+  if (high === null) return exclusiveMin === undefined ? t("{low} or more", { low }) : low;
+  return t("{low} to {high}", { low, high });
 }

@@ -1,5 +1,6 @@
 // A job spec as a form and as JSON, both kept in sync, and drafts of specs in session storage.
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { Field, INVALID } from "./field.js";
 import { fieldGroups, getAt, isObject, setAt, withoutFields } from "./schema.js";
@@ -28,9 +29,9 @@ export class SpecForm {
     this.unknownSettings = {};
     this.groups = fieldGroups(schemas).map((group) => new FieldGroup(group, base, baseName, () => this.onInput()));
     this.fields = this.groups.flatMap((group) => group.fields);
-    this.search = h("input", { type: "search", id: "settings", placeholder: "Find a setting", autocomplete: "off", oninput: () => this.filter() });
-    this.noMatch = h("p", { class: "muted", role: "status", hidden: true }, "No setting matches.");
-    const find = h("div", { class: "bar" }, h("label", { class: "visually-hidden", for: "settings" }, "Find a setting"), this.search);
+    this.search = h("input", { type: "search", id: "settings", placeholder: t("Find a setting"), autocomplete: "off", oninput: () => this.filter() });
+    this.noMatch = h("p", { class: "muted", role: "status", hidden: true }, t("No setting matches."));
+    const find = h("div", { class: "bar" }, h("label", { class: "visually-hidden", for: "settings" }, t("Find a setting")), this.search);
     this.node = h("div", { class: "spec" }, find, this.noMatch, this.groups.map((group) => group.node));
     this.updateCount();
   }
@@ -49,6 +50,11 @@ export class SpecForm {
 
   get changed() {
     return this.fields.filter((field) => field.changed && field.value !== INVALID);
+  }
+
+  /** Returns the value of a setting, changed or not. */
+  valueAt(...path) {
+    return this.fields.find((field) => field.path.join() === path.join())?.value;
   }
 
   /** Fields without a valid value. */
@@ -101,13 +107,13 @@ class FieldGroup {
     const baseValue = (field) => (base === null ? undefined : getAt(base, field.path));
     this.fields = fields.map((field) => new Field(field, baseValue(field) === undefined ? field.defaultValue : baseValue(field), baseName, onChange));
     this.changeCount = h("span", { class: "change-count" });
-    const title = h("span", { class: "title" }, name === "" ? "job" : name.replaceAll(".", " › "));
+    const title = h("span", { class: "title" }, name === "" ? t("job") : name.replaceAll(".", " › "));
     this.node = h("details", { class: "group", open: OPEN_GROUPS.has(name) }, h("summary", {}, title, h("span", { class: "muted" }, help), this.changeCount), this.fields.map((field) => field.node));
   }
 
   updateCount() {
     const total = this.fields.filter((field) => field.changed).length;
-    setText(this.changeCount, total ? `${total} changed` : "");
+    setText(this.changeCount, total ? t("{n} changed", { n: total }) : "");
   }
 
   /** Shows only fields that match; returns whether any does. */
@@ -133,7 +139,7 @@ class FieldGroup {
 
 // Edits a spec as a form or as JSON; both are kept in sync.
 
-const VIEWS = { form: "Form", json: "JSON" };
+const VIEWS = { form: t("Form"), json: "JSON" };
 
 export class SpecEditor {
   /** `label`: that of the JSON field; `onChange`: called after every change. */
@@ -146,7 +152,7 @@ export class SpecEditor {
     const inside = h("div", { class: "json" }, h("label", { for: "spec" }, label), this.json, this.jsonError);
     this.panels = { form: tabPanel("form", form.node), json: tabPanel("json", inside) };
     this.tabs = Object.entries(VIEWS).map(([view, name]) => this.tab(view, name));
-    this.node = h("div", { class: "editor" }, h("div", { role: "tablist", class: "tabs", "aria-label": "Form or JSON" }, this.tabs), this.errors, Object.values(this.panels));
+    this.node = h("div", { class: "editor" }, h("div", { role: "tablist", class: "tabs", "aria-label": t("Form or JSON") }, this.tabs), this.errors, Object.values(this.panels));
     this.selectView(getParam("view") === "json" ? "json" : "form");
   }
 
@@ -195,13 +201,18 @@ export class SpecEditor {
     if (parsed.spec) this.form.setSpec(parsed.spec);
   }
 
+  /** Returns the spec if it is complete, else null; shows nothing. */
+  peek() {
+    return this.form.invalidFields.length ? null : (parseSpec(this.json.value).spec ?? null);
+  }
+
   /** Returns the spec, or null after showing an error if it is not complete. */
   read() {
     const { spec, error } = parseSpec(this.json.value);
     if (error) this.setError(error);
     if (error) this.selectView("json");
     const [first] = error ? [] : this.form.invalidFields;
-    first?.setError("must not be empty");
+    first?.setError(t("must not be empty"));
     first?.focus();
     return error || first ? null : spec;
   }
@@ -212,19 +223,18 @@ export class SpecEditor {
     setAttr(this.json, "aria-invalid", message ? "true" : null);
   }
 
-  /** Shows errors at their fields and as a list; the first one gets the focus. */
-  showErrors(errors, message = "") {
+  /** Shows errors at their fields and as a list; the first one gets the focus, unless the user is typing. */
+  showErrors(errors, { isTyping = false } = {}) {
     const withoutField = this.form.showErrors(errors);
     const shown = this.view === "json" ? errors : withoutField;
-    setVisible(this.errors, shown.length || (message && !errors.length));
-    const items = shown.length ? shown : message && !errors.length ? [{ pointer: "", message }] : [];
-    updateList(this.errors, items, (problem) => `${problem.pointer} ${problem.message}`, errorItem, (part, problem) => {
+    setVisible(this.errors, shown.length);
+    updateList(this.errors, shown, (problem) => `${problem.pointer} ${problem.message}`, errorItem, (part, problem) => {
       setVisible(part.firstChild, problem.pointer);
       setText(part.firstChild, problem.pointer);
       part.firstChild.onclick = () => this.selectInJson(problem.pointer);
       setText(part.lastChild, ` ${problem.message}`);
     });
-    if (this.view === "form") this.form.fields.find((field) => field.hasError)?.focus();
+    if (this.view === "form" && !isTyping) this.form.fields.find((field) => field.hasError)?.focus();
     setAttr(this.json, "aria-invalid", errors.length ? "true" : null);
   }
 
@@ -249,8 +259,8 @@ const errorItem = () => h("li", {}, h("button", { type: "button", class: "quiet 
 function parseSpec(written) {
   try {
     const spec = JSON.parse(written);
-    return spec !== null && typeof spec === "object" && !Array.isArray(spec) ? { spec } : { error: "A spec is a JSON object: { … }" };
+    return spec !== null && typeof spec === "object" && !Array.isArray(spec) ? { spec } : { error: t("A spec is a JSON object: { … }") };
   } catch (error) {
-    return { error: `This is not JSON: ${error.message}` };
+    return { error: t("This is not JSON: {reason}", { reason: error.message }) };
   }
 }

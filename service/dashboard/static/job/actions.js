@@ -1,20 +1,26 @@
 // Actions of a job: the one that is likely next as a button, all others in a menu, with the reason if one is not possible; and the dialog to resume with changes.
 import { ApiError, get, sendJson } from "../api.js";
-import { announce, h, setAttr, setText, setVisible } from "../dom.js";
+import { confirmAction } from "../confirm.js";
+import { announce, h, setText, setVisible } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
+import { t } from "../i18n.js";
 import { Menu } from "../menu.js";
 import { navigate } from "../router.js";
 import { FINAL_STATUSES } from "../status.js";
 
 const CONFIRM_QUESTIONS = {
-  kill: "Kill this job now? It saves nothing: progress since its newest checkpoint is lost.",
-  cancel: "Cancel this job? It saves a checkpoint first and then stops.",
-  delete: "Delete this job's record and files? This cannot be undone.",
+  kill: t("Kill this job now? It saves nothing: progress since its newest checkpoint is lost."),
+  cancel: t("Cancel this job? It saves a checkpoint first and then stops."),
+  delete: t("Delete this job's record and files? This cannot be undone."),
 };
 const RESUME_WITH = "resume with";
-const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", "cancel", "kill", "delete"];
-const LABELS = { save: "save now", [RESUME_WITH]: "resume with…", fork: "fork…" };
+const DISCARD = "discard";
+const ACTIONS = ["pause", "resume", RESUME_WITH, "save", "fork", DISCARD, "cancel", "kill", "delete"];
+const LABELS = {
+  pause: t("pause"), resume: t("resume"), [RESUME_WITH]: t("resume with…"), save: t("save now"), fork: t("fork…"), [DISCARD]: t("discard: hide from lists"), cancel: t("cancel"), kill: t("kill"), delete: t("delete") };
+const REQUESTED = {
+  pause: t("pause requested"), resume: t("resume requested"), save: t("save requested"), cancel: t("cancel requested"), kill: t("kill requested"), delete: t("delete requested") };
 
 /** The action that is likely next, or null: to pause what runs, to resume what does not, to fork what is done. */
 function primaryAction({ status }, whyNot) {
@@ -28,8 +34,8 @@ export class Actions {
     this.done = done;
     this.error = h("p", { class: "error", role: "alert", hidden: true });
     this.primary = h("button", { type: "button", class: "primary", hidden: true, onclick: () => this.press(this.verb) });
-    this.menu = new Menu("More actions", () => this.others());
-    this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": "Actions" }, this.primary, this.menu.node), this.error);
+    this.menu = new Menu(t("More actions"), () => this.others());
+    this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": t("Actions") }, this.primary, this.menu.node), this.error);
     this.whyNot = new Map();
   }
 
@@ -37,49 +43,44 @@ export class Actions {
     this.job = job;
     this.whyNot = new Map(job.allowed_actions.map(({ action, allowed, why_not: why }) => [action, allowed ? null : why]));
     // A succeeded job can be resumed only with more steps or epochs.
-    this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? "it cannot be resumed"));
+    this.whyNot.set(RESUME_WITH, job.resumable || job.status === "succeeded" ? null : (this.whyNot.get("resume") ?? t("it cannot be resumed")));
+    this.whyNot.set(DISCARD, null);
     this.verb = primaryAction(job, this.whyNot);
     setVisible(this.primary, this.verb);
-    setText(this.primary, this.verb ? LABELS[this.verb] ?? this.verb : "");
+    setText(this.primary, this.verb ? LABELS[this.verb] : "");
   }
 
   others() {
     return ACTIONS.filter((verb) => verb !== this.verb && this.whyNot.has(verb)).map((verb) => ({
-      label: LABELS[verb] ?? verb, why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
+      label: verb === DISCARD && this.job.discarded ? t("show in lists again") : LABELS[verb], why: this.whyNot.get(verb), danger: verb in CONFIRM_QUESTIONS, press: () => this.press(verb) }));
   }
 
   async press(verb) {
-    if (verb in CONFIRM_QUESTIONS && !(await confirmAction(CONFIRM_QUESTIONS[verb], verb))) return;
+    if (verb in CONFIRM_QUESTIONS && !(await confirmAction(CONFIRM_QUESTIONS[verb], LABELS[verb]))) return;
     this.showError("");
     try {
-      if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce("resume requested"), this.done(job)));
+      if (verb === RESUME_WITH) return await openResumeDialog(this.address, this.job, (job) => (announce(REQUESTED.resume), this.done(job)));
+      if (verb === DISCARD) return await this.discard(!this.job.discarded);
       if (verb === "fork") return navigate(`/submit?fork=${encodeURIComponent(this.job.id)}${this.job.checkpoint ? `&step=${this.job.checkpoint.step}` : ""}`);
       const job = await (verb === "delete" ? sendJson("DELETE", this.address) : sendJson("POST", `${this.address}/${verb}`));
-      announce(`${verb} requested`);
+      announce(REQUESTED[verb]);
       if (job) this.done(job);
       else navigate("/");
     } catch (error) {
-      this.showError(error instanceof ApiError ? `${verb}: ${error.message}` : error.message);
+      this.showError(error instanceof ApiError ? `${LABELS[verb].replace("…", "")}: ${error.message}` : error.message);
     }
+  }
+
+  /** A mark that can be taken back: nothing is stopped or deleted. */
+  async discard(wanted) {
+    this.done(await sendJson("PATCH", this.address, { discarded: wanted }));
+    announce(wanted ? t("Hidden from lists. The filter Discarded shows it") : t("Shown in lists again"));
   }
 
   showError(message) {
     setVisible(this.error, message);
     setText(this.error, message);
   }
-}
-
-/** Asks for confirmation in a dialog; the button that changes nothing has the focus. */
-function confirmAction(question, verb) {
-  return new Promise((done) => {
-    const no = h("button", { type: "button", onclick: () => box.close() }, "Back");
-    const yes = h("button", { type: "button", class: "danger", onclick: () => box.close("yes") }, verb);
-    const box = h("dialog", { "aria-label": verb }, h("p", {}, question), h("div", { class: "bar" }, no, yes));
-    box.addEventListener("close", () => (box.remove(), done(box.returnValue === "yes")));
-    document.body.append(box);
-    box.showModal();
-    no.focus();
-  });
 }
 
 // Dialog to resume a job with changes: more epochs or steps, another checkpoint, other resources.
@@ -90,11 +91,11 @@ const RESOURCES = ["nproc_per_node", "device", "max_restarts"];
 export async function openResumeDialog(address, job, done, step = null) {
   const fields = await resumeFields(address, job);
   if (step !== null) fields.find((field) => field.name === "step")?.show(step);
-  const explanation = job.reason === "limit" ? "The run has ended at its limit. Set another limit to continue, or none."
-    : job.status === "succeeded" ? "All steps are done. Set more steps, tokens or epochs to continue." : "Settings that you do not change stay as they are.";
-  const sheet = new SettingsForm(fields, "Resume", {
+  const explanation = job.reason === "limit" ? t("The run has ended at its limit. Set another limit to continue, or none.")
+    : job.status === "succeeded" ? t("All steps are done. Set more steps, tokens or epochs to continue.") : t("Settings that you do not change stay as they are.");
+  const sheet = new SettingsForm(fields, t("Resume"), {
     send: (changes) => sendJson("POST", `${address}/resume`, changes), done: (answer) => (box.close(), done(answer)), leave: () => box.close() });
-  const box = h("dialog", { class: "wider", "aria-labelledby": "resume-title" }, h("h2", { id: "resume-title" }, `Resume ${job.name}`), h("p", { class: "muted" }, explanation), sheet.node);
+  const box = h("dialog", { class: "wider", "aria-labelledby": "resume-title" }, h("h2", { id: "resume-title" }, t("Resume {name}", { name: job.name })), h("p", { class: "muted" }, explanation), sheet.node);
   const before = document.activeElement;
   box.addEventListener("close", () => (box.remove(), before?.focus()));
   document.body.append(box);
@@ -105,8 +106,8 @@ export async function openResumeDialog(address, job, done, step = null) {
 async function resumeFields(address, job) {
   const [body, all, checkpoints] = await Promise.all([requestProperties("post", "/jobs/{job_id}/resume"), fetchSchemas(), get(`${address}/checkpoints?limit=100`)]);
   const steps = checkpoints.data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
-  const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : path[0] === "schedule" ? "extend" : getAt(job.spec, specPath(path)), "now", () => {});
-  const step = { anyOf: [{ enum: steps }, { type: "null" }], description: "the checkpoint to resume from; newer ones are set aside", "x-none": "newest" };
+  const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : path[0] === "schedule" ? "extend" : getAt(job.spec, specPath(path)), t("now"), () => {});
+  const step = { anyOf: [{ enum: steps }, { type: "null" }], description: t("the checkpoint to resume from; newer ones are set aside"), "x-none": t("newest") };
   const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);
   return [
     ...["max_steps", "max_tokens", "epochs", "max_minutes", "target_loss"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),

@@ -2,6 +2,7 @@
 import { get, token, withQuery } from "../api.js";
 import { copyText, h, setText, setVisible, updateList } from "../dom.js";
 import { fetchSchemas } from "../form/schema.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { differingSettings, specChanges, specDefaults } from "../spec-diff.js";
 
@@ -11,19 +12,19 @@ const HEREDOC_END = "SPEC";
 export class ConfigTab {
   constructor(place, address) {
     this.address = address;
-    this.otherJob = h("input", { id: "against", type: "search", list: "against-jobs", placeholder: "the defaults, or another job's name", autocomplete: "off", size: "34" });
+    this.otherJob = h("input", { id: "against", type: "search", list: "against-jobs", placeholder: t("the defaults, or another job's name"), autocomplete: "off", size: "34" });
     this.suggestions = h("datalist", { id: "against-jobs" });
-    this.table = h("table", { class: "differs" }, h("caption", { class: "visually-hidden" }, "Settings that differ"), (this.head = h("thead")), (this.body = h("tbody")));
+    this.table = h("table", { class: "differs" }, h("caption", { class: "visually-hidden" }, t("Settings that differ")), (this.head = h("thead")), (this.body = h("tbody")));
     this.noDifference = h("p", { class: "muted", hidden: true });
     this.error = h("p", { class: "error", role: "alert" });
-    this.wholeSpec = h("pre", { tabindex: "0", role: "region", "aria-label": "The resolved spec" });
+    this.wholeSpec = h("pre", { tabindex: "0", role: "region", "aria-label": t("The resolved spec") });
     this.otherJob.addEventListener("input", () => this.onInput());
-    const buttons = Object.entries(COPY_FORMATS).map(([name, make]) => h("button", { type: "button", onclick: () => this.copyAs(name, make) }, name));
-    this.submitLikeLink = h("a", { class: "button" }, "Submit a similar job");
-    this.scroll = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Settings that differ" }, this.table);
+    const buttons = Object.entries(COPY_FORMATS).map(([name, make]) => h("button", { type: "button", onclick: () => this.copyAs(name, make) }, name === "command" ? t("command") : name));
+    this.submitLikeLink = h("a", { class: "button" }, t("Submit a similar job"));
+    this.scroll = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": t("Settings that differ") }, this.table);
     place.append(
-      h("div", { class: "bar" }, h("label", { for: "against" }, "Compare with"), this.otherJob, this.suggestions), this.error, this.noDifference, this.scroll,
-      h("div", { class: "bar" }, h("span", { class: "muted" }, "Copy as"), buttons, this.submitLikeLink), h("details", {}, h("summary", {}, "Full spec"), this.wholeSpec));
+      h("div", { class: "bar" }, h("label", { for: "against" }, t("Compare with")), this.otherJob, this.suggestions), this.error, this.noDifference, this.scroll,
+      h("div", { class: "bar" }, h("span", { class: "muted" }, t("Copy as")), buttons, this.submitLikeLink), h("details", {}, h("summary", {}, t("Full spec")), this.wholeSpec));
     this.loadSuggestions("");
   }
 
@@ -45,17 +46,17 @@ export class ConfigTab {
 
   async againstDefaults() {
     const defaults = specDefaults(await fetchSchemas());
-    this.draw(["default"], differingSettings([this.job.spec, { ...defaults, version: this.job.spec.version }]), "Every setting has its default value.");
+    this.draw([t("default")], differingSettings([this.job.spec, { ...defaults, version: this.job.spec.version }]), t("Every setting has its default value."));
   }
 
   async againstJob(id) {
     const other = await get(`/jobs/${encodeURIComponent(id)}`);
     if (document.activeElement !== this.otherJob) this.otherJob.value = jobTitle(other);
-    this.draw([other.name], differingSettings([this.job.spec, other.spec]), `All settings are the same as in ${other.name}.`);
+    this.draw([other.name], differingSettings([this.job.spec, other.spec]), t("All settings are the same as in {name}.", { name: other.name }));
   }
 
   draw(others, rows, none) {
-    this.head.replaceChildren(h("tr", {}, ["Setting", this.job.name, ...others].map((name) => h("th", { scope: "col" }, name))));
+    this.head.replaceChildren(h("tr", {}, [t("Setting"), this.job.name, ...others].map((name) => h("th", { scope: "col" }, name))));
     updateList(this.body, rows, ([name, values]) => JSON.stringify([name, values]), ([name, values]) =>
       h("tr", {}, h("th", { scope: "row", class: "mono" }, name), values.map((value) => h("td", {}, value))));
     setVisible(this.scroll, rows.length);
@@ -80,7 +81,7 @@ export class ConfigTab {
 
   async copyAs(name, make) {
     const changed = specChanges(this.job.spec, specDefaults(await fetchSchemas()));
-    copyText(make(this.job.spec, JSON.stringify(changed, null, 2)), name);
+    copyText(make(this.job.spec, JSON.stringify(changed, null, 2)), name === "command" ? t("command") : name);
   }
 }
 

@@ -4,6 +4,8 @@ import { DARK_COLORS, DASHES, LIGHT_COLORS } from "../chart-data.js";
 import { Chart, ChartGroup } from "../charts.js";
 import { createTable, h, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, count, dateTime, fewDigits } from "../format.js";
+import { t } from "../i18n.js";
+import { wordFor } from "../status.js";
 import { isDark } from "../theme.js";
 
 const PAGE = 1000;
@@ -16,11 +18,11 @@ const OPEN_STATES = new Set(["pending", "running"]);
 export const accuracy = (value) => (Number.isFinite(value) ? `${(100 * value).toFixed(1)} %` : NONE);
 
 const CHARTS = [
-  ["Accuracy", "acc", { format: accuracy, ticks: PERCENT }],
-  ["Accuracy per byte of text (acc_norm)", "acc_norm", { format: accuracy, ticks: PERCENT }],
-  ["Bits per byte of the right text", "bpb", { format: fewDigits }],
+  [t("Accuracy"), "acc", { format: accuracy, ticks: PERCENT }],
+  [t("Accuracy per byte of text (acc_norm)"), "acc_norm", { format: accuracy, ticks: PERCENT }],
+  [t("Bits per byte of the right text"), "bpb", { format: fewDigits }],
 ];
-const COLUMNS = [["Step", "num"], ["Task"], ["acc", "num"], ["acc_norm", "num"], ["bpb", "num"], ["Examples", "num"], ["Measured"], ["When"]];
+const COLUMNS = [[t("Step"), "num"], [t("Task")], ["acc", "num"], ["acc_norm", "num"], ["bpb", "num"], [t("Examples"), "num"], [t("Measured")], [t("When")]];
 
 export class EvaluationsTab {
   constructor(place, address) {
@@ -28,12 +30,12 @@ export class EvaluationsTab {
     this.group = new ChartGroup({ keepsZoom: false });
     this.charts = CHARTS.map(([name, , options]) => new Chart(name, { ...options, height: 200 }));
     this.group.onTheme = () => this.draw();
-    this.table = createTable(COLUMNS, "Scores on tasks, newest step first");
+    this.table = createTable(COLUMNS, t("Scores on tasks, newest step first"));
     this.table.node.classList.add("stack");
-    this.none = h("p", { class: "muted", hidden: true }, "No scores yet. Name task files in evaluation.tasks, or evaluate a checkpoint: trainyard evaluate.");
+    this.none = h("p", { class: "muted", hidden: true }, t("No scores yet. Name task files in evaluation.tasks, or evaluate a checkpoint: trainyard evaluate."));
     this.note = h("span", { class: "muted", role: "status" });
     this.error = h("p", { class: "error", role: "alert" });
-    this.button = h("button", { type: "button", hidden: true, onclick: () => this.evaluate() }, "Evaluate the newest checkpoint");
+    this.button = h("button", { type: "button", hidden: true, onclick: () => this.evaluate() }, t("Evaluate the newest checkpoint"));
     this.grid = h("div", { class: "small two", hidden: true }, this.charts.map((chart) => this.group.add(chart)));
     place.append(h("div", { class: "bar" }, this.button, this.note), this.error, this.none, this.grid, this.table.node);
   }
@@ -83,8 +85,8 @@ export class EvaluationsTab {
     setVisible(this.table.node, this.scores.length);
     setVisible(this.grid, done.length);
     const shown = this.scores.slice(-MAX_ROWS).reverse();
-    const rest = this.scores.length > shown.length ? `the newest ${count(shown.length)} of ${count(this.scores.length)} scores` : "";
-    setText(this.note, [open ? `${count(open)} being evaluated` : "", rest].filter(Boolean).join(" · "));
+    const rest = this.scores.length > shown.length ? t("the newest {n} of {all} scores", { n: count(shown.length), all: count(this.scores.length) }) : "";
+    setText(this.note, [open ? t("{n} being evaluated", { n: count(open) }) : "", rest].filter(Boolean).join(" · "));
     updateList(this.table.body, shown, (score) => `${score.id} ${score.state}`, scoreRow);
     if (!done.length) return;
     this.charts.forEach((chart, i) => chart.show(chartContent(CHARTS[i], done)));
@@ -97,12 +99,12 @@ export class EvaluationsTab {
 }
 
 function scoreRow(score) {
-  const measured = score.evaluation_id === null ? "in training" : `on ${score.device ?? "?"}`;
+  const measured = score.evaluation_id === null ? t("in training") : t("on {device}", { device: score.device ?? "?" });
   const cells = [
     [count(score.step), "num"], [score.task], [accuracy(score.acc), "num"], [accuracy(score.acc_norm), "num"], [fewDigits(score.bpb), "num"], [count(score.examples), "num"],
-    [score.state === "done" ? measured : [score.state, score.error].filter(Boolean).join(": "), "whole"],
+    [score.state === "done" ? measured : [wordFor(score.state), score.error].filter(Boolean).join(": "), "whole"],
   ];
-  const when = h("td", { title: dateTime(score.created_at), "data-name": "when" }, ago(score.finished_at ?? score.created_at));
+  const when = h("td", { title: dateTime(score.created_at), "data-name": t("When").toLowerCase() }, ago(score.finished_at ?? score.created_at));
   return h("tr", {}, cells.map(([value, kind = ""], i) => h("td", { class: value === NONE ? `${kind} empty-cell` : kind, "data-name": COLUMNS[i][0].toLowerCase() }, value)), when);
 }
 
@@ -117,7 +119,7 @@ export function chartContent([name, field, { format }], scores) {
     return { uid: task, x: points.map(([step]) => step), y: points.map(([, value]) => value), mode: "lines+markers", marker: { size: 5 }, line, main: i === 0, end: task, counted: true };
   });
   const steps = [...new Set(scores.map((score) => score.step))].sort((a, b) => a - b);
-  const values = steps.map((step) => [count(step), ...tasks.map((task) => format(known.get(task).get(step)))]);
+  const values = () => steps.map((step) => [count(step), ...tasks.map((task) => format(known.get(task).get(step)))]);
   const newest = tasks.map((task) => `${task} ${format([...known.get(task).values()].at(-1))}`);
-  return { traces, values, columns: ["step", ...tasks], label: `${name}, newest: ${newest.join(", ")}`, note: "" };
+  return { traces, values, columns: [t("step"), ...tasks], label: t("{name}, newest: {values}", { name, values: newest.join(", ") }), note: "" };
 }

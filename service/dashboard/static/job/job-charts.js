@@ -1,9 +1,10 @@
 // The charts of a job: those of the overview, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
 import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGaps, pointSizeText, rowsAfterPause, smoothedLoss, smoothingQuery, smoothingText, stepRange, supersededRanges, toNumber, xValues } from "../chart-data.js";
-import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
+import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary, preloadLibrary } from "../charts.js";
 import { h } from "../dom.js";
 import { bytes, compactNumber, count, fewDigits, loss, percent } from "../format.js";
+import { t } from "../i18n.js";
 import { throttle } from "../polling.js";
 import { isDark } from "../theme.js";
 
@@ -18,30 +19,30 @@ const shareText = (value) => percent(value === null || value === undefined ? nul
 
 /** The small charts below the loss. */
 export const SMALL_CHARTS = [
-  { name: "Learning rate", lines: [fieldLine("learning_rate", "rate")], format: fewDigits },
-  { name: "Gradient norm", lines: [fieldLine("grad_norm", "norm")], format: fewDigits, log: true },
-  { name: "Tokens/s", lines: [fieldLine("tokens_per_second", "tokens/s")], format: compactNumber, ticks: SI },
-  { name: "Step time (s)", lines: [fieldLine("step_seconds", "step"), fieldLine("data_seconds", "data")], format: fewDigits, log: true },
+  { name: t("Learning rate"), lines: [fieldLine("learning_rate", t("rate"))], format: fewDigits },
+  { name: t("Gradient norm"), lines: [fieldLine("grad_norm", t("norm"))], format: fewDigits, log: true },
+  { name: t("Tokens/s"), lines: [fieldLine("tokens_per_second", t("tokens/s"))], format: compactNumber, ticks: SI },
+  { name: t("Step time (s)"), lines: [fieldLine("step_seconds", t("step")), fieldLine("data_seconds", t("data"))], format: fewDigits, log: true },
 ];
 
 /** The charts of the metrics tab. */
 export const MORE_CHARTS = [
-  { name: "Evaluation loss", lines: [{ ...fieldLine("eval_loss", "evaluation"), sparse: true }], format: loss, ofSet: "loss" },
-  { name: "Bits per byte", lines: [fieldLine("bpb", "training"), { ...fieldLine("eval_bpb", "evaluation"), sparse: true }], format: loss, ofSet: "bpb" },
-  { name: "Model FLOPs utilization", lines: [fieldLine("mfu", "MFU")], format: shareText, ticks: PERCENT },
-  { name: "Peak memory", lines: [fieldLine("memory_bytes", "bytes")], format: bytes, ticks: SI },
-  { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (smoothedLoss(row) === null ? null : Math.exp(smoothedLoss(row))), fields: [] }], format: fewDigits, log: true },
-  { name: "Loss range within a point", lines: [{ name: "spread", label: "spread", of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
-  { name: "Data wait as share of step time", lines: [{ name: "waiting", label: "share", of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
-  { name: "Slowest rank over median", lines: [fieldLine("step_seconds_spread", "ratio")], format: fewDigits },
-  { name: "Tokens", lines: [fieldLine("tokens", "tokens")], format: compactNumber, ticks: SI },
-  { name: "Epoch", lines: [fieldLine("epoch", "epoch")], format: fewDigits },
-  { name: "Auxiliary loss", lines: [fieldLine("aux_loss", "auxiliary")], format: fewDigits },
-  { name: "Expert load, highest and lowest", lines: [expertLine("highest", Math.max), expertLine("lowest", Math.min)], format: shareText, ticks: PERCENT },
+  { name: t("Evaluation loss"), lines: [{ ...fieldLine("eval_loss", t("evaluation")), sparse: true }], format: loss, ofSet: "loss" },
+  { name: t("Bits per byte"), lines: [fieldLine("bpb", t("training")), { ...fieldLine("eval_bpb", t("evaluation")), sparse: true }], format: loss, ofSet: "bpb" },
+  { name: t("Model FLOPs utilization"), lines: [fieldLine("mfu", t("MFU"))], format: shareText, ticks: PERCENT },
+  { name: t("Peak memory"), lines: [fieldLine("memory_bytes", t("bytes"))], format: bytes, ticks: SI },
+  { name: t("Perplexity"), lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (smoothedLoss(row) === null ? null : Math.exp(smoothedLoss(row))), fields: [] }], format: fewDigits, log: true },
+  { name: t("Loss range within a point"), lines: [{ name: "spread", label: t("spread"), of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
+  { name: t("Data wait as share of step time"), lines: [{ name: "waiting", label: t("share"), of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
+  { name: t("Slowest rank over median"), lines: [fieldLine("step_seconds_spread", t("ratio"))], format: fewDigits },
+  { name: t("Tokens"), lines: [fieldLine("tokens", t("tokens"))], format: compactNumber, ticks: SI },
+  { name: t("Epoch"), lines: [fieldLine("epoch", t("epoch"))], format: fewDigits },
+  { name: t("Auxiliary loss"), lines: [fieldLine("aux_loss", t("auxiliary"))], format: fewDigits },
+  { name: t("Expert load, highest and lowest"), lines: [expertLine("highest", t("highest"), Math.max), expertLine("lowest", t("lowest"), Math.min)], format: shareText, ticks: PERCENT },
 ];
 
-function expertLine(label, pick) {
-  return { name: label, label, of: (row) => (row.expert_load?.length ? pick(...row.expert_load) : null), fields: ["expert_load"] };
+function expertLine(name, label, pick) {
+  return { name, label, of: (row) => (row.expert_load?.length ? pick(...row.expert_load) : null), fields: ["expert_load"] };
 }
 
 /** The fields that a chart needs. */
@@ -58,10 +59,10 @@ export function chartContent(chart, { rows, xs, breaks, colors, shapes }) {
   const sets = chart.ofSet ? heldOutSets(rows) : [];
   const lines = chartLines(chart, sets);
   const traces = lines.map((part, i) => lineTrace(part, i, lines.length, { rows, xs, breaks, colors }));
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), ...lines.map((part) => chart.format(part.of(row)))]);
+  const values = () => rows.map((row) => [count(row.step), ...lines.map((part) => chart.format(part.of(row)))]);
   const [first] = lines;
-  const note = sets.length > MAX_SETS ? `${(sets.length - MAX_SETS).toLocaleString("en-US")} more held-out sets are in the CSV` : "";
-  return { traces, values, shapes, note, columns: ["step", ...lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
+  const note = sets.length > MAX_SETS ? t("{n} more held-out sets are in the CSV", { n: (sets.length - MAX_SETS).toLocaleString("en-US") }) : "";
+  return { traces, values, shapes, note, columns: [t("step"), ...lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
     now: chart.format(rows.findLast((row) => first.of(row) !== null)?.[first.name] ?? first.of(rows.at(-1) ?? {}) ?? null) };
 }
 
@@ -91,16 +92,16 @@ export function lossContent(view, data, oldRows) {
     { uid: "smoothed", ...lineWithGaps(xs, rows.map(smoothedLoss), breaks), line: { width: 2, color: main }, main: true, counted: rows.map(smoothedLoss) },
     evaluationMarkers(view, accent), nonFiniteMarkers(view, accent), ...supersededLines(view, data, oldRows),
   ];
-  const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(smoothedLoss(row)), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
-  return { traces, values, columns: ["step", "smoothed", "last", "min", "max"], shapes: eventLines(view, data),
-    label: chartLabel("Train loss", rows, smoothedLoss, loss), now: currentLoss(rows), note: legendText(view, data, oldRows),
+  const values = () => rows.map((row) => [count(row.step), loss(smoothedLoss(row)), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
+  return { traces, values, columns: [t("step"), t("smoothed"), t("last"), t("min"), t("max")], shapes: eventLines(view, data),
+    label: chartLabel(t("Train loss"), rows, smoothedLoss, loss), now: currentLoss(rows), note: legendText(view, data, oldRows),
     runs: [{ name: data.name, rows: data.wholeRun, attempts: data.attempts, of: smoothedLoss }] };
 }
 
 /** The newest smoothed and last value. */
 function currentLoss(rows) {
   const [smoothed, last] = [smoothedLoss, (row) => row.loss].map((of) => rows.map(of).findLast(isMeasured));
-  return isMeasured(smoothed) ? `${loss(smoothed)} smoothed, ${loss(last)} last` : loss(smoothed);
+  return isMeasured(smoothed) ? t("{smoothed} smoothed, {last} last", { smoothed: loss(smoothed), last: loss(last) }) : loss(smoothed);
 }
 
 /** Band from min to max without points that have no finite loss: plotly fills a polygon with gaps wrongly. */
@@ -109,14 +110,14 @@ function lossBand({ rows, xs, breaks }, color) {
   const holes = new Set(there.flatMap((i, k) => ([...breaks].some((gap) => gap <= i && gap > (there[k - 1] ?? -1)) ? [k] : [])));
   const edge = (name) => lineWithGaps(there.map((i) => xs[i]), there.map((i) => rows[i][name]), holes);
   const plain = { line: { width: 0 }, hoverinfo: "skip" };
-  return [{ uid: "low", label: "min", ...edge("loss_min"), ...plain }, { uid: "high", label: "max", falls: true, ...edge("loss_max"), ...plain, fill: "tonexty", fillcolor: `${color}26` }];
+  return [{ uid: "low", label: t("min"), ...edge("loss_min"), ...plain }, { uid: "high", label: t("max"), falls: true, ...edge("loss_max"), ...plain, fill: "tonexty", fillcolor: `${color}26` }];
 }
 
 const markerTrace = (uid, points, more) => ({ uid, x: points.map(([x]) => x), y: points.map(([, y]) => y), mode: "markers", ...more });
 
 function evaluationMarkers({ rows, xs }, color) {
   const points = rows.flatMap((row, i) => (isMeasured(row.eval_loss) ? [[xs[i], row.eval_loss]] : []));
-  return markerTrace("eval", points, { label: "evaluation", marker: { size: 7, symbol: "diamond", color } });
+  return markerTrace("eval", points, { label: t("evaluation"), marker: { size: 7, symbol: "diamond", color } });
 }
 
 /** Crosses at the height of the smoothed loss, with the number of non-finite steps. */
@@ -127,14 +128,14 @@ function nonFiniteMarkers({ rows, xs, colors }, color) {
     return row.nonfinite_count ? [[xs[i], height, row.nonfinite_count]] : [];
   });
   const text = points.map(([, , times]) => (times > 1 ? `${times}×` : ""));
-  return { ...markerTrace("bad", points, { label: "not finite, at the smoothed loss", marker: { size: 9, symbol: "x-thin", line: { width: 2, color } } }), mode: "markers+text", text, textposition: "top center", textfont: { size: 10, color: colors[1] } };
+  return { ...markerTrace("bad", points, { label: t("not finite, at the smoothed loss"), marker: { size: 9, symbol: "x-thin", line: { width: 2, color } } }), mode: "markers+text", text, textposition: "top center", textfont: { size: 10, color: colors[1] } };
 }
 
 /** Steps of an earlier attempt that a later one trained again: thin, grey, dotted. */
 function supersededLines({ axis, rows }, { attempts }, oldRows) {
   const inside = (row) => !rows.length || (row.step >= rows[0].first_step && row.first_step <= rows.at(-1).step);
   return [...oldRows].map(([number, all]) => [number, all.filter(inside)]).map(([number, rows]) => ({
-    uid: `old-${number}`, label: `superseded steps of attempt ${number}`, x: xValues(rows, axis, attempts), y: rows.map((row) => row.loss), line: { width: 1, color: GREY, dash: "dot" } }));
+    uid: `old-${number}`, label: t("superseded steps of attempt {n}", { n: number }), x: xValues(rows, axis, attempts), y: rows.map((row) => row.loss), line: { width: 1, color: GREY, dash: "dot" } }));
 }
 
 /** Vertical lines: restarts dashed, alerts dotted, checkpoints short at the bottom. */
@@ -158,13 +159,13 @@ export function eventLines({ rows, xs, axis, colors }, { attempts, checkpoints, 
 function legendText({ rows }, { resolution, attempts, checkpoints, alerts, smoothing, smoothWidth }, oldRows) {
   const bad = rows.reduce((sum, row) => sum + row.nonfinite_count, 0);
   const there = [
-    [true, "band min to max"],
-    [bad, `✕ ${bad.toLocaleString("en-US")} not finite`],
-    [rows.some((row) => isMeasured(row.eval_loss)), "◆ evaluation"],
-    [attempts.length > 1, "┆ new attempt"],
-    [oldRows.size, "··· superseded steps"],
-    [alerts.some((alert) => isMeasured(alert.step)), "⁞ alert"],
-    [checkpoints.length, "╷ checkpoint"],
+    [true, t("band min to max")],
+    [bad, t("✕ {n} not finite", { n: bad.toLocaleString("en-US") })],
+    [rows.some((row) => isMeasured(row.eval_loss)), t("◆ evaluation")],
+    [attempts.length > 1, t("┆ new attempt")],
+    [oldRows.size, t("··· superseded steps")],
+    [alerts.some((alert) => isMeasured(alert.step)), t("⁞ alert")],
+    [checkpoints.length, t("╷ checkpoint")],
   ];
   return rows.length ? [pointSizeText(resolution, rows), smoothingText(smoothing, smoothWidth), ...there.filter(([is]) => is).map(([, text]) => text)].filter(Boolean).join(" · ") : "";
 }
@@ -175,14 +176,14 @@ const MAX_POINTS = 1000;
 const BASE_FIELDS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];
 
 export class JobCharts {
-  /** `onCheckpoint(step)`: called when a checkpoint was chosen in the loss chart. */
-  constructor(address, onCheckpoint) {
-    Object.assign(this, { address, onCheckpoint });
+  /** `startsFrom(checkpoint)`: items of the loss chart's menu for the checkpoint at the pointer. */
+  constructor(address, startsFrom) {
+    Object.assign(this, { address, startsFrom });
     this.group = new ChartGroup();
     ({ axis: this.group.axis, smoothing: this.smoothing } = chartSettings("step"));
     this.group.onZoom = () => this.refetch();
     this.group.onTheme = () => this.data && this.draw();
-    this.lossChart = new Chart("Train loss", { height: 300, format: loss });
+    this.lossChart = new Chart(t("Train loss"), { height: 300, format: loss });
     this.loss = this.group.add(this.lossChart);
     this.smallCharts = SMALL_CHARTS.map((chart) => new Chart(chart.name, { ...chart, height: 150 }));
     this.small = h("div", { class: "small" }, this.smallCharts.map((chart) => this.group.add(chart)));
@@ -193,7 +194,7 @@ export class JobCharts {
     this.lossChart.extraActions = (x) => this.checkpointActions(x);
   }
 
-  /** Items of the loss chart's menu at `x`: the checkpoint that is nearest to this place, or the newest one. */
+  /** Items of the loss chart's menu at `x`: what starts from the checkpoint that is nearest to this place, or from the newest one. */
   checkpointActions(x) {
     const { rows = [], attempts, checkpoints = [] } = this.data ?? {};
     if (!checkpoints.length) return [];
@@ -201,7 +202,7 @@ export class JobCharts {
     const apart = (i) => Math.abs(xs[i] - toNumber(x));
     const step = xs.length ? rows[xs.reduce((best, _, i) => (apart(i) < apart(best) ? i : best), 0)].step : Infinity;
     const nearest = checkpoints.reduce((best, one) => (Math.abs(one.step - step) < Math.abs(best.step - step) || step === Infinity && one.step > best.step ? one : best));
-    return [{ label: `Checkpoint at step ${count(nearest.step)}: fork, decay, resume, evaluate …`, press: () => this.onCheckpoint(nearest.step) }];
+    return [{ heading: t("Checkpoint at step {step}", { step: count(nearest.step) }) }, ...this.startsFrom(nearest)];
   }
 
   controls() {
@@ -214,7 +215,7 @@ export class JobCharts {
       this.smoothing = chosen;
       this.refetch();
     };
-    const hint = h("span", { class: "muted" }, "Drag to zoom, double-click for the whole run");
+    const hint = h("span", { class: "muted" }, t("Drag to zoom, double-click for the whole run"));
     return chartControls({ axis: this.group.axis, smoothing: this.smoothing }, "step", axis, smoothing, hint);
   }
 
@@ -243,6 +244,7 @@ export class JobCharts {
   /** Fetches before the job itself is known, so that both requests run in parallel. */
   prefetch() {
     this.prefetched = this.fetch();
+    preloadLibrary();
     this.prefetched.catch(() => {});
   }
 
@@ -283,7 +285,7 @@ export class JobCharts {
   }
 
   draw() {
-    const data = { ...this.data, alerts: this.alerts, name: this.name ?? "this run", wholeRun: this.wholeRun ?? this.data.rows };
+    const data = { ...this.data, alerts: this.alerts, name: this.name ?? t("this run"), wholeRun: this.wholeRun ?? this.data.rows };
     const { rows, attempts } = data;
     const { axis } = this.group;
     const view = { rows, axis, xs: xValues(rows, axis, attempts), breaks: rowsAfterPause(rows, axis, attempts), colors: isDark() ? DARK_COLORS : LIGHT_COLORS };

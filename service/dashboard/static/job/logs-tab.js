@@ -2,6 +2,7 @@
 import { ApiError, get, withQuery } from "../api.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { bytes, count } from "../format.js";
+import { t, tn } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 
 // List of any number of text lines that renders only the visible ones. The scroll position is stable while lines are added.
@@ -112,7 +113,7 @@ class VirtualList {
   fill(part, i, line) {
     part.number = line?.number ?? null;
     setText(part.firstChild, line ? String(line.number) : "");
-    if (this.onPick) setAttr(part.firstChild, "aria-label", line ? `Show line ${line.number} in context` : null);
+    if (this.onPick) setAttr(part.firstChild, "aria-label", line ? t("Show line {n} in context", { n: line.number }) : null);
     setAttr(part, "class", line && line.number === this.highlighted ? "line highlighted" : "line");
     highlight(part.lastChild, line ? line.text : "…", this.needle);
   }
@@ -159,13 +160,13 @@ export class LogsTab {
     this.address = `${address}/logs`;
     this.attempt = h("select", { id: "attempt", onchange: () => this.onSelect("attempt", this.attempt.value) });
     this.rank = h("select", { id: "rank", onchange: () => this.onSelect("rank", this.rank.value) });
-    this.search = h("input", { id: "grep", type: "search", placeholder: "Search the whole log", "aria-label": "Search the whole log", maxlength: "200", value: getParam("grep") ?? "" });
+    this.search = h("input", { id: "grep", type: "search", placeholder: t("Search the whole log"), "aria-label": t("Search the whole log"), maxlength: "200", value: getParam("grep") ?? "" });
     this.follow = h("input", { id: "follow", type: "checkbox", checked: !getParam("line") });
     this.note = h("span", { class: "muted", role: "status" });
-    this.view = new VirtualList("Log", { onEnd: (isEnd) => this.scrolled(isEnd), isFollowing: () => this.follow.checked });
-    this.matchList = new VirtualList("Matching lines", { onPick: (number) => this.goTo(number) });
-    this.bar = h("div", { class: "bar" }, h("label", { for: "attempt" }, "Attempt"), this.attempt, h("label", { for: "rank" }, "Rank"), this.rank,
-      this.search, h("label", { for: "follow" }, "Follow"), this.follow, this.note);
+    this.view = new VirtualList(t("Log"), { onEnd: (isEnd) => this.scrolled(isEnd), isFollowing: () => this.follow.checked });
+    this.matchList = new VirtualList(t("Matching lines"), { onPick: (number) => this.goTo(number) });
+    this.bar = h("div", { class: "bar" }, h("label", { for: "attempt" }, t("Attempt")), this.attempt, h("label", { for: "rank" }, t("Rank")), this.rank,
+      this.search, h("label", { for: "follow" }, t("Follow")), this.follow, this.note);
     place.append(this.bar, this.view.node, this.matchList.node);
     setVisible(this.matchList.node, false);
     this.search.addEventListener("input", () => {
@@ -202,7 +203,7 @@ export class LogsTab {
     const changed = this.job?.attempt !== job.attempt;
     this.job = job;
     if (changed) this.fillSelects(job);
-    if (!job.attempt) return this.setNote("Not launched yet.");
+    if (!job.attempt) return this.setNote(t("Not launched yet."));
     if (changed && !this.attempt.value) this.reset();
     await this.poll();
     if (changed) await this.applyUrl();
@@ -215,8 +216,8 @@ export class LogsTab {
       updateList(node, values, ([value]) => value, ([value, label]) => h("option", { value }, label));
       node.value = values.some(([value]) => value === wanted) ? wanted : values[0][0];
     };
-    fill(this.attempt, [["", "newest"], ...numbers.map((choice) => [choice, choice])], this.attempt.value || (getParam("attempt") ?? ""));
-    fill(this.rank, logNames.map((choice) => [choice, choice]), this.rank.value || (getParam("rank") ?? "0"));
+    fill(this.attempt, [["", t("newest")], ...numbers.map((choice) => [choice, choice])], this.attempt.value || (getParam("attempt") ?? ""));
+    fill(this.rank, logNames.map((choice) => [choice, choice === "agent" ? t("agent") : choice]), this.rank.value || (getParam("rank") ?? "0"));
   }
 
   /** Applies the search or line number of the URL after the log is loaded. */
@@ -239,7 +240,7 @@ export class LogsTab {
       if (number === this.number) this.setSize(size);
     } catch (error) {
       if (!(error instanceof ApiError)) return;
-      this.setNote(error.code === "log_not_found" ? "Nothing has been printed yet." : error.message);
+      this.setNote(error.code === "log_not_found" ? t("Nothing has been printed yet.") : error.message);
     } finally {
       this.isPolling = false;
     }
@@ -255,7 +256,7 @@ export class LogsTab {
       if (this.follow.checked && !getParam("line")) this.view.scrollToEnd();
       if (this.searchedFor && this.isSearchDone) this.continueSearch();
     }
-    if (!this.searchedFor) this.setNote(`${count(total)} ${total === 1 ? "line" : "lines"}, ${bytes(size)}`);
+    if (!this.searchedFor) this.setNote(tn(total, "{n} line, {size}", "{n} lines, {size}", { n: count(total), size: bytes(size) }));
   }
 
   source() {
@@ -342,9 +343,9 @@ export class LogsTab {
 
   searchNote() {
     const matchCount = this.matches.length;
-    if (matchCount >= MAX_MATCHES) return `The first ${count(matchCount)} matching lines`;
-    const text = `${count(matchCount)} matching ${matchCount === 1 ? "line" : "lines"} in ${count(this.searched)}`;
-    return this.isSearchDone ? text : `${text}, still searching`;
+    if (matchCount >= MAX_MATCHES) return t("The first {n} matching lines", { n: count(matchCount) });
+    const text = tn(matchCount, "{n} matching line in {searched}", "{n} matching lines in {searched}", { n: count(matchCount), searched: count(this.searched) });
+    return this.isSearchDone ? text : t("{found}, still searching", { found: text });
   }
 
   /** Shows a line in context; its number is kept in the URL. */

@@ -1,6 +1,7 @@
 // The metrics tab: the charts that are not on the overview. A chart is drawn when it becomes visible.
 import { Chart } from "../charts.js";
-import { h, setText, updateList } from "../dom.js";
+import { h, setText, setVisible, updateList } from "../dom.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { MORE_CHARTS, chartContent, chartFields } from "./job-charts.js";
 
@@ -10,10 +11,11 @@ export class MetricsTab {
   constructor(place, address, page) {
     this.jobCharts = page.jobCharts;
     this.charts = new Map();
-    this.search = h("input", { id: "chart", type: "search", placeholder: "Search the charts", "aria-label": "Search the charts", value: getParam("chart") ?? "" });
+    this.search = h("input", { id: "chart", type: "search", placeholder: t("Search the charts"), "aria-label": t("Search the charts"), value: getParam("chart") ?? "" });
     this.matchCount = h("span", { class: "muted", role: "status" });
     this.grid = h("div", { class: "small two" });
-    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid);
+    this.emptyNote = h("p", { class: "muted", hidden: true });
+    place.append(this.jobCharts.bar, h("div", { class: "bar" }, this.search, this.matchCount), this.grid, this.emptyNote);
     this.search.addEventListener("input", () => {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
@@ -29,6 +31,7 @@ export class MetricsTab {
   draw(view) {
     this.view = view;
     for (const [described, chart] of this.charts) chart.show(chartContent(described, view));
+    this.hideEmptyCharts();
   }
 
   updateCharts() {
@@ -40,7 +43,15 @@ export class MetricsTab {
       this.charts.delete(described);
     }
     updateList(this.grid, shown, (described) => described.name, (described) => this.createChart(described));
-    setText(this.matchCount, words.length ? `${shown.length} of ${MORE_CHARTS.length} charts` : "");
+    setText(this.matchCount, words.length ? t("{n} of {all} charts", { n: shown.length, all: MORE_CHARTS.length }) : "");
+  }
+
+  /** A chart without a point is only named. */
+  hideEmptyCharts() {
+    const empty = [...this.charts].filter(([, chart]) => chart.isEmpty);
+    for (const chart of this.charts.values()) setVisible(chart.node, !chart.isEmpty);
+    setVisible(this.emptyNote, empty.length);
+    setText(this.emptyNote, t("Not reported by this run: {charts}", { charts: empty.map(([{ name }]) => name).join(t(", ")) }));
   }
 
   createChart(described) {
@@ -50,6 +61,7 @@ export class MetricsTab {
     if (this.view) {
       chart.show(chartContent(described, this.view));
       chart.draw().catch((error) => console.warn(error));
+      this.hideEmptyCharts();
     }
     return node;
   }

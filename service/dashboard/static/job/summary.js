@@ -5,14 +5,16 @@ import { Field, SettingsForm } from "../form/field.js";
 import { describeField, formatValue, isEqual, requestProperties } from "../form/schema.js";
 import { saveDraft } from "../form/spec-form.js";
 import { ago, bytes, compactNumber, count, dateTime, duration, fewDigits, loss, percent, timeOrDateTime } from "../format.js";
+import { t, tNodes, tn } from "../i18n.js";
 import { navigate } from "../router.js";
+import { wordFor } from "../status.js";
 
 // One text of a job that is edited where it is shown: Enter saves (in a long text with Ctrl), Escape leaves it as it was.
 
 class EditableText {
-  /** `shown`: the element with the text; `send(value)` saves it, null if it is empty. */
-  constructor(name, shown, send, { long = false } = {}) {
-    Object.assign(this, { name, shown, send, long });
+  /** `name`, `add` and `change`: the names of the field and of the buttons; `shown`: the element with the text; `send(value)` saves it, null if it is empty. `suggestions`: texts that are offered. */
+  constructor({ name, add, change }, shown, send, { long = false, suggestions = [] } = {}) {
+    Object.assign(this, { name, add, change, shown, send, long, suggestions });
     this.button = h("button", { type: "button", class: "quiet", onclick: () => this.start() });
     this.error = h("span", { class: "error", role: "alert", hidden: true });
     this.node = h("span", { class: long ? "editable long" : "editable" }, shown, this.button, this.error);
@@ -22,14 +24,16 @@ class EditableText {
   update(value) {
     this.value = value;
     setVisible(this.shown, value && !this.input);
-    setText(this.button, value ? "✎" : `Add a ${this.name}`);
-    setAttr(this.button, "aria-label", value ? `Change the ${this.name}` : null);
+    setText(this.button, value ? "✎" : this.add);
+    setAttr(this.button, "aria-label", value ? this.change : null);
   }
 
   start() {
     this.input = h(this.long ? "textarea" : "input", { "aria-label": this.name, rows: this.long ? "3" : null });
     this.input.value = this.value ?? "";
-    this.editor = h("span", { class: "editor-row" }, this.input, h("button", { type: "button", class: "primary", onclick: () => this.save() }, "Save"), h("button", { type: "button", onclick: () => this.stop() }, "Discard"));
+    const list = this.suggestions.length ? h("datalist", { id: "suggestions" }, this.suggestions.map((text) => h("option", { value: text }))) : null;
+    setAttr(this.input, "list", list?.id);
+    this.editor = h("span", { class: "editor-row" }, this.input, list, h("button", { type: "button", class: "primary", onclick: () => this.save() }, t("Save")), h("button", { type: "button", onclick: () => this.stop() }, t("Discard")));
     setVisible(this.shown, false);
     setVisible(this.button, false);
     this.node.insertBefore(this.editor, this.error);
@@ -73,31 +77,48 @@ export class Details {
   constructor(address, done) {
     Object.assign(this, { address, done });
     const send = (name) => async (value) => this.done(await sendJson("PATCH", this.address, { [name]: value }));
-    this.description = new EditableText("description", h("span", { class: "description" }), send("description"), { long: true });
-    this.group = new EditableText("group", h("a"), send("group"));
-    this.owner = h("span", { class: "muted" });
+    this.description = new EditableText({ name: t("description"), add: t("Add a description"), change: t("Change the description") }, h("span", { class: "description" }), send("description"), { long: true });
+    this.group = new EditableText({ name: t("group"), add: t("Add a group"), change: t("Change the group") }, h("a"), send("group"));
+    // A job always has an owner, so the first text is never shown.
+    this.owner = new EditableText({ name: t("owner"), add: "", change: t("Change the owner") }, h("span", { class: "muted" }), send("owner"));
+    setVisible(this.owner.button, false);
+    this.offerOwners();
     this.labels = h("span", { class: "labels" });
     this.priority = h("span", { class: "muted" });
-    this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, "✎ Edit");
+    this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, t("✎ Edit"));
     this.place = h("div", { class: "editing" });
-    this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner, this.priority, this.edit), this.place);
+    this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner.node, this.priority, this.edit), this.place);
   }
 
   update(job) {
     this.job = job;
     setText(this.description.shown, job.description);
     this.description.update(job.description);
-    setText(this.group.shown, `group ${job.group}`);
+    setText(this.group.shown, t("group {group}", { group: job.group }));
     setAttr(this.group.shown, "href", `/?group=${encodeURIComponent(job.group ?? "")}`);
     this.group.update(job.group);
-    setText(this.owner, job.owner ? `owner ${job.owner}` : "");
+    setText(this.owner.shown, t("owner {owner}", { owner: job.owner }));
+    this.owner.update(job.owner);
     setVisible(this.labels, Object.keys(job.labels).length);
     updateList(this.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
       setText(tag, `${key}=${value}`);
       setAttr(tag, "href", `/?label=${encodeURIComponent(`${key}=${value}`)}`);
     });
-    setText(this.priority, `priority ${job.spec.resources.priority}`);
+    setText(this.priority, t("priority {priority}", { priority: job.spec.resources.priority }));
     for (const field of this.form?.fields ?? []) this.mergeRemoteChange(field, currentValue(job, field.name));
+  }
+
+  /** Only an admin may give a job to another owner, and only to a token: without tokens there is no other owner. */
+  async offerOwners() {
+    try {
+      if ((await get("/version")).scope !== "admin") return;
+      const tokens = (await get("/tokens?limit=100")).data.filter((known) => known.revoked_at === null);
+      if (!tokens.length) return;
+      this.owner.suggestions = [...tokens.map((known) => known.name), "local"];
+      setVisible(this.owner.button, true);
+    } catch {
+      // The page works without it.
+    }
   }
 
   /** Another client changed the value: an unedited field takes it, an edited one shows a message. */
@@ -107,20 +128,20 @@ export class Details {
     field.base = now;
     if (!touched) return field.show(now);
     field.refresh();
-    field.setError(`changed to ${formatValue(now)} meanwhile; saving overwrites it`);
+    field.setError(t("changed to {value} meanwhile; saving overwrites it", { value: formatValue(now) }));
   }
 
   async startEditing() {
     const body = await requestProperties("patch", "/jobs/{job_id}");
     if (this.form) return;
     const known = Object.entries(body).filter(([name]) => currentValue(this.job, name) !== undefined);
-    const fields = known.map(([name, described]) => new Field(describeField(described, [name], {}), currentValue(this.job, name), "now", () => {}));
+    const fields = known.map(([name, described]) => new Field(describeField(described, [name], {}), currentValue(this.job, name), t("now"), () => {}));
     const saved = (job) => {
-      announce("Changed");
+      announce(t("Changed"));
       this.cancel();
       this.done(job);
     };
-    this.form = new SettingsForm(fields, "Save", { send: (changes) => sendJson("PATCH", this.address, changes), done: saved, leave: () => this.cancel() });
+    this.form = new SettingsForm(fields, t("Save"), { send: (changes) => sendJson("PATCH", this.address, changes), done: saved, leave: () => this.cancel() });
     this.place.replaceChildren(this.form.node);
     setAttr(this.edit, "aria-expanded", "true");
     fields[0].focus();
@@ -143,12 +164,15 @@ function currentValue(job, name) {
 
 // Table of key facts beside the loss chart.
 
-const NAMES = ["Step", "Loss", "Bits per byte", "Held-out", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Limits left", "Checkpoint", "Attempt", "Parameters", "Device", "Slowest rank", "Started"];
+const NAMES = {
+  step: t("Step"), loss: t("Loss"), bpb: t("Bits per byte"), heldOut: t("Held-out"), rate: t("Learning rate"), norm: t("Gradient norm"), tokens: t("Tokens"), speed: t("Tokens/s"), mfu: t("MFU"),
+  eta: t("ETA"), limits: t("Limits left"), checkpoint: t("Checkpoint"), attempt: t("Attempt"), parameters: t("Parameters"), device: t("Device"), slowest: t("Slowest rank"), started: t("Started"),
+};
 
 export class KeyFacts {
   constructor() {
-    this.values = new Map(NAMES.map((name) => [name, h("dd", {}, "–")]));
-    this.node = h("dl", { class: "facts" }, NAMES.map((name) => h("div", {}, h("dt", {}, name), this.values.get(name))));
+    this.values = new Map(Object.keys(NAMES).map((name) => [name, h("dd", {}, "–")]));
+    this.node = h("dl", { class: "facts" }, Object.entries(NAMES).map(([name, label]) => h("div", {}, h("dt", {}, label), this.values.get(name))));
   }
 
   put(name, value, title = null) {
@@ -163,53 +187,53 @@ export class KeyFacts {
     this.updatePoint({ ...progress });
     const running = job.status === "running";
     this.steps = progress.steps;
-    this.put("Step", this.stepText(progress.step));
+    this.put("step", this.stepText(progress.step));
     // `plan.tokens` is one epoch of the corpus, so the total comes from the number of steps.
     const tokens = plan.tokens_per_step && progress.steps ? plan.tokens_per_step * progress.steps : null;
-    this.put("Tokens", tokens ? `${compactNumber(progress.tokens)} of ${compactNumber(tokens)}` : compactNumber(progress.tokens));
-    this.put("Tokens/s", running ? compactNumber(progress.tokens_per_second) : "–");
-    this.put("MFU", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
-    this.put("ETA", running ? duration(progress.eta_seconds) : "–");
-    this.put("Limits left", limitsLeft(job.limits_left), "training time and tokens until limits.max_minutes and training.max_tokens");
-    this.put("Checkpoint", checkpoint ? `${count(checkpoint.step)}, ${ago(checkpoint.created_at)}` : "none yet", checkpoint ? dateTime(checkpoint.created_at) : null);
-    this.put("Attempt", job.attempt ?? "–");
-    this.put("Parameters", compactNumber(plan.parameters));
-    this.put("Device", plan.device ? `${plan.world_size ?? 1} × ${plan.device}` : "–", plan.device_name);
-    this.put("Started", timeOrDateTime(job.started_at), dateTime(job.started_at));
+    this.put("tokens", tokens ? t("{part} of {whole}", { part: compactNumber(progress.tokens), whole: compactNumber(tokens) }) : compactNumber(progress.tokens));
+    this.put("speed", running ? compactNumber(progress.tokens_per_second) : "–");
+    this.put("mfu", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
+    this.put("eta", running ? duration(progress.eta_seconds) : "–");
+    this.put("limits", limitsLeft(job.limits_left), t("training time and tokens until limits.max_minutes and training.max_tokens"));
+    this.put("checkpoint", checkpoint ? t("{step}, {ago}", { step: count(checkpoint.step), ago: ago(checkpoint.created_at) }) : t("none yet"), checkpoint ? dateTime(checkpoint.created_at) : null);
+    this.put("attempt", job.attempt ?? "–");
+    this.put("parameters", compactNumber(plan.parameters));
+    this.put("device", plan.device ? `${plan.world_size ?? 1} × ${plan.device}` : "–", plan.device_name);
+    this.put("started", timeOrDateTime(job.started_at), dateTime(job.started_at));
   }
 
   /** Shows a point of the metric stream before the next poll. */
   updatePoint(row) {
-    if (row.step) this.put("Step", this.stepText(row.step));
-    this.put("Loss", row.nonfinite ? "not finite" : loss(row.loss));
-    this.put("Bits per byte", loss(row.bpb));
+    if (row.step) this.put("step", this.stepText(row.step));
+    this.put("loss", row.nonfinite ? t("not finite") : loss(row.loss));
+    this.put("bpb", loss(row.bpb));
     // A point without an evaluation leaves the last one there.
     const isEvaluated = typeof row.eval_loss === "number";
-    if (isEvaluated) this.put("Held-out", heldOutText(row), `step ${count(row.eval_step ?? row.step)}, all held-out sets together`);
-    this.put("Learning rate", fewDigits(row.learning_rate));
-    this.put("Gradient norm", fewDigits(row.grad_norm));
-    this.put("Slowest rank", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
+    if (isEvaluated) this.put("heldOut", heldOutText(row), t("step {step}, all held-out sets together", { step: count(row.eval_step ?? row.step) }));
+    this.put("rate", fewDigits(row.learning_rate));
+    this.put("norm", fewDigits(row.grad_norm));
+    this.put("slowest", ...this.slowestText(row.step_seconds_max_rank, row.step_seconds_spread));
   }
 
   /** Returns the text and the title for the rank that computed longest; a run with one rank has none. */
   slowestText(rank, spread) {
     if (rank === null || rank === undefined) return ["–"];
     const place = this.ranks.find((known) => known.rank === rank);
-    const where = place ? `, ${place.host} ${place.device}` : "";
-    return [`${rank}${where}: ${fewDigits(spread)} × median`, place ? `${place.name}; time to compute a step, without waiting for other ranks` : null];
+    const where = place ? `${rank}, ${place.host} ${place.device}` : rank;
+    return [t("{rank}: {ratio} × median", { rank: where, ratio: fewDigits(spread) }), place ? t("{device}; time to compute a step, without waiting for other ranks", { device: place.name }) : null];
   }
 
   stepText(step) {
-    return this.steps ? `${count(step)} of ${count(this.steps)}` : count(step);
+    return this.steps ? t("{n} of {all}", { n: count(step), all: count(this.steps) }) : count(step);
   }
 }
 
-const heldOutText = (row) => `${loss(row.eval_loss)}${typeof row.eval_bpb === "number" ? `, ${loss(row.eval_bpb)} bits/byte` : ""}`;
+const heldOutText = (row) => (typeof row.eval_bpb === "number" ? t("{loss}, {bpb} bits/byte", { loss: loss(row.eval_loss), bpb: loss(row.eval_bpb) }) : loss(row.eval_loss));
 
 function limitsLeft(left) {
   if (!left) return "–";
-  const parts = [left.seconds === null ? null : duration(left.seconds), left.tokens === null ? null : `${compactNumber(left.tokens)} tokens`];
-  return parts.filter((part) => part !== null).join(", ");
+  const parts = [left.seconds === null ? null : duration(left.seconds), left.tokens === null ? null : t("{n} tokens", { n: compactNumber(left.tokens) })];
+  return parts.filter((part) => part !== null).join(t(", "));
 }
 
 // Parent and forks of a job, with a link that compares them.
@@ -221,10 +245,10 @@ export class Lineage {
   constructor(id) {
     this.id = id;
     this.parent = h("a");
-    this.from = h("span", {}, "↳ Forked from ", this.parent, (this.step = h("span")));
+    this.from = h("span", {}, tNodes("↳ Forked from {parent}{step}", { parent: this.parent, step: (this.step = h("span")) }));
     this.forks = h("span", { class: "forks" });
     this.forkCount = h("span");
-    this.compare = h("a", {}, "Compare");
+    this.compare = h("a", {}, t("Compare"));
     this.node = h("p", { class: "lineage muted", hidden: true }, this.from, h("span", {}, this.forkCount, this.forks), this.compare);
   }
 
@@ -242,16 +266,16 @@ export class Lineage {
     setVisible(this.from, parent);
     if (parent) {
       setAttr(this.parent, "href", this.name ? `/jobs/${parent.job_id}` : null);
-      setText(this.parent, this.name ?? `${parent.job_id} (deleted)`);
-      const restarted = parent.data === "restart" ? ", data and schedule restarted" : "";
-      setText(this.step, parent.step === null ? "" : ` at step ${count(parent.step)}${restarted}`);
+      setText(this.parent, this.name ?? t("{id} (deleted)", { id: parent.job_id }));
+      const at = { step: count(parent.step) };
+      setText(this.step, parent.step === null ? "" : parent.data === "restart" ? t(" at step {step}, data and schedule restarted", at) : t(" at step {step}", at));
     }
     setVisible(this.forkCount, children.length);
-    setText(this.forkCount, `${parent ? "" : "↳ "}${children.length === 1 ? "1 fork: " : `${children.length} forks: `}`);
+    setText(this.forkCount, `${parent ? "" : "↳ "}${tn(children.length, "1 fork: ", "{n} forks: ")}`);
     updateList(this.forks, children.slice(0, MAX_FORKS), (child) => child.id, () => h("span", {}, h("a"), h("span")), (part, child) => {
       setAttr(part.firstChild, "href", `/jobs/${child.id}`);
       setText(part.firstChild, child.name);
-      setText(part.lastChild, ` at ${count(child.parent.step)}, ${child.status}`);
+      setText(part.lastChild, t(" at {step}, {status}", { step: count(child.parent.step), status: wordFor(child.status) }));
     });
     const all = [...(parent && this.name ? [parent.job_id] : []), this.id, ...children.map((child) => child.id)].slice(0, 10);
     setAttr(this.compare, "href", `/compare?jobs=${all.join(",")}`);
@@ -268,7 +292,7 @@ export class JobsAhead {
   constructor() {
     this.names = h("span", { class: "job-names" });
     this.rest = h("span");
-    this.node = h("p", { class: "jobs-ahead muted", hidden: true }, "Jobs ahead: ", this.names, this.rest);
+    this.node = h("p", { class: "jobs-ahead muted", hidden: true }, t("Jobs ahead: "), this.names, this.rest);
   }
 
   async update(job) {
@@ -291,9 +315,9 @@ export class JobsAhead {
     updateList(this.names, shown, (other) => other.id, () => h("span", {}, h("a"), h("span")), (part, { id, name, progress }) => {
       setAttr(part.firstChild, "href", `/jobs/${id}`);
       setText(part.firstChild, name);
-      setText(part.lastChild, progress.eta_seconds ? ` (about ${duration(progress.eta_seconds)} left)` : "");
+      setText(part.lastChild, progress.eta_seconds ? t(" (about {duration} left)", { duration: duration(progress.eta_seconds) }) : "");
     });
-    setText(this.rest, more ? `, and ${more} more.` : ".");
+    setText(this.rest, more ? t(", and {n} more.", { n: more }) : t("."));
   }
 }
 
@@ -303,7 +327,7 @@ export class FailureCard {
   /** `done(job)` is called after an action changed the job. */
   constructor(done) {
     this.done = done;
-    this.node = h("section", { class: "card", hidden: true, "aria-label": "What went wrong" });
+    this.node = h("section", { class: "card", hidden: true, "aria-label": t("What went wrong") });
     this.error = h("p", { class: "error", role: "alert" });
   }
 
@@ -313,8 +337,8 @@ export class FailureCard {
     const mark = JSON.stringify([error, job.summary.includes(error?.message)]);
     if (!error || this.mark === mark) return;
     this.mark = mark;
-    const rank = error.rank === null ? "" : ` on rank ${error.rank}`;
-    this.node.replaceChildren(h("h2", {}, `✗ ${error.code.replaceAll("_", " ")}${rank}`), ...this.evidence(job, error), this.nextActions(job, error.next), this.error);
+    const code = wordFor(error.code);
+    this.node.replaceChildren(h("h2", {}, `✗ ${error.rank === null ? code : t("{error} on rank {rank}", { error: code, rank: error.rank })}`), ...this.evidence(job, error), this.nextActions(job, error.next), this.error);
     setText(this.error, "");
   }
 
@@ -322,21 +346,21 @@ export class FailureCard {
     // The summary above the card often contains the message already.
     const isInSummary = job.summary.toLowerCase().includes(error.message.toLowerCase());
     const tail = error.log_tail.join("\n");
-    const lines = error.log_tail.length === 1 ? "Last line" : `Last ${error.log_tail.length} lines`;
+    const lines = tn(error.log_tail.length, "Last line of rank {rank}", "Last {n} lines of rank {rank}", { rank: error.rank ?? 0 });
     const own = error.traceback && error.traceback.trim() !== tail.trim() ? error.traceback : null;
     return [
       isInSummary ? "" : h("p", {}, error.message),
       error.hint ? h("p", { class: "hint" }, error.hint) : "",
-      error.peak_memory_bytes ? h("p", {}, "Peak memory of a rank: ", h("strong", {}, bytes(error.peak_memory_bytes))) : "",
-      tail ? h("details", { open: true }, h("summary", {}, `${lines} of rank ${error.rank ?? 0}`), h("pre", { tabindex: "0", class: "evidence" }, tail)) : "",
-      own ? h("details", {}, h("summary", {}, "Traceback"), h("pre", { tabindex: "0", class: "evidence" }, own)) : "",
+      error.peak_memory_bytes ? h("p", {}, t("Peak memory of a rank: "), h("strong", {}, bytes(error.peak_memory_bytes))) : "",
+      tail ? h("details", { open: true }, h("summary", {}, lines), h("pre", { tabindex: "0", class: "evidence" }, tail)) : "",
+      own ? h("details", {}, h("summary", {}, t("Traceback")), h("pre", { tabindex: "0", class: "evidence" }, own)) : "",
     ];
   }
 
   nextActions(job, next) {
     if (!next.length) return "";
-    return h("div", { class: "next-actions" }, h("h3", {}, "What you can do now"), h("ul", {}, next.map((action) => h("li", {}, this.button(job, action),
-      h("span", { class: "command-line" }, h("code", {}, action.command), h("button", { type: "button", class: "quiet", "aria-label": `Copy: ${action.command}`, onclick: () => copyText(action.command, "Command") }, "Copy"))))));
+    return h("div", { class: "next-actions" }, h("h3", {}, t("What you can do now")), h("ul", {}, next.map((action) => h("li", {}, this.button(job, action),
+      h("span", { class: "command-line" }, h("code", {}, action.command), h("button", { type: "button", class: "quiet", "aria-label": t("Copy: {command}", { command: action.command }), onclick: () => copyText(action.command, t("Command")) }, t("Copy")))))));
   }
 
   /** A fork or a new job opens in the form, to be reviewed before it is launched. */
@@ -353,9 +377,9 @@ export class FailureCard {
   async post(path, body) {
     try {
       this.done(await sendJson("POST", path, body));
-      announce("resume requested");
+      announce(t("resume requested"));
     } catch (error) {
-      setText(this.error, error instanceof ApiError ? `resume: ${error.message}` : error.message);
+      setText(this.error, error instanceof ApiError ? `${t("resume")}: ${error.message}` : error.message);
     }
   }
 }

@@ -2,18 +2,17 @@
 import { ApiError, get, request, sendJson, token } from "../api.js";
 import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
+import { t } from "../i18n.js";
+import { lazy } from "../lazy.js";
 import { Menu } from "../menu.js";
-import { getParam, navigate } from "../router.js";
-import { openResumeDialog } from "./actions.js";
-import { ConfigTab } from "./config-tab.js";
-import { EvaluationsTab } from "./evaluations-tab.js";
-import { LogsTab } from "./logs-tab.js";
+import { getParam } from "../router.js";
+import { wordFor } from "../status.js";
+import { startsFrom } from "./checkpoint-actions.js";
 import { MetricsTab } from "./metrics-tab.js";
-import { TryTab } from "./try-tab.js";
 
 // Base class of tabs that show one of a job's lists as a table.
 
-const WITHOUT_LABEL = new Set(["Actions", "Message", "Outcome"]); // Clear without a label, and as wide as the window.
+const WITHOUT_LABEL = new Set([t("Actions"), t("Message"), t("Outcome")]); // Clear without a label, and as wide as the window.
 
 /** Fetches the list again when `mark(job)` changes. */
 class ListTab {
@@ -79,15 +78,17 @@ async function runAction(listing, work) {
 // Checkpoints of a job, with what can be started from each, and the list of exports.
 
 const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
-const COLUMNS = [["Step", "num"], ["Kind"], ["Loss", "num"], ["Size", "num"], ["Saved"], ["sha256"], ["Actions"]];
-const EXPORT_COLUMNS = [["Step", "num"], ["Format"], ["Size", "num"], ["Path"], ["Files"]];
+const KINDS = { full: t("full"), weights: t("weights") };
+const COLUMNS = [[t("Step"), "num"], [t("Kind")], [t("Loss"), "num"], [t("Size"), "num"], [t("Saved")], ["sha256"], [t("Actions")]];
+const BUTTONS = 3; // of what starts from a checkpoint: to generate, fork and decay; the others are in a menu
+const EXPORT_COLUMNS = [[t("Step"), "num"], [t("Format")], [t("Size"), "num"], [t("Path")], [t("Files")]];
 
 class CheckpointsTab extends ListTab {
   constructor(place, address, page) {
-    super(place, address, { path: "/checkpoints", caption: "Checkpoints, newest first", none: "No checkpoint yet.", mark: changeMark, columns: COLUMNS, row: checkpointRow });
-    this.exported = createTable(EXPORT_COLUMNS, "Exports");
+    super(place, address, { path: "/checkpoints", caption: t("Checkpoints, newest first"), none: t("No checkpoint yet."), mark: changeMark, columns: COLUMNS, row: checkpointRow });
+    this.exported = createTable(EXPORT_COLUMNS, t("Exports"));
     this.exported.node.classList.add("stack");
-    this.exports = h("section", { hidden: true }, h("h2", {}, "Exports"), this.exported.node);
+    this.exports = h("section", { hidden: true }, h("h2", {}, t("Exports")), this.exported.node);
     this.page = page;
     this.wanted = getParam("at");
     place.append(this.exports);
@@ -124,55 +125,20 @@ class CheckpointsTab extends ListTab {
 
 function checkpointRow(checkpoint, listing) {
   const at = `${listing.address}/checkpoints/${checkpoint.step}`;
-  const whole = checkpoint.kind === "full";
-  const doing = whole ? [
-    h("button", { type: "button", onclick: () => listing.page.selectCheckpoint("try", checkpoint.step) }, "Generate"),
-    busyButton(listing, "Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
-    decayControl(listing, checkpoint),
-  ] : [];
-  const menu = new Menu("More", () => checkpointActions(checkpoint, listing, at), { name: `More from step ${count(checkpoint.step)}` });
-  return h("tr", { "data-step": checkpoint.step }, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
+  // Asked for at each press, because what is possible changes with the state of the job.
+  const starts = () => startsFrom(checkpoint, listing.page, (work) => runAction(listing, work));
+  const doing = checkpoint.kind === "full" ? starts().slice(0, BUTTONS).map(({ label }, i) => h("button", { type: "button", onclick: () => starts()[i].press() }, label)) : [];
+  const menu = new Menu(t("More"), () => [...starts().slice(BUTTONS), ...filesOf(checkpoint, listing, at)], { name: t("More from step {step}", { step: count(checkpoint.step) }) });
+  return h("tr", { "data-step": checkpoint.step }, cell(count(checkpoint.step), "num"), cell(KINDS[checkpoint.kind] ?? checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
     cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
     h("td", { class: "row-actions" }, doing, menu.node));
 }
 
-/** What else can be done with a checkpoint, with the reason for what cannot. */
-function checkpointActions(checkpoint, listing, at) {
-  const { job, page } = listing;
-  const weightsOnly = checkpoint.kind === "full" ? null : "only its weights are stored";
+/** Items of a menu that download or export the checkpoint. */
+function filesOf(checkpoint, listing, at) {
+  const weightsOnly = checkpoint.kind === "full" ? null : t("only its weights are stored");
   const item = (label, work, why = null) => ({ label, why, press: () => runAction(listing, work) });
-  const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? "the job cannot be resumed now");
-  const resume = () => openResumeDialog(listing.address, job, (changed) => (announce("resume requested"), page.draw(changed)), checkpoint.step);
-  const evaluate = async () => {
-    await sendJson("POST", `${at}/evaluate`, {});
-    announce(`Step ${count(checkpoint.step)} will be evaluated`);
-    page.selectTab("evaluations");
-  };
-  return [
-    item("Resume with…", resume, weightsOnly ?? resumable),
-    item("Evaluate", evaluate, job.spec.evaluation?.tasks.length ? weightsOnly : "no tasks in evaluation.tasks"),
-    item("Download", () => download(at, "model.safetensors")),
-    ...Object.entries(FORMATS).map(([format, label]) => item(`Export ${label}`, () => exportCheckpoint(listing, at, format), weightsOnly)),
-  ];
-}
-
-/** "Decay from here over N steps": a fork whose learning rate falls from this checkpoint on. */
-function decayControl(listing, checkpoint) {
-  const about = `over how many steps, from step ${checkpoint.step}`;
-  const steps = h("input", { type: "number", min: "1", step: "1", class: "decay", placeholder: "steps", "aria-label": `Decay ${about}` });
-  return h("span", { class: "bar" }, busyButton(listing, "Decay from here", () => decay(listing, checkpoint, steps)), steps);
-}
-
-async function decay(listing, checkpoint, input) {
-  const steps = Number(input.value);
-  if (!Number.isInteger(steps) || steps < 1) {
-    input.focus();
-    throw new Error("Decay from here: type the number of steps next to the button.");
-  }
-  const { plan } = await get(listing.address);
-  const training = { lr_scheduler: "wsd", decay_steps: steps, max_steps: checkpoint.step - plan.base_step + steps };
-  const job = await sendJson("POST", `${listing.address}/fork`, { step: checkpoint.step, data: "keep", overrides: { training } });
-  navigate(`/jobs/${job.id}`);
+  return [item(t("Download"), () => download(at, "model.safetensors")), ...Object.entries(FORMATS).map(([format, label]) => item(t("Export {format}", { format: label }), () => exportCheckpoint(listing, at, format), weightsOnly))];
 }
 
 /** Creates a button that is disabled while its action runs. */
@@ -190,16 +156,16 @@ function busyButton(listing, name, work) {
 }
 
 async function exportCheckpoint(listing, at, format) {
-  announce(`The checkpoint is being exported for ${FORMATS[format]} …`);
+  announce(t("The checkpoint is being exported for {format} …", { format: FORMATS[format] }));
   const { path } = await sendJson("POST", `${at}/export`, { format });
-  announce(`Exported to ${path}`);
+  announce(t("Exported to {path}", { path }));
   await listing.updateExports();
 }
 
 function exportRow(exported, listing) {
   const files = exported.files.map((file) =>
     busyButton(listing, file.name, () => download(`${listing.address}/exports/${exported.step}/${exported.format}`, file.name)));
-  const path = h("td", { class: "whole" }, h("code", {}, exported.path), " ", h("button", { type: "button", class: "quiet", "aria-label": `Copy the path of ${exported.id}`, onclick: () => copyText(exported.path, "Path") }, "copy"));
+  const path = h("td", { class: "whole" }, h("code", {}, exported.path), " ", h("button", { type: "button", class: "quiet", "aria-label": t("Copy the path of {id}", { id: exported.id }), onclick: () => copyText(exported.path, t("Path")) }, t("copy")));
   return h("tr", {}, cell(count(exported.step), "num"), cell(FORMATS[exported.format] ?? exported.format), cell(bytes(exported.bytes), "num"), path, h("td", { class: "row-actions" }, files));
 }
 
@@ -222,14 +188,14 @@ class SamplesTab {
   constructor(place, address) {
     this.address = address;
     this.samples = [];
-    this.none = h("p", { class: "muted", hidden: true }, "No samples yet. Set prompts in reporting.sample_prompts.");
+    this.none = h("p", { class: "muted", hidden: true }, t("No samples yet. Set prompts in reporting.sample_prompts."));
     this.note = h("span", { class: "muted", role: "status" });
     this.allButton = h("button", { type: "button", "aria-pressed": "false", hidden: true, onclick: () => this.toggleAll() });
     this.bar = h("div", { class: "bar" }, this.note, this.allButton);
     this.head = h("tr");
     this.body = h("tbody");
-    const table = h("table", {}, h("caption", { class: "visually-hidden" }, "Samples by prompt and step, newest first"), h("thead", {}, this.head), this.body);
-    this.box = h("div", { class: "scroll samples", tabindex: "0", role: "region", "aria-label": "Samples" }, table);
+    const table = h("table", {}, h("caption", { class: "visually-hidden" }, t("Samples by prompt and step, newest first")), h("thead", {}, this.head), this.body);
+    this.box = h("div", { class: "scroll samples", tabindex: "0", role: "region", "aria-label": t("Samples") }, table);
     place.append(this.none, this.bar, this.box);
   }
 
@@ -268,12 +234,12 @@ class SamplesTab {
     setVisible(this.none, !steps.length);
     setVisible(this.box, steps.length);
     setVisible(this.allButton, steps.length > INITIAL_STEPS);
-    setText(this.allButton, `All ${count(steps.length)} steps`);
-    setText(this.note, steps.length > shown.length ? `${shown.length} of ${count(steps.length)} steps, spread over the run` : "");
+    setText(this.allButton, t("All {n} steps", { n: count(steps.length) }));
+    setText(this.note, steps.length > shown.length ? t("{n} of {all} steps, spread over the run", { n: shown.length, all: count(steps.length) }) : "");
     // If a step was trained twice, the later attempt's sample wins.
     const known = new Map(this.samples.map((sample) => [`${sample.step} ${sample.prompt}`, sample]));
     const cells = [null, ...shown];
-    updateList(this.head, cells, String, (step) => h("th", { scope: "col" }, step === null ? "Prompt" : `step ${count(step)}`));
+    updateList(this.head, cells, String, (step) => h("th", { scope: "col" }, step === null ? t("Prompt") : t("step {step}", { step: count(step) })));
     updateList(this.body, [...new Set(this.samples.map((sample) => sample.prompt))], String, () => h("tr"), (row, prompt) =>
       updateList(row, cells, String, (step) => (step === null ? h("th", { scope: "row" }, prompt) : h("td", { class: "sample" })), (cell, step) => fillCell(cell, step, known.get(`${step} ${prompt}`))));
   }
@@ -294,12 +260,12 @@ function pickEvenly(steps, max) {
 class OverviewTab extends ListTab {
   constructor(place, address, page) {
     page.overview.insertBefore(page.jobCharts.bar, page.overview.querySelector(".main-chart"));
-    place.append(page.overview, h("h2", { class: "attempts-title" }, "Attempts"));
+    place.append(page.overview, h("h2", { class: "attempts-title" }, t("Attempts")));
     super(place, address, {
-      path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: changeMark, key: (attempt) => `${attempt.id} ${attempt.ended_at} ${attempt.started_at}`,
-      columns: [["Attempt"], ["Trigger"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["Outcome"]],
-      row: (attempt) => h("tr", {}, cell(String(attempt.number)), cell(attempt.trigger), cell(count(attempt.start_step), "num"), cell(count(attempt.end_step), "num"), cell(attempt.devices.join(", ")),
-        cell(timeOrDateTime(attempt.started_at), "", dateTime(attempt.started_at)), cell(timeOrDateTime(attempt.ended_at), "", dateTime(attempt.ended_at)), cell(attempt.message ?? attempt.outcome, "whole")),
+      path: "/attempts", caption: t("Attempts"), none: t("Not launched yet."), mark: changeMark, key: (attempt) => `${attempt.id} ${attempt.ended_at} ${attempt.started_at}`,
+      columns: [[t("Attempt")], [t("Trigger")], [t("From step"), "num"], [t("To step"), "num"], [t("Devices")], [t("Started")], [t("Ended")], [t("Outcome")]],
+      row: (attempt) => h("tr", {}, cell(String(attempt.number)), cell(wordFor(attempt.trigger)), cell(count(attempt.start_step), "num"), cell(count(attempt.end_step), "num"), cell(attempt.devices.join(", ")),
+        cell(timeOrDateTime(attempt.started_at), "", dateTime(attempt.started_at)), cell(timeOrDateTime(attempt.ended_at), "", dateTime(attempt.ended_at)), cell(attempt.message ?? wordFor(attempt.outcome), "whole")),
     });
   }
 }
@@ -307,12 +273,43 @@ class OverviewTab extends ListTab {
 class EventsTab extends ListTab {
   constructor(place, address) {
     super(place, address, {
-      path: "/events", caption: "Events, newest first", none: "No events yet.", mark: (job) => `${changeMark(job)} ${job.progress.updated_at}`,
-      columns: [["When"], ["By"], ["Event"], ["Message"]],
+      path: "/events", caption: t("Events, newest first"), none: t("No events yet."), mark: (job) => `${changeMark(job)} ${job.progress.updated_at}`,
+      columns: [[t("When")], [t("By")], [t("Event")], [t("Message")]],
       row: (event) => h("tr", {}, cell(timeOrDateTime(event.at), "num", dateTime(event.at)), cell(event.actor), cell(event.kind), cell(event.message, "whole")),
     });
     this.newestFirst = true;
   }
 }
 
+/** Returns the class of a tab whose module is loaded when it is opened first. `load()` returns a promise of the tab's own class. */
+function lazyTab(load) {
+  return class {
+    constructor(place, ...given) {
+      const open = (Tab) => {
+        if (this.isClosed) return;
+        this.tab = new Tab(place, ...given);
+        if (this.job) this.tab.update(this.job);
+      };
+      load().then(open, () => place.append(h("p", { class: "error", role: "alert" }, t("This tab could not be loaded. Load the page again."))));
+    }
+
+    update(job) {
+      this.job = job;
+      return this.tab?.update(job);
+    }
+
+    close() {
+      this.isClosed = true;
+      this.tab?.close?.();
+    }
+  };
+}
+
+const LogsTab = lazyTab(lazy(() => import("./logs-tab.js").then((module) => module.LogsTab)));
+const EvaluationsTab = lazyTab(lazy(() => import("./evaluations-tab.js").then((module) => module.EvaluationsTab)));
+const TryTab = lazyTab(lazy(() => import("./try-tab.js").then((module) => module.TryTab)));
+const ConfigTab = lazyTab(lazy(() => import("./config-tab.js").then((module) => module.ConfigTab)));
+
+export const TAB_NAMES = {
+  overview: t("overview"), metrics: t("metrics"), logs: t("logs"), checkpoints: t("checkpoints"), samples: t("samples"), evaluations: t("evaluations"), try: t("try"), config: t("config"), events: t("events") };
 export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, evaluations: EvaluationsTab, try: TryTab, config: ConfigTab, events: EventsTab };

@@ -2,34 +2,35 @@
 import { ApiError, get } from "../api.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { streamOnce } from "../sse.js";
 
 const OPTIONS = [
-  { name: "max_new_tokens", label: "New tokens", value: "128", min: "0", step: "1" },
-  { name: "temperature", label: "Temperature", value: "0.85", min: "0", max: "10", step: "any" },
-  { name: "top_p", label: "Top p", value: "0.95", min: "0", max: "1", step: "any" },
-  { name: "seed", label: "Seed", value: "", min: "0", step: "1", placeholder: "random" },
+  { name: "max_new_tokens", label: t("New tokens"), value: "128", min: "0", step: "1" },
+  { name: "temperature", label: t("Temperature"), value: "0.85", min: "0", max: "10", step: "any" },
+  { name: "top_p", label: t("Top p"), value: "0.95", min: "0", max: "1", step: "any" },
+  { name: "seed", label: t("Seed"), value: "", min: "0", step: "1", placeholder: t("random") },
 ];
 
 export class TryTab {
   constructor(place, address) {
     this.address = address;
-    this.none = h("p", { class: "muted", hidden: true }, "No checkpoint yet.");
-    this.prompt = h("textarea", { rows: "3", id: "try-prompt", name: "prompt", placeholder: "Text to continue" });
+    this.none = h("p", { class: "muted", hidden: true }, t("No checkpoint yet."));
+    this.prompt = h("textarea", { rows: "3", id: "try-prompt", name: "prompt", placeholder: t("Text to continue") });
     this.step = h("select", { id: "try-step", name: "step", onchange: () => setParam("at", this.step.value === "latest" ? null : this.step.value) });
     this.wanted = getParam("at");
     this.inputs = OPTIONS.map(({ label, name, ...rest }) => h("input", { type: "number", id: `try-${name}`, name, ...rest }));
-    this.button = h("button", { type: "submit", class: "primary" }, "Generate");
-    this.stopButton = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, "Stop");
+    this.button = h("button", { type: "submit", class: "primary" }, t("Generate"));
+    this.stopButton = h("button", { type: "button", hidden: true, onclick: () => this.abort?.abort() }, t("Stop"));
     this.form = h("form", { class: "try", onsubmit: (event) => this.submit(event) },
-      h("label", { for: "try-prompt" }, "Prompt"), this.prompt,
-      h("div", { class: "bar" }, h("label", { for: "try-step" }, "Step"), this.step, this.inputs.flatMap((input, i) => [h("label", { for: input.id }, OPTIONS[i].label), input]), this.button, this.stopButton));
+      h("label", { for: "try-prompt" }, t("Prompt")), this.prompt,
+      h("div", { class: "bar" }, h("label", { for: "try-step" }, t("Step")), this.step, this.inputs.flatMap((input, i) => [h("label", { for: input.id }, OPTIONS[i].label), input]), this.button, this.stopButton));
     this.error = h("p", { class: "error", role: "alert" });
     this.note = h("p", { class: "muted", role: "status" });
     this.given = h("span", { class: "muted" });
     this.text = h("span");
-    this.output = h("pre", { class: "generated", hidden: true, tabindex: "0", "aria-label": "Generated text" }, this.given, this.text);
+    this.output = h("pre", { class: "generated", hidden: true, tabindex: "0", "aria-label": t("Generated text") }, this.given, this.text);
     place.append(this.none, this.form, this.error, this.output, this.note);
   }
 
@@ -41,7 +42,7 @@ export class TryTab {
       const { data } = await get(`${this.address}/checkpoints?limit=100`);
       const steps = [...new Set(data.map((checkpoint) => checkpoint.step))];
       const options = steps.length ? ["latest", ...steps] : [];
-      updateList(this.step, options, String, (step) => h("option", { value: step }, step === "latest" ? "newest" : count(step)));
+      updateList(this.step, options, String, (step) => h("option", { value: step }, step === "latest" ? t("newest") : count(step)));
       if (this.wanted && options.map(String).includes(this.wanted)) {
         this.step.value = this.wanted;
         this.wanted = null;
@@ -65,11 +66,11 @@ export class TryTab {
     setText(this.given, body.prompt);
     this.text.replaceChildren();
     setVisible(this.output, true);
-    setText(this.note, "Waiting for the checkpoint to be loaded …");
+    setText(this.note, t("Waiting for the checkpoint to be loaded …"));
     try {
       await streamOnce(`${this.address}/checkpoints/${this.step.value}/generate`, body, (kind, data) => this.take(kind, data), this.abort.signal);
     } catch (error) {
-      if (error.name === "AbortError") setText(this.note, "Stopped.");
+      if (error.name === "AbortError") setText(this.note, t("Stopped."));
       else this.showError(error);
     } finally {
       this.abort = null;
@@ -78,9 +79,10 @@ export class TryTab {
   }
 
   take(kind, data) {
-    if (kind === "start") setText(this.note, `Step ${count(data.step)} on ${data.device} …`);
+    if (kind === "start") setText(this.note, t("Step {step} on {device} …", { step: count(data.step), device: data.device }));
     if (kind === "text") this.text.append(data.text);
-    if (kind === "end") setText(this.note, `${count(data.tokens)} tokens by step ${count(data.step)} on ${data.device}${data.finish_reason === "stop" ? ", ended by itself" : ""}`);
+    const made = { n: count(data.tokens), step: count(data.step), device: data.device };
+    if (kind === "end") setText(this.note, data.finish_reason === "stop" ? t("{n} tokens by step {step} on {device}, ended by itself", made) : t("{n} tokens by step {step} on {device}", made));
     if (kind === "error") throw new ApiError(data, data.status);
   }
 

@@ -2,11 +2,13 @@
 import { ApiError, get, withQuery } from "../api.js";
 import { h, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
+import { t } from "../i18n.js";
 import { poll } from "../polling.js";
+import { wordFor } from "../status.js";
 import { MAX_LINES, RunCharts } from "../workspace/run-charts.js";
 import { chosenSlots, setChosen } from "../workspace/chosen.js";
 
-export const comparePage = { title: "Compare", open };
+export const comparePage = { title: t("Compare"), open };
 
 function open(place) {
   const page = new ComparePage(place);
@@ -17,12 +19,12 @@ class ComparePage {
   constructor(place) {
     this.charts = new RunCharts(() => this.poller.now());
     this.choices = h("div", { class: "choices" });
-    this.hint = h("p", { class: "muted" }, "Choose jobs to compare.");
+    this.hint = h("p", { class: "muted" }, t("Choose jobs to compare."));
     this.missingNote = h("p", { class: "error", role: "status", hidden: true });
-    this.search = h("input", { type: "search", id: "find-job", placeholder: "Part of a name, or an id", autocomplete: "off", oninput: () => this.poller.now() });
-    const chooser = h("details", { open: !chosenSlots().length }, h("summary", {}, "Jobs"),
-      h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MAX_LINES}`)), this.choices);
-    place.append(h("h1", {}, "Compare"), this.charts.controls, chooser, this.hint, this.missingNote, this.charts.node);
+    this.search = h("input", { type: "search", id: "find-job", placeholder: t("Part of a name, or an id"), autocomplete: "off", oninput: () => this.poller.now() });
+    const chooser = h("details", { open: !chosenSlots().length }, h("summary", {}, t("Jobs")),
+      h("div", { class: "bar" }, h("label", { for: "find-job" }, t("Find")), this.search, h("span", { class: "muted" }, t("up to {n}", { n: MAX_LINES }))), this.choices);
+    place.append(h("h1", {}, t("Compare")), this.charts.controls, chooser, this.hint, this.missingNote, this.charts.node);
     this.poller = poll(() => this.load());
   }
 
@@ -40,7 +42,7 @@ class ComparePage {
     const found = chosen.filter(Boolean);
     setVisible(this.hint, !found.length);
     setVisible(this.missingNote, missing.length);
-    setText(this.missingNote, `Not found: ${missing.join(", ")}`);
+    setText(this.missingNote, t("Not found: {ids}", { ids: missing.join(", ") }));
     this.drawChoices(ids, found, listed);
     await this.charts.update(found.map((job) => ({ key: job.id, name: job.name, slot: slots.indexOf(job.id), jobs: [job] })));
   }
@@ -50,7 +52,7 @@ class ComparePage {
     updateList(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
       part.box.checked = ids.includes(job.id);
       part.box.disabled = !part.box.checked && ids.length >= MAX_LINES;
-      setText(part.name, `${job.name}  ${job.id}  ${job.status}  step ${count(job.progress.step)}`);
+      setText(part.name, `${job.name}  ${job.id}  ${wordFor(job.status)}  ${t("step {step}", { step: count(job.progress.step) })}`);
     });
   }
 

@@ -2,15 +2,16 @@
 import { ServiceUnreachable, requestHeaders } from "../api.js";
 import { h } from "../dom.js";
 import { fetchOpenApi } from "../form/schema.js";
+import { t } from "../i18n.js";
 
-const MISSING = "This page needs Swagger UI, which is not installed where the service runs. The document itself is at /openapi.json.";
+const MISSING = t("This page needs Swagger UI, which is not installed where the service runs. The document itself is at /openapi.json.");
 let libraryPromise = null;
 
-export const docsPage = { title: "API", open };
+export const docsPage = { title: t("API"), open };
 
 function open(place) {
   let isOpen = true;
-  const node = h("div", { id: "swagger-ui" });
+  const node = h("div", { id: "swagger-ui", lang: "en" });
   place.append(node);
   Promise.all([fetchOpenApi(), loadLibrary()])
     .then(([spec, SwaggerUI]) => isOpen && SwaggerUI({ spec, domNode: node, deepLinking: true, validatorUrl: null, requestInterceptor: addToken }))

@@ -1,11 +1,14 @@
 // The job page: status, actions and tabs. The overview has the charts and the key facts.
 import { ApiError, get } from "../api.js";
-import { h, markPaint, setAttr, setText, updateList } from "../dom.js";
+import { h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { dateTime } from "../format.js";
+import { t } from "../i18n.js";
 import { Actions } from "../job/actions.js";
+import { startsFrom } from "../job/checkpoint-actions.js";
 import { JobCharts } from "../job/job-charts.js";
 import { Details, FailureCard, JobsAhead, KeyFacts, Lineage } from "../job/summary.js";
-import { TABS } from "../job/tabs.js";
+import { TABS, TAB_NAMES } from "../job/tabs.js";
+import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { markUpdated, poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
 import { openEventStream } from "../sse.js";
@@ -13,7 +16,7 @@ import { FINAL_STATUSES, showStatus, statusBadge } from "../status.js";
 
 const CHART_TABS = new Set(["overview", "metrics"]);
 
-export const jobPage = { title: "Job", open };
+export const jobPage = { title: t("Job"), open };
 
 function open(place, { id }) {
   const page = new JobPage(place, id);
@@ -30,13 +33,14 @@ class JobPage {
     this.failureCard = new FailureCard((job) => this.draw(job));
     this.alerts = h("ul", { class: "alerts" });
     this.actions = new Actions(this.address, (job) => this.draw(job));
+    this.watch = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.toggleWatch() });
     this.keyFacts = new KeyFacts();
-    this.jobCharts = new JobCharts(this.address, (step) => this.selectCheckpoint("checkpoints", step));
+    this.jobCharts = new JobCharts(this.address, (checkpoint) => this.startsFrom(checkpoint));
     this.details = new Details(this.address, (job) => this.draw(job));
     this.lineage = new Lineage(id);
     this.jobsAhead = new JobsAhead();
     this.overview = h("div", {}, this.alerts, this.failureCard.node, h("div", { class: "main-chart" }, this.jobCharts.loss, this.keyFacts.node), this.jobCharts.small);
-    place.append(h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
+    place.append(h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)), h("div", { class: "job-head-actions" }, this.watch, this.actions.node)),
       this.details.node, this.sentence, this.jobsAhead.node, this.lineage.node, this.tabs());
     this.poller = poll(() => this.load());
     if (this.showsCharts()) this.jobCharts.prefetch();
@@ -46,9 +50,9 @@ class JobPage {
 
   tabs() {
     this.panel = h("div", { role: "tabpanel", id: "panel", tabindex: "0", class: "panel" });
-    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": "About this job" });
+    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": t("About this job") });
     for (const name of Object.keys(TABS)) {
-      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, name);
+      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, TAB_NAMES[name]);
       tab.addEventListener("keydown", (event) => this.onTabKey(event, name));
       this.tabList.append(tab);
     }
@@ -75,6 +79,13 @@ class JobPage {
     setParam("at", step);
     this.tab = this.tab?.kind === name ? this.closeTab() : this.tab;
     this.selectTab(name);
+  }
+
+  /** Items of the loss chart's menu. */
+  startsFrom(checkpoint) {
+    if (!this.job) return [];
+    const run = (work) => Promise.resolve().then(work).catch((error) => this.actions.showError(error.message));
+    return [...startsFrom(checkpoint, this, run), { label: t("Show it in the list"), press: () => this.selectCheckpoint("checkpoints", checkpoint.step) }];
   }
 
   closeTab() {
@@ -112,7 +123,7 @@ class JobPage {
       this.draw(await get(this.address));
     } catch (error) {
       if (error instanceof ApiError && error.status === 404) {
-        setText(this.sentence, "Job not found.");
+        setText(this.sentence, t("Job not found."));
         this.poller?.();
       }
       throw error;
@@ -135,9 +146,24 @@ class JobPage {
     });
     markPaint("text");
     this.actions.update(job);
+    this.drawWatch();
     this.details.update(job);
     this.keyFacts.update(job);
     this.openTab();
+  }
+
+  /** The state is kept in this browser, so it is drawn with each poll: another tab may have changed it. */
+  drawWatch() {
+    const watched = isWatched(this.job);
+    setVisible(this.watch, canWatch(this.job) || watched);
+    setAttr(this.watch, "aria-pressed", String(watched));
+    setText(this.watch, watched ? t("Notifies me at the end") : t("Notify me at the end"));
+    setAttr(this.watch, "title", watched ? t("Press to stop watching this job") : t("The browser shows a notification when the job has ended"));
+  }
+
+  toggleWatch() {
+    setWatched([this.job], !isWatched(this.job)).then(() => this.drawWatch());
+    this.drawWatch();
   }
 
   /** Opens the metric stream, or closes it while the tab is hidden or after the job has ended. */

@@ -1,8 +1,11 @@
 // The workspace: a live table of jobs, the curves of the chosen ones, and the queue. Its state is in the address.
-import { get, token } from "../api.js";
+import { get, sendJson, token } from "../api.js";
+import { confirmAction } from "../confirm.js";
 import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
+import { t, tNodes, tn } from "../i18n.js";
 import { addShortcuts } from "../keyboard.js";
+import { Menu } from "../menu.js";
 import { canWatch, isWatched, setWatched } from "../notifications.js";
 import { poll } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
@@ -20,11 +23,20 @@ const SPARK_POINTS = 64;
 const SPARK_REFRESH_MS = 10_000;
 const MAX_SPARKS_PER_POLL = 6; // sparklines fetched in one poll
 const MAX_QUEUE = 20;
+const isActive = (job) => !FINAL_STATUSES.has(job.status);
+/** `of(job)`: whether the status allows it; the service has the last word. `question(jobs)`: what is asked first, with the number of jobs as text. `change(job)`: fields to set. */
+const BULK_ACTIONS = [
+  { verb: "pause", label: t("Pause"), of: (job) => ["queued", "preparing", "starting", "running"].includes(job.status) },
+  { verb: "resume", label: t("Resume"), of: (job) => job.resumable },
+  { verb: "cancel", label: t("Cancel"), of: isActive, question: (jobs) => t("Cancel {jobs}? Each saves a checkpoint first and then stops.", { jobs }) },
+  { verb: "kill", label: t("Kill"), of: (job) => ["starting", "running", "pausing", "cancelling"].includes(job.status), question: (jobs) => t("Kill {jobs} now? They save nothing: progress since their newest checkpoints is lost.", { jobs }) },
+  { verb: "discard", label: t("Discard: hide from lists"), of: (job) => !job.discarded, change: () => ({ discarded: true }) },
+];
 const AUTH_OPTION = '-H "Authorization: Bearer $TRAINYARD_TOKEN" ';
 const exampleCommands = () => ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
   `curl ${token.get() ? AUTH_OPTION : ""}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
 
-export const jobsPage = { title: "Jobs", open };
+export const jobsPage = { title: t("Jobs"), open };
 
 function open(place) {
   const page = new Workspace(place);
@@ -56,7 +68,7 @@ class Workspace {
     this.fold = h("select", { id: "fold", onchange: () => (setParam("fold", this.fold.value), this.draw(), this.poller.now()) }, Object.entries(FOLDS).map(([value, label]) => h("option", { value }, label)));
     this.fold.value = this.foldMode();
     this.chooser = new ColumnChooser(() => this.listed, () => (this.draw(), this.poller.now()));
-    this.filters = new Filters(() => (this.draw(), this.poller.now()), h("span", { class: "choice end" }, h("label", { for: "fold" }, "Fold"), this.fold), this.chooser.node);
+    this.filters = new Filters(() => (this.draw(), this.poller.now()), h("span", { class: "choice end" }, h("label", { for: "fold" }, t("Fold")), this.fold), this.chooser.node);
     this.table = new JobTable({ sort: (key) => this.sort(key), choose: (row, wanted) => this.choose(row, wanted), toggle: (row) => this.toggle(row), move: () => this.loadSparksSoon() });
     this.charts = new RunCharts(() => this.poller.now());
     this.build(place);
@@ -66,21 +78,22 @@ class Workspace {
 
   build(place) {
     this.empty = emptyState();
-    this.nothing = h("p", { class: "muted", hidden: true }, "No job matches the search and the filters. ", h("a", { href: "/" }, "Show all"));
-    this.loading = h("p", { class: "muted", role: "status" }, "Loading the jobs…");
+    this.nothing = h("p", { class: "muted", hidden: true }, t("No job matches the search and the filters."), " ", h("a", { href: "/" }, t("Show all")));
+    this.loading = h("p", { class: "muted", role: "status" }, t("Loading the jobs…"));
     this.chosenCount = h("h2");
     this.watch = h("button", { type: "button", class: "quiet", onclick: () => this.toggleWatch() });
-    this.compare = h("a", { class: "button" }, "Compare");
-    const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, "Clear");
+    this.compare = h("a", { class: "button" }, t("Compare"));
+    this.menu = new Menu(t("Actions"), () => this.chosenActions(), { name: t("Actions on the chosen jobs") });
+    const clear = h("button", { type: "button", class: "quiet", onclick: () => this.clear() }, t("Clear"));
     this.missingNote = h("p", { class: "muted", hidden: true });
-    this.curves = h("section", { class: "curves", hidden: true, "aria-label": "Curves of the chosen jobs" },
-      h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.compare, clear)), this.missingNote, this.charts.node);
+    this.curves = h("section", { class: "curves", hidden: true, "aria-label": t("Curves of the chosen jobs") },
+      h("div", { class: "head" }, this.chosenCount, h("div", { class: "bar" }, this.charts.controls, this.watch, this.menu.node, this.compare, clear)), this.missingNote, this.charts.node);
     this.queue = h("ol", { class: "queue" });
-    this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), h("a", { href: "/system" }, "Show the queue"));
-    this.queueBox = h("section", { hidden: true }, h("h2", {}, "Queue"), this.queue, this.queueRest);
+    this.queueRest = h("p", { class: "muted", hidden: true }, h("span"), " ", h("a", { href: "/system" }, t("Show the queue")));
+    this.queueBox = h("section", { hidden: true }, h("h2", {}, t("Queue")), this.queue, this.queueRest);
     this.place = place;
     place.classList.add("workspace");
-    place.append(h("div", { class: "head" }, h("h1", {}, "Jobs"), this.count, h("a", { class: "button", href: "/submit" }, "New job")), this.filters.node,
+    place.append(h("div", { class: "head" }, h("h1", {}, t("Jobs")), this.count, h("a", { class: "button primary", href: "/submit" }, t("New job"))), this.filters.node,
       this.loading, this.empty, this.nothing, this.table.node, this.curves, this.queueBox);
     for (const part of [this.empty, this.table.node, this.filters.node]) setVisible(part, false);
   }
@@ -137,7 +150,7 @@ class Workspace {
   /** Scrolling shows jobs without a sparkline. */
   loadSparksSoon() {
     clearTimeout(this.sparkTimer);
-    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.drawRows(), () => {}), 150);
+    this.sparkTimer = setTimeout(() => !document.hidden && this.loadSparks().then(() => this.table.refresh(), () => {}), 150);
   }
 
   sort(key) {
@@ -158,7 +171,7 @@ class Workspace {
     const runs = chosenSlots().filter(Boolean).length;
     if (wanted && (runs > MAX_RUNS || this.chosenLines().length > MAX_LINES)) {
       history.replaceState(null, "", before);
-      announce(`At most ${MAX_LINES} curves of ${MAX_RUNS} jobs are drawn`);
+      announce(t("At most {lines} curves of {runs} jobs are drawn", { lines: MAX_LINES, runs: MAX_RUNS }));
     }
     this.drawCurves();
   }
@@ -225,9 +238,9 @@ class Workspace {
 
   countText(store, jobs) {
     const more = store.isComplete ? "" : "+";
-    const all = `${count(jobs.length)}${more} ${jobs.length === 1 ? "job" : "jobs"}`;
-    if (store.loadedAt === null) return `${all}, loading`;
-    return this.listed.length < jobs.length ? `${count(this.listed.length)} of ${all}` : all;
+    const all = tn(jobs.length, "{n} job", "{n} jobs", { n: `${count(jobs.length)}${more}` });
+    if (store.loadedAt === null) return t("{jobs}, loading", { jobs: all });
+    return this.listed.length < jobs.length ? t("{n} of {jobs}", { n: count(this.listed.length), jobs: all }) : all;
   }
 
   held(job) {
@@ -238,15 +251,15 @@ class Workspace {
     const jobs = this.lines.flatMap((line) => line.jobs);
     setVisible(this.curves, jobs.length);
     this.place.classList.toggle("charted", jobs.length > 0);
-    setText(this.chosenCount, `${count(jobs.length)} chosen`);
+    setText(this.chosenCount, t("{n} chosen", { n: count(jobs.length) }));
     setAttr(this.compare, "href", `/compare?jobs=${jobs.slice(0, MAX_LINES).map((job) => job.id).join(",")}`);
     setVisible(this.compare, jobs.length > 1);
     const watchable = jobs.filter(canWatch);
     setVisible(this.watch, watchable.length);
-    setText(this.watch, watchable.every(isWatched) ? "Do not notify me" : "Notify me at the end");
+    setText(this.watch, watchable.every(isWatched) ? t("Do not notify me") : t("Notify me at the end"));
     const missing = chosenSlots().filter((id) => id && this.others?.get(id) === null && !this.find(id));
     setVisible(this.missingNote, missing.length);
-    setText(this.missingNote, `Not found: ${missing.join(", ")}`);
+    setText(this.missingNote, t("Not found: {ids}", { ids: missing.join(", ") }));
     this.charts.setLines(this.lines);
   }
 
@@ -256,17 +269,40 @@ class Workspace {
     this.drawChosen();
   }
 
+  /** Items of the menu: each acts on those of the chosen jobs whose status allows it. */
+  chosenActions() {
+    const jobs = this.lines.flatMap((line) => line.jobs);
+    return BULK_ACTIONS.map(({ verb, label, of, question, change }) => {
+      const fitting = jobs.filter(of);
+      const what = tn(fitting.length, "{n} job", "{n} jobs", { n: count(fitting.length) });
+      const press = async () => {
+        if (question && !(await confirmAction(question(what), label))) return;
+        await this.actOn(fitting, (job) => (change ? sendJson("PATCH", `/jobs/${job.id}`, change(job)) : sendJson("POST", `/jobs/${job.id}/${verb}`)), label);
+      };
+      return { label: fitting.length ? `${label}: ${what}` : label, why: fitting.length ? null : t("no chosen job is in a state for it"), danger: Boolean(question), press };
+    });
+  }
+
+  /** Acts on one job after the other, and says how many the service refused and why the first one was. */
+  async actOn(jobs, act, label) {
+    const refused = [];
+    for (const job of jobs) await act(job).catch((error) => refused.push(`${job.name}: ${error.message}`));
+    announce([t("{action}: {done} of {all}", { action: label, done: count(jobs.length - refused.length), all: count(jobs.length) }), ...refused.slice(0, 1)].join(". "));
+    this.poller.now();
+  }
+
   drawQueue(jobs) {
     const queued = jobs.filter((job) => job.status === "queued" && job.queue).sort((a, b) => a.queue.position - b.queue.position);
     setVisible(this.queueBox, queued.length);
     setVisible(this.queueRest, queued.length > MAX_QUEUE);
-    setText(this.queueRest.firstChild, `and ${count(queued.length - MAX_QUEUE)} more. `);
+    setText(this.queueRest.firstChild, t("and {n} more.", { n: count(queued.length - MAX_QUEUE) }));
     updateList(this.queue, queued.slice(0, MAX_QUEUE), (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
       setAttr(part, "value", job.queue.position);
       setAttr(part.firstChild, "href", `/jobs/${job.id}`);
       setText(part.firstChild, job.name);
       const priority = job.spec?.resources.priority;
-      setText(part.lastChild, ` waits for ${job.queue.waiting_for}${priority ? `, priority ${priority}` : ""}`);
+      const waits = { what: job.queue.waiting_for, priority };
+      setText(part.lastChild, ` ${priority ? t("waits for {what}, priority {priority}", waits) : t("waits for {what}", waits)}`);
     });
   }
 
@@ -276,11 +312,11 @@ class Workspace {
       return row ? act(row) : false;
     };
     return [
-      { key: "j", does: "move to the next row", run: () => this.table.moveFocus(1) },
-      { key: "k", does: "move to the previous row", run: () => this.table.moveFocus(-1) },
-      { key: "x", does: "choose the row, or not", run: focused((row) => this.choose(row, row.chosen < row.jobs.length)) },
-      { key: "o", does: "open the job of the row, or its fold", run: focused((row) => (row.jobs.length > 1 ? this.toggle(row) : navigate(`/jobs/${row.jobs[0].id}`))) },
-      { key: "c", does: "compare the chosen jobs on a page", run: () => (this.lines.length ? navigate(this.compare.getAttribute("href")) : announce("Choose jobs first: x, or their check boxes")) },
+      { key: "j", does: t("move to the next row"), run: () => this.table.moveFocus(1) },
+      { key: "k", does: t("move to the previous row"), run: () => this.table.moveFocus(-1) },
+      { key: "x", does: t("choose the row, or not"), run: focused((row) => this.choose(row, row.chosen < row.jobs.length)) },
+      { key: "o", does: t("open the job of the row, or its fold"), run: focused((row) => (row.jobs.length > 1 ? this.toggle(row) : navigate(`/jobs/${row.jobs[0].id}`))) },
+      { key: "c", does: t("compare the chosen jobs on a page"), run: () => (this.lines.length ? navigate(this.compare.getAttribute("href")) : announce(t("Choose jobs first: x, or their check boxes"))) },
     ];
   }
 
@@ -297,6 +333,6 @@ class Workspace {
 
 function emptyState() {
   const parts = exampleCommands().map((command) =>
-    h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": `Copy: ${command}`, onclick: () => copyText(command, "Command") }, "Copy")));
-  return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Start one with any of these commands, or with ", h("a", { href: "/submit" }, "the form"), ":"), parts);
+    h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": t("Copy: {command}", { command }), onclick: () => copyText(command, t("Command")) }, t("Copy"))));
+  return h("div", { class: "empty" }, h("h2", {}, t("No job yet")), h("p", {}, tNodes("Start one with any of these commands, or with {form}:", { form: h("a", { href: "/submit" }, t("the form")) })), parts);
 }

@@ -2,15 +2,19 @@
 import { get, sendJson } from "../api.js";
 import { createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, bytes, count } from "../format.js";
+import { t, tNodes } from "../i18n.js";
 import { poll } from "../polling.js";
 import { FINAL_STATUSES, STATUSES } from "../status.js";
 
-const DEVICES = [["Device"], ["Model"], ["Memory in use", "num"], ["Temperature", "num"], ["Held by"], ["Unknown processes"]];
-const QUEUE = [["Position", "narrow"], ["Job"], ["Priority", "num narrow"], ["Waits for"]];
-const DISKS = [["Contents"], ["In use", "num"], ["Free", "num"], ["State"]];
+const DEVICES = [[t("Device")], [t("Model")], [t("Memory in use"), "num"], [t("Temperature"), "num"], [t("Held by")], [t("Unknown processes")]];
+const QUEUE = [[t("Position"), "narrow"], [t("Job")], [t("Priority"), "num narrow"], [t("Waits for")]];
+const DISKS = [[t("Contents")], [t("In use"), "num"], [t("Free"), "num"], [t("State")]];
 const HOLDING_STATUSES = STATUSES.filter((status) => !FINAL_STATUSES.has(status) && !["queued", "preparing", "paused", "interrupted"].includes(status));
 
-export const systemPage = { title: "System", open };
+const CONTENTS = { home: t("home"), save_root: t("save root"), corpus_cache: t("corpus cache") };
+const FACTS = { version: t("version"), api: t("api"), python: t("python"), database: t("database"), caller: t("caller"), scope: t("scope"), schedules: t("schedules") };
+
+export const systemPage = { title: t("System"), open };
 
 function open(place) {
   const view = build(place);
@@ -29,23 +33,23 @@ async function liveJobs() {
 }
 
 function build(place) {
-  const view = { health: h("p", { class: "sentence" }), devices: createTable(DEVICES, "Devices"), queue: createTable(QUEUE, "Queue"), disks: createTable(DISKS, "Disks"), version: h("dl", { class: "facts short" }) };
+  const view = { health: h("p", { class: "sentence" }), devices: createTable(DEVICES, t("Devices")), queue: createTable(QUEUE, t("Queue")), disks: createTable(DISKS, t("Disks")), version: h("dl", { class: "facts short" }) };
   for (const table of [view.devices, view.disks]) table.node.classList.add("stack");
   view.free = h("span", { class: "muted" });
-  view.none = h("p", { class: "muted", hidden: true }, "The queue is empty.");
+  view.none = h("p", { class: "muted", hidden: true }, t("The queue is empty."));
   view.parts = h("ul", { class: "health-parts" });
-  const more = h("p", { class: "muted" }, "All of this is also in ", h("a", { href: "/docs" }, "the API"), ".");
-  view.rest = h("p", { class: "muted", hidden: true }, "More jobs are queued after these.");
-  place.append(h("h1", {}, "System"), view.health, view.parts,
-    h("section", {}, h("div", { class: "title-row" }, h("h2", {}, "Devices"), view.free), view.devices.node),
-    h("section", {}, h("h2", {}, "Queue"), view.none, view.queue.node, view.rest),
-    h("section", {}, h("h2", {}, "Disks"), view.disks.node),
-    h("section", {}, h("h2", {}, "Service"), view.version, more));
+  const more = h("p", { class: "muted" }, tNodes("All of this is also in {api}.", { api: h("a", { href: "/docs" }, t("the API")) }));
+  view.rest = h("p", { class: "muted", hidden: true }, t("More jobs are queued after these."));
+  place.append(h("h1", {}, t("System")), view.health, view.parts,
+    h("section", {}, h("div", { class: "title-row" }, h("h2", {}, t("Devices")), view.free), view.devices.node),
+    h("section", {}, h("h2", {}, t("Queue")), view.none, view.queue.node, view.rest),
+    h("section", {}, h("h2", {}, t("Disks")), view.disks.node),
+    h("section", {}, h("h2", {}, t("Service")), view.version, more));
   return view;
 }
 
 function draw(view, { devices, waiting, more, names, version, status }) {
-  setText(view.health, status.ready ? "✓ The service is ready." : "✗ The service is not ready.");
+  setText(view.health, status.ready ? t("✓ The service is ready.") : t("✗ The service is not ready."));
   setAttr(view.health, "class", status.ready ? "sentence" : "sentence error");
   updateList(view.parts, status.parts, (component) => component.name, () => h("li", {}, h("strong"), h("span")), (part, component) => {
     setAttr(part, "class", component.ok ? null : "error");
@@ -53,7 +57,7 @@ function draw(view, { devices, waiting, more, names, version, status }) {
     setText(part.lastChild, ` ${component.detail}`);
   });
   const free = devices.filter((device) => device.job_id === null && !device.processes.length && !device.xid_errors.length).length;
-  setText(view.free, `${count(free)} of ${count(devices.length)} free`);
+  setText(view.free, t("{n} of {all} free", { n: count(free), all: count(devices.length) }));
   const known = (name) => devices.some((device) => device[name] !== null && device[name] !== undefined);
   view.devices.node.classList.toggle("no-memory", !known("memory_bytes"));
   view.devices.node.classList.toggle("no-temperature", !known("temperature_celsius"));
@@ -63,16 +67,16 @@ function draw(view, { devices, waiting, more, names, version, status }) {
   setVisible(view.rest, more);
   updateList(view.queue.body, waiting, (job) => job.id, queueRow, updateQueued);
   updateList(view.disks.body, status.disks, (disk) => disk.id, diskRow, updateDisk);
-  const facts = [...Object.entries(version).filter(([name]) => !["object", "name"].includes(name)), ["schedules", status.schedules ? "yes" : "no, another server does"]];
-  updateList(view.version, facts, ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd")), (part, [, value]) => setText(part.lastChild, value));
+  const facts = [...Object.entries(version).filter(([name]) => !["object", "name"].includes(name)), ["schedules", status.schedules ? t("yes") : t("no, another server does")]];
+  updateList(view.version, facts, ([name]) => name, ([name]) => h("div", {}, h("dt", {}, FACTS[name] ?? name), h("dd")), (part, [, value]) => setText(part.lastChild, value));
 }
 
 function deviceRow() {
-  const cells = { id: h("td", { class: "mono" }), model: h("span"), place: h("div", { class: "muted" }), memory: h("span"), meter: h("progress", { class: "meter", max: "100" }), heat: h("td", { class: "num heat", "data-name": "at" }), job: h("a"), unknown: h("td", { "data-name": "unknown" }) };
+  const cells = { id: h("td", { class: "mono" }), model: h("span"), place: h("div", { class: "muted" }), memory: h("span"), meter: h("progress", { class: "meter", max: "100" }), heat: h("td", { class: "num heat", "data-name": t("at") }), job: h("a"), unknown: h("td", { "data-name": t("unknown") }) };
   cells.free = h("span", { class: "muted" });
   cells.fault = h("span", { class: "error" });
-  cells.clear = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => clearErrors(cells) }, "Clear");
-  const row = h("tr", {}, cells.id, h("td", {}, cells.model, cells.place), h("td", { class: "num memory", "data-name": "memory" }, cells.memory, cells.meter), cells.heat, h("td", {}, cells.job, cells.free, cells.fault, cells.clear), cells.unknown);
+  cells.clear = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => clearErrors(cells) }, t("Clear"));
+  const row = h("tr", {}, cells.id, h("td", {}, cells.model, cells.place), h("td", { class: "num memory", "data-name": t("memory") }, cells.memory, cells.meter), cells.heat, h("td", {}, cells.job, cells.free, cells.fault, cells.clear), cells.unknown);
   return Object.assign(row, { inside: cells });
 }
 
@@ -81,7 +85,7 @@ async function clearErrors(cells) {
   cells.clear.disabled = true;
   try {
     await sendJson("POST", `/devices/${encodeURIComponent(cells.device.id)}/clear`);
-    setText(cells.fault, " cleared");
+    setText(cells.fault, ` ${t("cleared")}`);
     setVisible(cells.clear, false);
   } catch (error) {
     setText(cells.fault, ` ${error.message}`);
@@ -92,8 +96,8 @@ async function clearErrors(cells) {
 
 /** Returns where a GPU is: its link, NUMA node and PCI address, as far as they are known. */
 function placeText(device) {
-  const link = device.nvlink_peers.length ? `NVLink to ${device.nvlink_peers.join(", ")}` : device.link === "pcie" ? "PCIe only" : null;
-  return [link, device.numa_node === null ? null : `NUMA node ${device.numa_node}`, device.pci_bus_id].filter(Boolean).join(" · ");
+  const link = device.nvlink_peers.length ? t("NVLink to {devices}", { devices: device.nvlink_peers.join(", ") }) : device.link === "pcie" ? t("PCIe only") : null;
+  return [link, device.numa_node === null ? null : t("NUMA node {n}", { n: device.numa_node }), device.pci_bus_id].filter(Boolean).join(" · ");
 }
 
 function updateDevice(row, device, names) {
@@ -102,10 +106,10 @@ function updateDevice(row, device, names) {
   setText(cells.model, device.model ?? device.kind);
   setText(cells.place, placeText(device));
   const known = device.memory_bytes !== null && device.memory_used_bytes !== null;
-  setText(cells.memory, known ? `${bytes(device.memory_used_bytes)} of ${bytes(device.memory_bytes)}` : bytes(device.memory_bytes));
+  setText(cells.memory, known ? t("{part} of {whole}", { part: bytes(device.memory_used_bytes), whole: bytes(device.memory_bytes) }) : bytes(device.memory_bytes));
   setVisible(cells.meter, known);
   setAttr(cells.meter, "value", known ? (100 * device.memory_used_bytes) / device.memory_bytes : 0);
-  setAttr(cells.meter, "aria-label", `Memory in use on ${device.id}`);
+  setAttr(cells.meter, "aria-label", t("Memory in use on {device}", { device: device.id }));
   setText(cells.heat, Number.isFinite(device.temperature_celsius) ? `${device.temperature_celsius} °C` : NONE);
   setVisible(cells.job, device.job_id);
   setAttr(cells.job, "href", `/jobs/${device.job_id}`);
@@ -113,10 +117,10 @@ function updateDevice(row, device, names) {
   const unknown = device.processes.length;
   const faults = device.xid_errors.map((error) => error.xid);
   cells.device = device;
-  setText(cells.free, device.job_id || faults.length ? "" : unknown ? "not leased: in use" : "free");
-  setText(cells.fault, faults.length ? ` XID ${faults.join(", ")}: not leased until it is cleared` : "");
+  setText(cells.free, device.job_id || faults.length ? "" : unknown ? t("not leased: in use") : t("free"));
+  setText(cells.fault, faults.length ? ` ${t("XID {errors}: not leased until it is cleared", { errors: faults.join(", ") })}` : "");
   setVisible(cells.clear, faults.length);
-  setText(cells.unknown, unknown ? device.processes.map((pid) => `pid ${pid}`).join(", ") : NONE);
+  setText(cells.unknown, unknown ? device.processes.map((pid) => t("pid {pid}", { pid })).join(", ") : NONE);
   setAttr(cells.unknown, "class", unknown ? "error" : null);
 }
 
@@ -134,21 +138,28 @@ function updateQueued(row, job) {
   setText(cells.why, job.queue.waiting_for);
 }
 
+function diskState({ state, low_below_bytes: limit }) {
+  if (state === "ok") return t("✓ ok");
+  if (state === "full") return t("✗ full");
+  if (state === "unreadable") return t("✗ unreadable");
+  return state === "low" ? t("✗ low: below {limit}", { limit: bytes(limit) }) : `✗ ${state}`;
+}
+
 function diskRow() {
-  const cells = { what: h("span"), where: h("span"), used: h("span"), meter: h("progress", { class: "meter", max: "100" }), free: h("td", { class: "num", "data-name": "free" }), state: h("td") };
-  return Object.assign(h("tr", {}, h("td", {}, cells.what, cells.where), h("td", { class: "num memory", "data-name": "in use" }, cells.used, cells.meter), cells.free, cells.state), { inside: cells });
+  const cells = { what: h("span"), where: h("span"), used: h("span"), meter: h("progress", { class: "meter", max: "100" }), free: h("td", { class: "num", "data-name": t("Free").toLowerCase() }), state: h("td") };
+  return Object.assign(h("tr", {}, h("td", {}, cells.what, cells.where), h("td", { class: "num memory", "data-name": t("In use").toLowerCase() }, cells.used, cells.meter), cells.free, cells.state), { inside: cells });
 }
 
 function updateDisk(row, disk) {
   const { inside: cells } = row;
   const known = disk.total_bytes !== null && disk.free_bytes !== null;
-  setText(cells.what, disk.id.replaceAll("_", " ").replaceAll("+", ", "));
+  setText(cells.what, disk.id.split("+").map((part) => CONTENTS[part] ?? part.replaceAll("_", " ")).join(t(", ")));
   updateList(cells.where, disk.paths, (path) => path, (path) => h("code", { class: "path" }, path));
-  setText(cells.used, known ? `${bytes(disk.total_bytes - disk.free_bytes)} of ${bytes(disk.total_bytes)}` : NONE);
+  setText(cells.used, known ? t("{part} of {whole}", { part: bytes(disk.total_bytes - disk.free_bytes), whole: bytes(disk.total_bytes) }) : NONE);
   setVisible(cells.meter, known);
   setAttr(cells.meter, "value", known ? 100 - (100 * disk.free_bytes) / disk.total_bytes : 0);
-  setAttr(cells.meter, "aria-label", `Disk in use: ${disk.id}`);
+  setAttr(cells.meter, "aria-label", t("Disk in use: {disk}", { disk: disk.id }));
   setText(cells.free, bytes(disk.free_bytes));
-  setText(cells.state, disk.state === "ok" ? "✓ ok" : `✗ ${disk.state}${disk.state === "low" ? `: below ${bytes(disk.low_below_bytes)}` : ""}`);
+  setText(cells.state, diskState(disk));
   setAttr(cells.state, "class", disk.state === "ok" ? null : "error");
 }

@@ -1,5 +1,6 @@
 // The menu that chooses the columns of the table. The choice is in the address.
 import { h, updateList } from "../dom.js";
+import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { COLUMNS, DEFAULT_COLUMNS, OPTIONAL_COLUMNS, differingNames, findColumn } from "./columns.js";
 
@@ -16,10 +17,10 @@ export class ColumnChooser {
     [this.jobs, this.onChange] = [jobs, onChange];
     this.common = h("div", { class: "chooser-list" });
     this.settings = h("div", { class: "chooser-list" });
-    this.none = h("p", { class: "muted", hidden: true }, "The listed jobs have the same settings.");
-    this.reset = h("button", { type: "button", class: "quiet", onclick: () => this.set(null) }, "Default columns");
-    const panel = h("div", { class: "chooser-panel" }, h("h3", {}, "Of the run"), this.common, h("h3", {}, "Settings that differ"), this.none, this.settings, this.reset);
-    this.node = h("details", { class: "chooser", ontoggle: () => this.node.open && this.draw() }, h("summary", { class: "button" }, "Columns"), panel);
+    this.none = h("p", { class: "muted", hidden: true }, t("The listed jobs have the same settings."));
+    this.reset = h("button", { type: "button", class: "quiet", onclick: () => this.set(null) }, t("Default columns"));
+    const panel = h("div", { class: "chooser-panel" }, h("h3", {}, t("Of the run")), this.common, h("h3", {}, t("Settings that differ")), this.none, this.settings, this.reset);
+    this.node = h("details", { class: "chooser", ontoggle: () => this.node.open && this.draw() }, h("summary", { class: "button" }, t("Columns")), panel);
     this.node.addEventListener("keydown", (event) => event.key === "Escape" && this.dismiss());
     this.onPress = (event) => this.node.open && !this.node.contains(event.target) && (this.node.open = false);
     document.addEventListener("pointerdown", this.onPress);

@@ -2,10 +2,13 @@
 import { h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
 import { formatValue, getAt } from "../form/schema.js";
 import { NONE, ago, compactNumber, count, dateTime, duration, fewDigits, loss, percent, secondsSince } from "../format.js";
+import { t } from "../i18n.js";
 import { flatten } from "../spec-diff.js";
-import { showStatus, statusBadge } from "../status.js";
+import { showStatus, statusBadge, wordFor } from "../status.js";
 
-const SCORES = { bpb: "best held-out bits per byte,", eval_loss: "best held-out loss,", loss: "smoothed loss" };
+const SCORES = {
+  bpb: (step) => t("best held-out bits per byte, at step {step}", { step }), eval_loss: (step) => t("best held-out loss, at step {step}", { step }), loss: (step) => t("smoothed loss at step {step}", { step }),
+};
 const NOT_OFFERED = new Set(["name", "description", "group", "version"]);
 
 const isRunning = (job) => job.status === "running";
@@ -26,33 +29,33 @@ const text = (key, label, width, value, title = null) => ({ key, label, width, v
 
 /** `key` is the name in the address, `width` in px; `value(job)` is sorted by, and null if there is none. */
 export const COLUMNS = [
-  { ...text("status", "Status", 150, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
-  { ...number("progress", "Progress", 140, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
-  { ...text("group", "Group", 100, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
-  { ...number("score", "Score", 75, (job) => job.score?.value ?? null, loss), hint: "The best held-out bits per byte, else the best held-out loss, else the smoothed loss",
-    title: (job) => job.score && `${SCORES[job.score.metric]} at step ${count(job.score.step)}` },
-  number("eval_loss", "Held-out loss", 105, (job) => job.progress.eval_loss, loss),
-  number("bpb", "Held-out bpb", 105, (job) => job.progress.eval_bpb, loss),
-  { ...number("loss", "Loss", 75, (job) => job.progress.loss, loss), missing: (job) => (job.progress.nonfinite ? "not finite" : NONE) },
-  number("train_bpb", "Train bpb", 85, (job) => job.progress.bpb, loss),
-  { key: "curve", label: "Curve", width: 96, numeric: true, value: null, create: createCurve, update: updateCurve },
-  number("tokens", "Tokens", 85, (job) => job.progress.tokens, compactNumber),
-  number("speed", "Tokens/s", 85, (job) => job.progress.tokens_per_second, compactNumber),
-  number("eta", "ETA", 90, (job) => (isRunning(job) ? job.progress.eta_seconds : null), duration),
-  number("rate", "Learning rate", 100, inSpec("training", "learning_rate"), formatValue),
-  number("batch", "Batch", 70, batch, count),
-  number("parameters", "Parameters", 95, (job) => job.plan?.parameters ?? null, compactNumber),
-  { ...text("labels", "Labels", 145, (job) => Object.entries(job.labels).map((pair) => pair.join("=")).join(" ") || null), create: () => h("td", {}, h("span", { class: "labels" })), update: updateLabels },
-  text("owner", "Owner", 100, (job) => job.owner),
-  number("duration", "Duration", 100, trainedSeconds, duration),
-  { ...number("created", "Created", 110, (job) => Date.parse(job.created_at), (at) => ago(new Date(at).toISOString())), title: (job) => dateTime(job.created_at) },
-  number("mfu", "MFU", 70, (job) => (job.progress.mfu === null ? null : 100 * job.progress.mfu), percent),
-  text("devices", "Devices", 130, null),
+  { ...text("status", t("Status"), 138, (job) => job.status), create: () => h("td", {}, statusBadge(), h("span", { class: "detail" })), update: updateStatus },
+  { ...number("progress", t("Progress"), 165, (job) => job.progress.percent, percent), numeric: false, create: createProgress, update: updateProgress },
+  { ...text("group", t("Group"), 90, (job) => job.group), create: () => h("td", {}, h("a")), update: updateGroup },
+  { ...number("score", t("Score"), 70, (job) => job.score?.value ?? null, loss), hint: t("The best held-out bits per byte, else the best held-out loss, else the smoothed loss"),
+    title: (job) => job.score && SCORES[job.score.metric](count(job.score.step)) },
+  number("eval_loss", t("Held-out loss"), 105, (job) => job.progress.eval_loss, loss),
+  number("bpb", t("Held-out bpb"), 105, (job) => job.progress.eval_bpb, loss),
+  { ...number("loss", t("Loss"), 70, (job) => job.progress.loss, loss), missing: (job) => (job.progress.nonfinite ? t("not finite") : NONE) },
+  number("train_bpb", t("Train bpb"), 85, (job) => job.progress.bpb, loss),
+  { key: "curve", label: t("Curve"), width: 94, numeric: true, value: null, create: createCurve, update: updateCurve },
+  number("tokens", t("Tokens"), 85, (job) => job.progress.tokens, compactNumber),
+  number("speed", t("Tokens/s"), 92, (job) => job.progress.tokens_per_second, compactNumber),
+  number("eta", t("ETA"), 98, (job) => (isRunning(job) ? job.progress.eta_seconds : null), duration),
+  number("rate", t("Learning rate"), 100, inSpec("training", "learning_rate"), formatValue),
+  number("batch", t("Batch"), 70, batch, count),
+  number("parameters", t("Parameters"), 95, (job) => job.plan?.parameters ?? null, compactNumber),
+  { ...text("labels", t("Labels"), 117, (job) => Object.entries(job.labels).map((pair) => pair.join("=")).join(" ") || null), create: () => h("td", {}, h("span", { class: "labels" })), update: updateLabels },
+  text("owner", t("Owner"), 100, (job) => job.owner),
+  number("duration", t("Duration"), 100, trainedSeconds, duration),
+  { ...number("created", t("Created"), 110, (job) => Date.parse(job.created_at), (at) => ago(new Date(at).toISOString())), title: (job) => dateTime(job.created_at) },
+  number("mfu", t("MFU"), 70, (job) => (job.progress.mfu === null ? null : 100 * job.progress.mfu), percent),
+  text("devices", t("Devices"), 130, null),
 ];
 export const DEFAULT_COLUMNS = ["status", "progress", "group", "labels", "score", "loss", "curve", "speed", "eta"];
 /** Left out by default if no job has one. */
 export const OPTIONAL_COLUMNS = new Set(["group", "labels"]);
-export const NAME_COLUMN = { key: "name", label: "Job", value: (job) => job.name.toLowerCase() };
+export const NAME_COLUMN = { key: "name", label: t("Job"), value: (job) => job.name.toLowerCase() };
 
 const known = new Map(COLUMNS.map((column) => [column.key, column]));
 const settings = new Map();
@@ -113,16 +116,19 @@ function textCell({ numeric }) {
 function updateNumber(cell, { jobs }, column) {
   const values = jobs.map((job) => column.value(job)).filter((value) => Number.isFinite(value));
   const [first] = jobs;
-  if (!values.length) return setText(cell, column.missing?.(first) ?? NONE);
+  if (!values.length) {
+    setText(cell, column.missing?.(first) ?? NONE);
+    return setAttr(cell, "title", null);
+  }
   setText(cell, column.format(values.reduce((sum, value) => sum + value, 0) / values.length));
-  const range = `mean of ${count(values.length)}: ${column.format(Math.min(...values))} to ${column.format(Math.max(...values))}`;
+  const range = t("mean of {n}: {low} to {high}", { n: count(values.length), low: column.format(Math.min(...values)), high: column.format(Math.max(...values)) });
   return setAttr(cell, "title", jobs.length > 1 ? range : column.title?.(first));
 }
 
 function updateText(cell, { jobs }, column, context) {
   const value = column.value ?? ((job) => context.devices(job).join(", ") || null);
   const values = [...new Set(jobs.map(value).filter((each) => each !== null && each !== undefined))];
-  const shown = values.length === 1 ? column.format(values[0]) : values.length ? `${count(values.length)} values` : NONE;
+  const shown = values.length === 1 ? column.format(values[0]) : values.length ? t("{n} values", { n: count(values.length) }) : NONE;
   setText(cell, shown);
   const all = values.slice(0, 12).map(column.format).join(", ");
   setAttr(cell, "title", values.length > 1 || shown.length > 12 ? all : null);
@@ -130,10 +136,9 @@ function updateText(cell, { jobs }, column, context) {
 
 /** Why the job is not simply running: its place in the queue, its phase, or why it ended. */
 function statusDetail(job) {
-  if (job.queue?.position) return `position ${count(job.queue.position)}`;
-  if (job.preparation) return `corpus ${percent(job.preparation.percent)}, ${duration(job.preparation.eta_seconds)} left`;
-  const spaced = (name) => name?.replaceAll("_", " ");
-  return [job.phase && job.phase !== "training" ? spaced(job.phase) : null, spaced(job.reason)].filter(Boolean).join(", ");
+  if (job.queue?.position) return t("position {n}", { n: count(job.queue.position) });
+  if (job.preparation) return t("corpus {percent}, {duration} left", { percent: percent(job.preparation.percent), duration: duration(job.preparation.eta_seconds) });
+  return [job.phase && job.phase !== "training" ? wordFor(job.phase) : null, wordFor(job.reason)].filter(Boolean).join(", ");
 }
 
 function updateStatus(cell, { jobs }) {
@@ -141,8 +146,8 @@ function updateStatus(cell, { jobs }) {
   for (const job of jobs) counts.set(job.status, (counts.get(job.status) ?? 0) + 1);
   const [[most]] = [...counts].sort(([, a], [, b]) => b - a);
   showStatus(cell.firstChild, most);
-  const rest = [...counts].filter(([status]) => status !== most).map(([status, number]) => `${number} ${status}`);
-  const detail = jobs.length === 1 ? statusDetail(jobs[0]) : counts.size === 1 ? "" : [`${counts.get(most)} of ${jobs.length}`, ...rest].join(", ");
+  const rest = [...counts].filter(([status]) => status !== most).map(([status, number]) => `${number} ${wordFor(status)}`);
+  const detail = jobs.length === 1 ? statusDetail(jobs[0]) : counts.size === 1 ? "" : [t("{n} of {all}", { n: counts.get(most), all: jobs.length }), ...rest].join(", ");
   setText(cell.lastChild, detail);
   setAttr(cell.lastChild, "title", detail.length > 20 ? detail : null);
 }
@@ -157,11 +162,11 @@ function updateProgress({ parts }, { jobs, name }) {
   const share = known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : null;
   const [{ progress }] = jobs;
   const steps = progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE;
-  setText(parts.step, jobs.length === 1 ? steps : `${known.filter((value) => value >= 100).length} of ${jobs.length} done`);
+  setText(parts.step, jobs.length === 1 ? steps : t("{n} of {all} done", { n: known.filter((value) => value >= 100).length, all: jobs.length }));
   setText(parts.share, share === null ? "" : percent(share));
   setVisible(parts.meter, share !== null);
   setAttr(parts.meter, "value", share ?? 0);
-  setAttr(parts.meter, "aria-label", `Progress of ${name}`);
+  setAttr(parts.meter, "aria-label", t("Progress of {name}", { name }));
 }
 
 function updateGroup(cell, { jobs }, column) {

@@ -1,7 +1,8 @@
 // Search and filters of the workspace: text, status, labels, group, owner and discarded jobs, all kept in the address.
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { t } from "../i18n.js";
 import { getParam, getParams, setParam, setParams } from "../router.js";
-import { FINAL_STATUSES, STATUSES } from "../status.js";
+import { FINAL_STATUSES, STATUSES, wordFor } from "../status.js";
 
 const DEBOUNCE_MS = 150; // Wait until the user stops typing.
 const ACTIVE = STATUSES.filter((name) => !FINAL_STATUSES.has(name));
@@ -31,19 +32,19 @@ export class Filters {
   /** `onChange` is called after every change of a filter; `more`: other controls in the same bar. */
   constructor(onChange, ...more) {
     this.onChange = onChange;
-    this.search = h("input", { type: "search", id: "search", placeholder: "Part of a name, or an id", value: getParam("search") ?? "", oninput: () => this.onInput() });
-    this.status = this.select("status", [["", "any status"], ["active", "not finished"], ...STATUSES.map((name) => [name, name])]);
-    this.group = this.select("group", [["", "any group"]]);
-    this.owner = this.select("owner", [["", "any owner"]]);
+    this.search = h("input", { type: "search", id: "search", placeholder: t("Part of a name, or an id"), value: getParam("search") ?? "", oninput: () => this.onInput() });
+    this.status = this.select("status", [["", t("any status")], ["active", t("not finished")], ...STATUSES.map((name) => [name, wordFor(name)])]);
+    this.group = this.select("group", [["", t("any group")]]);
+    this.owner = this.select("owner", [["", t("any owner")]]);
     this.known = h("datalist", { id: "known-labels" });
-    this.label = h("input", { id: "label", placeholder: "key=value", size: "12", autocomplete: "off", list: "known-labels", onchange: () => this.add() });
+    this.label = h("input", { id: "label", placeholder: t("key=value"), size: "12", autocomplete: "off", list: "known-labels", onchange: () => this.add() });
     this.discarded = h("input", { type: "checkbox", id: "discarded", onchange: () => (setParam("discarded", this.discarded.checked ? "1" : ""), onChange()) });
     this.discarded.checked = showsDiscarded();
     this.chosen = h("span", { class: "labels chosen" });
-    this.groupChoice = choice("group", "Group", this.group);
-    this.ownerChoice = choice("owner", "Owner", this.owner);
-    this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
-      choice("status", "Status", this.status), this.groupChoice, this.ownerChoice, choice("label", "Label", this.label, this.known), h("span", { class: "choice" }, this.discarded, h("label", { for: "discarded" }, "Discarded")), this.chosen, ...more);
+    this.groupChoice = choice("group", t("Group"), this.group);
+    this.ownerChoice = choice("owner", t("Owner"), this.owner);
+    this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, t("Search")), this.search,
+      choice("status", t("Status"), this.status), this.groupChoice, this.ownerChoice, choice("label", t("Label"), this.label, this.known), h("span", { class: "choice" }, this.discarded, h("label", { for: "discarded" }, t("Discarded"))), this.chosen, ...more);
     this.draw();
   }
 
@@ -80,15 +81,15 @@ export class Filters {
       this.setLabels(getParams("label").filter((other) => other !== label));
       this.label.focus();
     };
-    updateList(this.chosen, getParams("label"), (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${label}`, onclick: () => remove(label) }, label, " ×"));
+    updateList(this.chosen, getParams("label"), (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": t("Remove filter {label}", { label }), onclick: () => remove(label) }, label, " ×"));
   }
 
   /** Offers the groups, owners and labels of the jobs. A choice of one owner is no choice. */
   offer(jobs) {
     const groups = new Set(jobs.map((job) => job.group).filter((group) => group !== null));
     const owners = new Set(jobs.map((job) => job.owner));
-    fill(this.group, "any group", groups, getParam("group"));
-    fill(this.owner, "any owner", owners, getParam("owner"));
+    fill(this.group, t("any group"), groups, getParam("group"));
+    fill(this.owner, t("any owner"), owners, getParam("owner"));
     setVisible(this.groupChoice, groups.size || getParam("group"));
     setVisible(this.ownerChoice, owners.size > 1 || getParam("owner"));
     const labels = new Set(jobs.flatMap((job) => Object.entries(job.labels).map((pair) => pair.join("="))));

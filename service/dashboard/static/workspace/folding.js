@@ -1,8 +1,9 @@
 // Folds jobs that belong together to one row and one curve. Pure.
 import { toNumber } from "../chart-data.js";
+import { t } from "../i18n.js";
 import { flatten } from "../spec-diff.js";
 
-export const FOLDS = { "": "no", group: "by group", seeds: "over seeds" };
+export const FOLDS = { "": t("no"), group: t("by group"), seeds: t("over seeds") };
 
 const MAX_MEAN_POINTS = 1000;
 /** Settings that do not change what is trained, and the seed. */

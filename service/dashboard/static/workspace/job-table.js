@@ -1,7 +1,8 @@
-// The table of jobs. Only the rows in view are in the document, so a thousand jobs scroll like ten.
-import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+// The table of jobs. Only the rows in view are in the document, so a thousand jobs scroll like ten. Elements of rows that leave the view show those that enter it.
+import { h, setAttr, setText, setVisible } from "../dom.js";
 import { ago, count, dateTime } from "../format.js";
 import { NAME_COLUMN } from "./columns.js";
+import { t } from "../i18n.js";
 
 const ROW_HEIGHT = 46; // px, as in workspace.css
 const OVERSCAN = 6; // rows above and below the view
@@ -13,13 +14,21 @@ export class JobTable {
     this.on = on;
     this.rows = [];
     this.columns = [];
+    this.parts = new Map(); // elements of the rows in the document, by key
+    this.version = 0; // of what `show` was given: a row that has it needs no update
     this.columnNodes = h("colgroup");
     this.head = h("tr");
     this.body = h("tbody", { class: "jobs" });
     [this.above, this.below] = [spacer(), spacer()];
-    this.table = h("table", { class: "runs-table" }, h("caption", { class: "visually-hidden" }, "Jobs"), this.columnNodes, h("thead", {}, this.head), this.above, this.body, this.below);
-    this.node = h("div", { class: "scroll runs", tabindex: "0", role: "region", "aria-label": "Jobs", onscroll: () => this.onScroll() }, this.table);
-    this.onResize = new ResizeObserver(() => this.drawRows());
+    this.table = h("table", { class: "runs-table" }, h("caption", { class: "visually-hidden" }, t("Jobs")), this.columnNodes, h("thead", {}, this.head), this.above, this.body, this.below);
+    this.node = h("div", { class: "scroll runs", tabindex: "0", role: "region", "aria-label": t("Jobs") }, this.table);
+    this.node.addEventListener("scroll", () => this.onScroll(), { passive: true });
+    // Its height is read here: in the middle of a redraw it would cost a layout.
+    this.height = 0;
+    this.onResize = new ResizeObserver(() => {
+      this.height = this.node.clientHeight;
+      this.drawRows();
+    });
     this.onResize.observe(this.node);
   }
 
@@ -33,7 +42,7 @@ export class JobTable {
       setText(mark, sort?.key !== key ? "" : sort.descending ? " ↓" : " ↑");
     }
     setAttr(this.table, "aria-rowcount", rows.length + 1);
-    this.drawRows();
+    this.refresh();
   }
 
   setColumns(columns, keys) {
@@ -50,13 +59,14 @@ export class JobTable {
     const widths = columns.map((column) => column.width);
     this.columnNodes.replaceChildren(sizedColumn(PICK_WIDTH), h("col", { class: "name-column" }), ...widths.map(sizedColumn));
     this.table.style.minWidth = `calc(${widths.reduce((sum, width) => sum + width, PICK_WIDTH)}px + var(--name-width))`;
-    this.body.known?.clear();
+    this.parts.clear();
     this.body.replaceChildren();
   }
 
   onScroll() {
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
+      this.scrollTop = this.node.scrollTop;
       if (this.inView().join() !== this.drawn) {
         this.drawRows();
         this.on.move();
@@ -66,18 +76,63 @@ export class JobTable {
 
   /** Returns the indexes of the first row to draw, and of the one after the last. */
   inView() {
-    const first = Math.max(0, Math.floor(this.node.scrollTop / ROW_HEIGHT) - OVERSCAN);
-    return [first, Math.min(this.rows.length, first + Math.ceil((this.node.clientHeight || innerHeight) / ROW_HEIGHT) + 2 * OVERSCAN)];
+    const most = Math.ceil((this.height || innerHeight) / ROW_HEIGHT) + 2 * OVERSCAN;
+    const first = Math.max(0, Math.min(Math.floor((this.scrollTop ?? 0) / ROW_HEIGHT) - OVERSCAN, this.rows.length - most));
+    return [first, Math.min(this.rows.length, first + most)];
+  }
+
+  /** Updates all rows in view: what they show may have changed. */
+  refresh() {
+    this.version += 1;
+    this.drawRows();
   }
 
   drawRows() {
     const [first, end] = this.inView();
     this.drawn = [first, end].join();
     const shown = this.rows.slice(first, end);
+    const free = this.takeOutOfView(shown);
     setHeight(this.above, first * ROW_HEIGHT);
     setHeight(this.below, (this.rows.length - end) * ROW_HEIGHT);
-    updateList(this.body, shown, (row) => row.key, (row) => this.createRow(row), (part, row) => this.updateRow(part, row));
-    shown.forEach((row, i) => setAttr(this.body.known.get(row.key), "aria-rowindex", first + i + 2));
+    let place = this.body.firstChild;
+    shown.forEach((row, i) => {
+      let part = this.parts.get(row.key);
+      if (!part) {
+        part = free.get(row.jobs.length > 1).pop() ?? this.createRow(row);
+        this.parts.set(row.key, part);
+      }
+      if (part.version !== this.version || part.row !== row) {
+        this.updateRow(part, row);
+        part.version = this.version;
+      }
+      setAttr(part, "aria-rowindex", first + i + 2);
+      // Rows that go to the other end of the table are in the way until then.
+      while (place && place !== part && place.isFree) place = place.nextSibling;
+      if (part === place) place = place.nextSibling;
+      else this.body.insertBefore(part, place);
+      part.isFree = false;
+    });
+    for (const part of [...free.get(false), ...free.get(true)]) part.remove();
+  }
+
+  /** Returns the elements whose rows are no longer shown, for use by others: `true` -> those of folds, `false` -> those of single jobs. */
+  takeOutOfView(shown) {
+    const kinds = new Map(shown.map((row) => [row.key, row.jobs.length > 1]));
+    const free = new Map([[true, []], [false, []]]);
+    const focused = document.activeElement;
+    // The last ones first: the first of them is used first, and need not be moved if all rows are others.
+    for (const part of [...this.body.children].reverse()) {
+      const isFold = part.row.jobs.length > 1;
+      if (kinds.get(part.row.key) === isFold) continue;
+      this.parts.delete(part.row.key);
+      // The focus must not go on to another job.
+      if (part.contains(focused)) part.remove();
+      else {
+        part.isFree = true;
+        free.get(isFold).push(part);
+      }
+    }
+    return free;
   }
 
   /** Returns the jobs of the rows in view, without folded ones. */
@@ -104,7 +159,7 @@ export class JobTable {
     const { parts } = part;
     const [job] = row.jobs;
     const isFold = row.jobs.length > 1;
-    setAttr(parts.box, "aria-label", `Choose ${row.name}`);
+    setAttr(parts.box, "aria-label", t("Choose {name}", { name: row.name }));
     parts.box.checked = row.chosen === row.jobs.length;
     parts.box.indeterminate = row.chosen > 0 && row.chosen < row.jobs.length;
     parts.box.disabled = this.isFull && row.chosen === 0;
@@ -115,7 +170,7 @@ export class JobTable {
       setAttr(parts.name, "aria-expanded", String(row.open));
       setText(parts.name.firstChild, row.open ? "▾" : "▸");
       setText(parts.name.lastChild, row.name);
-      setText(parts.made, `${count(row.jobs.length)} jobs`);
+      setText(parts.made, t("{n} jobs", { n: count(row.jobs.length) }));
     } else {
       setAttr(parts.name, "href", `/jobs/${job.id}`);
       setText(parts.name, job.name);
@@ -139,8 +194,9 @@ export class JobTable {
     const [top, bottom] = [to * ROW_HEIGHT, (to + 1) * ROW_HEIGHT + this.head.offsetHeight];
     if (top < this.node.scrollTop) this.node.scrollTop = top;
     else if (bottom > this.node.scrollTop + this.node.clientHeight) this.node.scrollTop = bottom - this.node.clientHeight;
+    this.scrollTop = this.node.scrollTop;
     this.drawRows();
-    this.body.known.get(row.key)?.parts.box.focus();
+    this.parts.get(row.key)?.parts.box.focus();
   }
 
   /** Returns the row that has the focus, or null. */

@@ -4,9 +4,11 @@ import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, heldOutSets, lineWithGap
 import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
+import { t, tn } from "../i18n.js";
 import { accuracy } from "../job/evaluations-tab.js";
 import { getParam, setParam } from "../router.js";
 import { differingSettings } from "../spec-diff.js";
+import { wordFor } from "../status.js";
 import { isDark } from "../theme.js";
 import { meanOfLines } from "./folding.js";
 import { showSwatch } from "./job-table.js";
@@ -23,12 +25,12 @@ const field = (name) => (row) => row[name] ?? null;
 // Most rows have no evaluation. `set`: the chosen held-out set, or "" for all together.
 const evaluated = (whole, unit) => (row, set) => (set ? row.eval?.[set]?.[unit] : row[whole]) ?? null;
 const CHARTS = [
-  { name: "Train loss", of: smoothedLoss, height: 340, format: loss },
-  { name: "Gradient norm", of: field("grad_norm"), height: 170, format: fewDigits, log: true },
-  { name: "Tokens/s", of: field("tokens_per_second"), height: 170, format: compactNumber, ticks: "~s" },
-  { name: "Learning rate", of: field("learning_rate"), height: 170, format: fewDigits },
-  { name: "Held-out loss", of: evaluated("eval_loss", "loss"), height: 220, format: loss, sparse: true },
-  { name: "Held-out bits per byte", of: evaluated("eval_bpb", "bpb"), height: 220, format: loss, sparse: true },
+  { name: t("Train loss"), of: smoothedLoss, height: 340, format: loss },
+  { name: t("Gradient norm"), of: field("grad_norm"), height: 170, format: fewDigits, log: true },
+  { name: t("Tokens/s"), of: field("tokens_per_second"), height: 170, format: compactNumber, ticks: "~s" },
+  { name: t("Learning rate"), of: field("learning_rate"), height: 170, format: fewDigits },
+  { name: t("Held-out loss"), of: evaluated("eval_loss", "loss"), height: 220, format: loss, sparse: true },
+  { name: t("Held-out bits per byte"), of: evaluated("eval_bpb", "bpb"), height: 220, format: loss, sparse: true },
 ];
 
 export const MAX_LINES = 10;
@@ -54,14 +56,15 @@ export class RunCharts {
     const nodes = this.charts.map((chart) => this.group.add(chart));
     const [first, small, heldOut] = [nodes[0], nodes.filter((_, i) => i && !CHARTS[i].sparse), nodes.filter((_, i) => CHARTS[i].sparse)];
     this.legend = h("ul", { class: "legend" });
-    this.settings = new ComparisonTable("Settings that differ", "Differing settings", "Setting");
-    this.scores = new ComparisonTable("Scores on tasks", "Scores on tasks", "Task");
+    this.emptyNote = h("p", { class: "muted", hidden: true });
+    this.settings = new ComparisonTable(t("Settings that differ"), t("Differing settings"), t("Setting"));
+    this.scores = new ComparisonTable(t("Scores on tasks"), t("Scores on tasks"), t("Task"));
     this.set = getParam("set") ?? "";
     this.setChoice = h("select", { id: "held-out-set", onchange: () => this.chooseSet(this.setChoice.value) });
-    this.setBar = h("div", { class: "bar", hidden: true }, h("label", { for: "held-out-set" }, "Held-out set"), this.setChoice);
+    this.setBar = h("div", { class: "bar", hidden: true }, h("label", { for: "held-out-set" }, t("Held-out set")), this.setChoice);
     this.heldOut = h("section", { hidden: true }, this.setBar, h("div", { class: "small two" }, heldOut));
     this.controls = this.createControls();
-    this.node = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small), this.scores.node, this.settings.node);
+    this.node = h("div", { hidden: true }, this.legend, first, this.heldOut, h("div", { class: "small three" }, small), this.emptyNote, this.scores.node, this.settings.node);
   }
 
   createControls() {
@@ -92,7 +95,17 @@ export class RunCharts {
     await Promise.all(jobs.map((job) => this.loadJob(job, jobs.length)));
     const wanted = new Set(jobs.map((job) => job.id));
     for (const id of this.loaded.keys()) if (!wanted.has(id)) this.loaded.delete(id);
+    // Most polls bring nothing new, and a redraw of all charts takes several frames.
+    const mark = this.drawnMark();
+    if (mark === this.drawn) return;
     await this.draw();
+    this.drawn = mark;
+  }
+
+  /** Changes whenever `update` must draw again; the controls and the theme draw by themselves. */
+  drawnMark() {
+    return JSON.stringify(this.loadedLines().map(({ key, name, slot, runs }) => [key, name, slot, runs.map((run) =>
+      [run.job.id, run.job.name, run.job.progress.loss, Boolean(run.job.spec), run.mark, run.attemptsOf, run.scoredAt, run.zoomedFor])]));
   }
 
   /** Sets what is drawn, before the data of new lines are there. */
@@ -148,7 +161,16 @@ export class RunCharts {
     if (!lines.length) return;
     this.drawSetChoice(lines);
     this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], lines)));
+    this.hideEmptyCharts();
     await this.group.redraw();
+  }
+
+  /** A chart without a point is only named; the first one is always there. */
+  hideEmptyCharts() {
+    const empty = this.charts.slice(1).filter((chart) => chart.isEmpty);
+    for (const chart of this.charts) setVisible(chart.node, !empty.includes(chart));
+    setVisible(this.emptyNote, empty.length);
+    setText(this.emptyNote, t("No points of these jobs yet: {charts}", { charts: empty.map((chart) => chart.name).join(t(", ")) }));
   }
 
   /** Lists the held-out sets of all jobs, if there are several. */
@@ -158,21 +180,21 @@ export class RunCharts {
     setVisible(this.heldOut, rows.some((row) => field("eval_loss")(row) !== null));
     setVisible(this.setBar, names.length > 1);
     if (this.set && !names.includes(this.set)) this.set = "";
-    updateList(this.setChoice, ["", ...names], (name) => name, (name) => h("option", { value: name }), (option, name) => setText(option, name || "all together"));
+    updateList(this.setChoice, ["", ...names], (name) => name, (name) => h("option", { value: name }), (option, name) => setText(option, name || t("all together")));
     this.setChoice.value = this.set;
   }
 
   content(chart, lines) {
     const { name, format } = chart;
     const value = (row) => chart.of(row, this.set);
-    const shown = name.startsWith("Held-out") && this.set ? `${name} of ${this.set}` : name;
+    const shown = chart.sparse && this.set ? t("{chart} of {set}", { chart: name, set: this.set }) : name;
     const runs = lines.flatMap((line) => line.runs);
     const drawn = new Set(runs.map((run) => run.job.id));
     const traces = lines.flatMap((line, i) => (line.runs.length > 1 ? this.foldTraces(line, i === 0, chart, value) : this.jobTraces(line, i === 0, chart, value, drawn)));
-    const label = `${chartLabel(shown, visibleRows(runs[0]), value, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
+    const label = tn(runs.length, "{label}, {n} job", "{label}, {n} jobs", { label: chartLabel(shown, visibleRows(runs[0]), value, format) });
     const folded = lines.some((line) => line.runs.length > 1);
-    const note = folded && chart === CHARTS[0] ? "thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there" : "";
-    return { traces, values: tableRows(runs, chart, value), columns: ["step", ...runs.map((run) => run.job.name)], label, note,
+    const note = folded && chart === CHARTS[0] ? t("thick: mean of folded jobs; band: lowest to highest; dotted: not all of them are there") : "";
+    return { traces, values: () => tableRows(runs, chart, value), columns: [t("step"), ...runs.map((run) => run.job.name)], label, note,
       runs: chart === CHARTS[0] ? runs.map((run) => ({ name: run.job.name, rows: run.whole, attempts: run.attempts, of: value })) : [] };
   }
 
@@ -193,8 +215,8 @@ export class RunCharts {
     const mine = trace(job.id, own, { line: { width: 1.8, ...style }, main: isMain, end: endLabel(name), label: name, counted: true, falls: chart === CHARTS[0] });
     if (!joins || !inherited.length) return [mine];
     const alone = inherited.filter((row) => !drawn.has(row.job_id));
-    const joinMarker = trace(`${job.id}-joint`, own.slice(0, 1), { label: `${job.name}, fork`, mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
-    const before = trace(`${job.id}-before`, alone, { label: `${job.name}, before the fork`, line: { width: 1, color: style.color, dash: "dot" } });
+    const joinMarker = trace(`${job.id}-joint`, own.slice(0, 1), { label: t("{name}, fork", { name: job.name }), mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
+    const before = trace(`${job.id}-before`, alone, { label: t("{name}, before the fork", { name: job.name }), line: { width: 1, color: style.color, dash: "dot" } });
     return alone.length ? [before, joinMarker, mine] : [joinMarker, mine];
   }
 
@@ -212,11 +234,11 @@ export class RunCharts {
     const outline = { mode: "lines", line: { width: 0, color: style.color }, hoverinfo: "skip" };
     const markers = chart.sparse ? { mode: "lines+markers", marker: { size: 5 } } : {};
     const solid = { uid: key, x, y: mean.map((y, i) => (whole[i] ? y : null)), ...markers, line: { width: 2.4, ...style }, main: isMain, end: endLabel(name), label: name, counted: mean, falls: chart === CHARTS[0] };
-    const traces = [{ uid: `${key}-low`, label: `${name}, lowest`, x, y: low, ...outline }, { uid: `${key}-high`, label: `${name}, highest`, x, y: high, ...outline, fill: "tonexty", fillcolor: fill }, solid];
+    const traces = [{ uid: `${key}-low`, label: t("{name}, lowest", { name }), x, y: low, ...outline }, { uid: `${key}-high`, label: t("{name}, highest", { name }), x, y: high, ...outline, fill: "tonexty", fillcolor: fill }, solid];
     if (whole.every(Boolean)) return traces;
     // Each dotted part begins and ends on the mean of all.
     const dotted = mean.map((y, i) => (whole[i] && (whole[i - 1] ?? true) && (whole[i + 1] ?? true) ? null : y));
-    return [...traces, { uid: `${key}-rest`, label: `${name}, mean of some`, x, y: dotted, mode: "lines", line: { width: 1.4, color: style.color, dash: "dot" } }];
+    return [...traces, { uid: `${key}-rest`, label: t("{name}, mean of some", { name }), x, y: dotted, mode: "lines", line: { width: 1.4, color: style.color, dash: "dot" } }];
   }
 
   drawLegend(lines) {
@@ -226,8 +248,8 @@ export class RunCharts {
       const isFold = line.runs.length > 1;
       setAttr(part.children[1], "href", isFold ? null : `/jobs/${job.id}`);
       setText(part.children[1], line.name);
-      const from = job.parent?.step ? `, ○ forked at step ${count(job.parent.step)}` : "";
-      setText(part.lastChild, isFold ? `mean of ${line.runs.length} jobs` : `${job.status}, step ${count(job.progress.step)}, loss ${loss(job.progress.loss)}${from}`);
+      const from = job.parent?.step ? t(", ○ forked at step {step}", { step: count(job.parent.step) }) : "";
+      setText(part.lastChild, isFold ? t("mean of {n} jobs", { n: line.runs.length }) : t("{status}, step {step}, loss {loss}{fork}", { status: wordFor(job.status), step: count(job.progress.step), loss: loss(job.progress.loss), fork: from }));
     });
   }
 
@@ -238,7 +260,7 @@ export class RunCharts {
     this.scores.show(runs.map((run) => run.job.name), tasks.map((task) => {
       const scores = runs.map((run) => run.scores.find((score) => score.task === task));
       const files = new Set(scores.filter(Boolean).map((score) => score.file_sha256));
-      return [task, scores.map((score) => (score ? scoreText(score) : "")), files.size > 1 ? " (different files: not comparable)" : ""];
+      return [task, scores.map((score) => (score ? scoreText(score) : "")), files.size > 1 ? t(" (different files: not comparable)") : ""];
     }));
   }
 
@@ -279,7 +301,7 @@ class ComparisonTable {
 
 function scoreText({ acc, acc_norm, bpb, step }) {
   const parts = [["acc", accuracy(acc)], ["acc_norm", acc_norm === null ? null : accuracy(acc_norm)], ["bpb", fewDigits(bpb)]];
-  return `${parts.filter(([, text]) => text !== null).map(([name, text]) => `${name} ${text}`).join(", ")}, step ${count(step)}`;
+  return t("{scores}, step {step}", { scores: parts.filter(([, text]) => text !== null).map(([name, text]) => `${name} ${text}`).join(", "), step: count(step) });
 }
 
 /** The rows to draw: the zoomed range if it is loaded. */
