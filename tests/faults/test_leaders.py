@@ -209,16 +209,16 @@ def test_a_leader_stopped_and_woken_launches_nothing_twice(servers: list[Home], 
     first.signal(signal.SIGSTOP)
     stopped = first.url
     other = next(url for url in addresses(first) if url != stopped)
-    job_id = str(httpx2.post(other + "/jobs", json=first.spec(steps="30", ranks="1"), timeout=10).json()["id"])
+    job_id = str(httpx2.post(other + "/jobs", json=first.spec(steps="30", ranks="1"), timeout=60).json()["id"])
     until(lambda: first.url != stopped, 40, "another one leads")
     first.wait(job_id, "succeeded")
     first.signal(signal.SIGCONT)
-    until(lambda: httpx2.get(stopped + "/ready", timeout=10).status_code == 200)
-    late = str(httpx2.post(stopped + "/jobs", json=first.spec(steps="30", ranks="1"), timeout=10).json()["id"])
+    until(lambda: httpx2.get(stopped + "/ready", timeout=60).status_code == 200)
+    late = str(httpx2.post(stopped + "/jobs", json=first.spec(steps="30", ranks="1"), timeout=60).json()["id"])
     first.wait(late, "succeeded")
     assert first.job(before)["attempt"] == 1, "no run was disturbed"
     assert first.url != stopped
-    assert httpx2.post(first.url + f"/jobs/{before}/kill", timeout=10).status_code == 202
+    assert httpx2.post(first.url + f"/jobs/{before}/kill", timeout=60).status_code == 202
     first.wait(before, "cancelled")
     for job in (job_id, late):
         assert first.job(job)["attempt"] == 1
@@ -246,15 +246,15 @@ def launch_by_a_leader_that_sleeps(servers: list[Home], line: int) -> bool:
     until(lambda: len(addresses(home)) > before + 1)
     other = addresses(home)[-1]
     stops = home.log().count("stopped at")
-    job_id = str(httpx2.post(other + "/jobs", json=home.spec(steps="20", ranks="1"), timeout=10).json()["id"])
+    job_id = str(httpx2.post(other + "/jobs", json=home.spec(steps="20", ranks="1"), timeout=60).json()["id"])
     until(lambda: home.log().count("stopped at") > stops or home.step(job_id) == 20)
     stopped = home.log().count("stopped at") > stops
     if stopped:
         until(lambda: home.url == other, 40, "the other one leads")
-    until(lambda: httpx2.get(f"{other}/jobs/{job_id}", timeout=10).json()["status"] == "succeeded")
+    until(lambda: httpx2.get(f"{other}/jobs/{job_id}", timeout=60).json()["status"] == "succeeded")
     if stopped:
         lead.send(signal.SIGCONT)
-        until(lambda: httpx2.get(mine + "/ready", timeout=10).status_code == 200)
+        until(lambda: httpx2.get(mine + "/ready", timeout=60).status_code == 200)
         time.sleep(1.0)  # an agent that it launched now would need as long to refuse
     ran = [attempt.number for attempt in home.run(job_id).attempts() if attempt.outbox.exists()]
     assert len(ran) == 1, f"launched twice, after a stop at line {line}"
@@ -288,16 +288,16 @@ def test_a_replica_answers_and_never_schedules(servers: list[Home], any_url: str
     replica.start(ready=False, arguments=["--no-scheduler"])
     until(lambda: addresses(replica))
     url = addresses(replica)[0]
-    until(lambda: httpx2.get(url + "/ready", timeout=10).status_code == 200)
-    job_id = httpx2.post(url + "/jobs", json=replica.spec(steps="10", ranks="1"), timeout=10).json()["id"]
+    until(lambda: httpx2.get(url + "/ready", timeout=60).status_code == 200)
+    job_id = httpx2.post(url + "/jobs", json=replica.spec(steps="10", ranks="1"), timeout=60).json()["id"]
     time.sleep(2.5)  # rounds that a scheduler would have had
-    assert httpx2.get(f"{url}/jobs/{job_id}", timeout=10).json()["status"] == "queued"
+    assert httpx2.get(f"{url}/jobs/{job_id}", timeout=60).json()["status"] == "queued"
     assert read_json(replica.path / "service.json") is None, "agents report to one that schedules"
     scheduling = servers[1]
     scheduling.service = scheduling.nursery.service(
         home=str(scheduling.path), environment=scheduling.environment, **scheduling.wanted
     )
-    until(lambda: httpx2.get(f"{url}/jobs/{job_id}", timeout=10).json()["status"] == "succeeded")
+    until(lambda: httpx2.get(f"{url}/jobs/{job_id}", timeout=60).json()["status"] == "succeeded")
 
 
 def test_who_is_deposed_says_so_and_writes_nothing(group: Group, caplog: pytest.LogCaptureFixture) -> None:
