@@ -36,6 +36,8 @@ def spec_json(page: Page) -> dict[str, Any]:
 
 def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness, page: Page) -> None:
     page.goto(f"{service}/submit")
+    expect(page.locator("form")).to_contain_text("Options for Slurm.")
+    assert not re.search(r"`|\]\(", page.locator("form").inner_text()), "Markdown in the form"
     expect(field(page, "learning_rate")).to_have_value("5e-4")
     expect(page.get_by_text("micro-batches per step")).to_be_visible()
     field(page, "data_path").fill(str(rig.corpus))

@@ -89,8 +89,13 @@ export function fieldGroups(schemas) {
   return groups.filter((group) => group.fields.length);
 }
 
+/** Returns a description without its Markdown: the texts of links, and no reference to a guide. */
+function plainText(description) {
+  return description.replace(/(, see|:) \[(the )?guide\]\([^)]*\)/g, "").replace(/\[([^\]]*)\]\([^)]*\)/g, "$1").replaceAll("`", "");
+}
+
 function collectGroups(schema, path, schemas, groups) {
-  const group = { name: path.join("."), help: (schema.description ?? "").replaceAll("`", ""), fields: [] };
+  const group = { name: path.join("."), help: plainText(schema.description ?? ""), fields: [] };
   groups.push(group);
   for (const [name, described] of Object.entries(schema.properties)) {
     const place = [...path, name];
@@ -111,7 +116,7 @@ export function describeField(described, path, schemas, required = false) {
     path, pointer: jsonPointer(path), name: path.at(-1), kind, nullable, required,
     choices: form.enum ?? ("const" in form ? [form.const] : null), min: form.minimum, exclusiveMin: form.exclusiveMinimum, max: form.maximum, exclusiveMax: form.exclusiveMaximum,
     maxLength: form.maxLength, tupleLength: form.prefixItems?.length, defaultValue: "default" in described ? described.default : emptyDefault(kind, nullable, form.type),
-    help: described.description ?? form.description ?? "", unit: described["x-unit"] ?? "", none: described["x-none"], aliases: described["x-aliases"] ?? [],
+    help: plainText(described.description ?? form.description ?? ""), unit: described["x-unit"] ?? "", none: described["x-none"], aliases: described["x-aliases"] ?? [],
   };
 }
 
