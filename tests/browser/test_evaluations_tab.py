@@ -48,8 +48,8 @@ def test_scores_are_drawn_listed_and_compared(rig: ServiceHarness, page: Page) -
         expect(scores.get_by_role("columnheader")).to_have_text(["Task", "first", "second"])
         expect(scores.get_by_role("row").nth(1).get_by_role("cell")).to_have_text(
             [
-                "acc 41.0 %, acc_norm 25.0 %, bpb 1.5, step 120",
-                "acc 40.0 %, acc_norm 25.0 %, bpb 1.5, step 100",
+                "acc 41.0 %, acc_norm 25.0 %, bpb 1.500, step 120",
+                "acc 40.0 %, acc_norm 25.0 %, bpb 1.500, step 100",
             ]
         )
     assert broken == []

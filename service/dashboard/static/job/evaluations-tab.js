@@ -3,7 +3,7 @@ import { ApiError, get, sendJson } from "../api.js";
 import { DARK_COLORS, DASHES, LIGHT_COLORS } from "../chart-data.js";
 import { Chart, ChartGroup } from "../charts.js";
 import { createTable, h, setText, setVisible, updateList } from "../dom.js";
-import { NONE, ago, count, dateTime, fewDigits } from "../format.js";
+import { NONE, ago, count, dateTime, loss } from "../format.js";
 import { t } from "../i18n.js";
 import { wordFor } from "../status.js";
 import { isDark } from "../theme.js";
@@ -20,7 +20,7 @@ export const accuracy = (value) => (Number.isFinite(value) ? `${(100 * value).to
 const CHARTS = [
   [t("Accuracy"), "acc", { format: accuracy, ticks: PERCENT }],
   [t("Accuracy per byte of text (acc_norm)"), "acc_norm", { format: accuracy, ticks: PERCENT }],
-  [t("Bits per byte of the right text"), "bpb", { format: fewDigits }],
+  [t("Bits per byte of the right text"), "bpb", { format: loss }],
 ];
 const COLUMNS = [[t("Step"), "num"], [t("Task")], ["acc", "num"], ["acc_norm", "num"], ["bpb", "num"], [t("Examples"), "num"], [t("Measured")], [t("When")]];
 
@@ -101,7 +101,7 @@ export class EvaluationsTab {
 function scoreRow(score) {
   const measured = score.evaluation_id === null ? t("in training") : t("on {device}", { device: score.device ?? "?" });
   const cells = [
-    [count(score.step), "num"], [score.task], [accuracy(score.acc), "num"], [accuracy(score.acc_norm), "num"], [fewDigits(score.bpb), "num"], [count(score.examples), "num"],
+    [count(score.step), "num"], [score.task], [accuracy(score.acc), "num"], [accuracy(score.acc_norm), "num"], [loss(score.bpb), "num"], [count(score.examples), "num"],
     [score.state === "done" ? measured : [wordFor(score.state), score.error].filter(Boolean).join(": "), "whole"],
   ];
   const when = h("td", { title: dateTime(score.created_at), "data-name": t("When").toLowerCase() }, ago(score.finished_at ?? score.created_at));

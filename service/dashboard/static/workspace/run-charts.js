@@ -300,7 +300,7 @@ class ComparisonTable {
 }
 
 function scoreText({ acc, acc_norm, bpb, step }) {
-  const parts = [["acc", accuracy(acc)], ["acc_norm", acc_norm === null ? null : accuracy(acc_norm)], ["bpb", fewDigits(bpb)]];
+  const parts = [["acc", accuracy(acc)], ["acc_norm", acc_norm === null ? null : accuracy(acc_norm)], ["bpb", loss(bpb)]];
   return t("{scores}, step {step}", { scores: parts.filter(([, text]) => text !== null).map(([name, text]) => `${name} ${text}`).join(", "), step: count(step) });
 }
 
