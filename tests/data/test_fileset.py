@@ -129,6 +129,22 @@ def test_a_damaged_file_is_named(content: bytes, folder: Path, tmp_path: Path) -
             built(folder, tmp_path / "cache", processes=processes)
 
 
+def test_a_request_that_was_not_sent_does_not_hide_the_error(tmp_path: Path) -> None:
+    options = FileSetOptions(ByteTokenizer(), "byte", tmp_path / "cache")
+
+    def fail() -> None:
+        with fileset.TokenizerProcesses(options, 1) as pool:
+            [process] = pool.processes
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            process.stdin.write("part of a request")
+            raise DataInvalid("bad")
+
+    with pytest.raises(DataInvalid, match="bad"):
+        fail()
+
+
 def test_a_stop_leaves_what_is_done_for_the_next_build(folder: Path, tmp_path: Path) -> None:
     reports = 0
 

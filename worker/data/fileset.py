@@ -319,7 +319,7 @@ class FileSetBuild:
             self._remove_parts(building)
             self._write_meta(building)
             options = self._options
-            waiting, threads = lambda: self._report(0), self._processes()
+            waiting, threads = lambda: self._report(0), self.processes()
             write_report(building, self._files, self._counts, options.tokenizer, options.text_field, waiting, threads)
 
     def _parts(self, stack: ExitStack) -> list[_Part]:
@@ -332,7 +332,7 @@ class FileSetBuild:
         # A file that has been begun is continued, also if the cache has it by now.
         found = [None if number == start and done else cached.find(self._keys[number]) for number in numbers]
         left = sum(self._sizes[number] for number, place in zip(numbers, found, strict=True) if place is None) - done
-        parts = _PartList(self._processes(), self._options.roots)
+        parts = _PartList(self.processes(), self._options.roots)
         for number, place in zip(numbers, found, strict=True):
             parts.add(number, self._files[number], self._keys[number], Piece(done, self._sizes[number]), place, left)
             left -= 0 if place else self._sizes[number] - done
@@ -345,12 +345,12 @@ class FileSetBuild:
     def tokenized_parts(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
         """Yield each part in order, once its directory is complete."""
         fresh = [part for part in parts if part.source is None]
-        processes = min(len(fresh), self._processes())
+        processes = min(len(fresh), self.processes())
         if processes <= 1:
             for part in parts:
                 yield part, self._cached_counts(part) if part.source else self.tokenize_here(part, building)
             return
-        with _TokenizerProcesses(self._options, processes) as workers:
+        with TokenizerProcesses(self._options, processes) as workers:
             # A file that cannot be cut may be as long as all others together.
             longest_first = sorted(fresh, key=lambda part: -part.bytes if part.bytes > 2 * PART_BYTES else 0)
             jobs = {id(part): workers.submit(part, building) for part in longest_first}
@@ -442,7 +442,7 @@ class _PartList:
     """Cuts files into parts: consecutive cached files of one corpus, others of some bytes together, pieces of one."""
 
     def __init__(self, processes: int, roots: Sequence[Path]) -> None:
-        self._processes, self._roots = processes, roots
+        self.processes, self._roots = processes, roots
         self._parts: list[_Part] = []
         self._files: list[NamedFile] = []
         self._keys: list[FileKey] = []
@@ -458,7 +458,7 @@ class _PartList:
         ``left``: the bytes that are to be tokenized, from here on.
         """
         limit = self._part_bytes(left)
-        if found is None and (rest.start or (rest.bytes > limit and self._processes > 1)):
+        if found is None and (rest.start or (rest.bytes > limit and self.processes > 1)):
             pieces = self._cut(file, key, rest, left)
             if rest.start or len(pieces) > 1:
                 self._end_part()
@@ -472,14 +472,14 @@ class _PartList:
         self._bytes += rest.bytes
 
     def _part_bytes(self, left: int) -> int:
-        return min(PART_BYTES, max(MIN_PART_BYTES, left // (PARTS_PER_PROCESS * max(2, self._processes))))
+        return min(PART_BYTES, max(MIN_PART_BYTES, left // (PARTS_PER_PROCESS * max(2, self.processes))))
 
     def _cut(self, file: NamedFile, key: FileKey, rest: Piece, left: int) -> list[Piece]:
         """Cut a file at ends of documents, or leave it whole if it is packed."""
         pieces, start = [], rest.start
         with open_regular(file.path, self._roots) as opened:
             cuttable = compression_of(opened.peek(4)) is Compression.NONE
-            while cuttable and self._processes > 1:
+            while cuttable and self.processes > 1:
                 limit = self._part_bytes(left - (start - rest.start))
                 end = find_document_end(opened, start + limit, key.plain) if rest.end - start > 1.5 * limit else None
                 if end is None or end >= rest.end:
@@ -627,7 +627,7 @@ class _CachedFiles:
         return True
 
 
-class _TokenizerProcesses:
+class TokenizerProcesses:
     """Processes that tokenize parts, each with a share of the cores. ``bytes_done``: of parts not yet appended."""
 
     def __init__(self, options: FileSetOptions, count: int) -> None:
@@ -637,11 +637,11 @@ class _TokenizerProcesses:
         threads = max(1, (options.processes or _cores()) // count)
         environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
         command = [sys.executable, "-P", "-m", "trainyard.worker.data.part"]
-        self._processes = [
+        self.processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
             for _ in range(count)
         ]
-        for process in self._processes:
+        for process in self.processes:
             self._free.put(process)
         self._pool = ThreadPoolExecutor(count)
 
@@ -689,9 +689,13 @@ class _TokenizerProcesses:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        for process in self.processes:
             process.kill()
         self._pool.shutdown(cancel_futures=True)
-        for process in self._processes:
+        for process in self.processes:
+            assert process.stdin is not None
+            # A request that was being written stays in the buffer: its error would hide the one that ends the build.
+            with suppress(BrokenPipeError):
+                process.stdin.close()
             with process:  # closes its pipes and waits for it
                 pass
