@@ -319,7 +319,7 @@ class FileSetBuild:
             self._remove_parts(building)
             self._write_meta(building)
             options = self._options
-            waiting, threads = lambda: self._report(0), self.processes()
+            waiting, threads = lambda: self._report(0), self._processes()
             write_report(building, self._files, self._counts, options.tokenizer, options.text_field, waiting, threads)
 
     def _parts(self, stack: ExitStack) -> list[_Part]:
@@ -332,7 +332,7 @@ class FileSetBuild:
         # A file that has been begun is continued, also if the cache has it by now.
         found = [None if number == start and done else cached.find(self._keys[number]) for number in numbers]
         left = sum(self._sizes[number] for number, place in zip(numbers, found, strict=True) if place is None) - done
-        parts = _PartList(self.processes(), self._options.roots)
+        parts = _PartList(self._processes(), self._options.roots)
         for number, place in zip(numbers, found, strict=True):
             parts.add(number, self._files[number], self._keys[number], Piece(done, self._sizes[number]), place, left)
             left -= 0 if place else self._sizes[number] - done
@@ -345,7 +345,7 @@ class FileSetBuild:
     def tokenized_parts(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
         """Yield each part in order, once its directory is complete."""
         fresh = [part for part in parts if part.source is None]
-        processes = min(len(fresh), self.processes())
+        processes = min(len(fresh), self._processes())
         if processes <= 1:
             for part in parts:
                 yield part, self._cached_counts(part) if part.source else self.tokenize_here(part, building)
@@ -442,7 +442,7 @@ class _PartList:
     """Cuts files into parts: consecutive cached files of one corpus, others of some bytes together, pieces of one."""
 
     def __init__(self, processes: int, roots: Sequence[Path]) -> None:
-        self.processes, self._roots = processes, roots
+        self._processes, self._roots = processes, roots
         self._parts: list[_Part] = []
         self._files: list[NamedFile] = []
         self._keys: list[FileKey] = []
@@ -458,7 +458,7 @@ class _PartList:
         ``left``: the bytes that are to be tokenized, from here on.
         """
         limit = self._part_bytes(left)
-        if found is None and (rest.start or (rest.bytes > limit and self.processes > 1)):
+        if found is None and (rest.start or (rest.bytes > limit and self._processes > 1)):
             pieces = self._cut(file, key, rest, left)
             if rest.start or len(pieces) > 1:
                 self._end_part()
@@ -472,14 +472,14 @@ class _PartList:
         self._bytes += rest.bytes
 
     def _part_bytes(self, left: int) -> int:
-        return min(PART_BYTES, max(MIN_PART_BYTES, left // (PARTS_PER_PROCESS * max(2, self.processes))))
+        return min(PART_BYTES, max(MIN_PART_BYTES, left // (PARTS_PER_PROCESS * max(2, self._processes))))
 
     def _cut(self, file: NamedFile, key: FileKey, rest: Piece, left: int) -> list[Piece]:
         """Cut a file at ends of documents, or leave it whole if it is packed."""
         pieces, start = [], rest.start
         with open_regular(file.path, self._roots) as opened:
             cuttable = compression_of(opened.peek(4)) is Compression.NONE
-            while cuttable and self.processes > 1:
+            while cuttable and self._processes > 1:
                 limit = self._part_bytes(left - (start - rest.start))
                 end = find_document_end(opened, start + limit, key.plain) if rest.end - start > 1.5 * limit else None
                 if end is None or end >= rest.end:
