@@ -14,11 +14,26 @@ export function lazy(load) {
   return once;
 }
 
-/** Loads everything that is still missing, in idle time. A failure is shown when the module is needed. */
+/** Loads everything that is still missing, in idle time while the page is visible. A failure is shown when the module is needed. */
 export function loadRestLater() {
   const idle = window.requestIdleCallback ?? setTimeout;
   // Modules that are loaded here may add others to the list.
   setTimeout(() => idle(async () => {
-    for (const load of loaders) await load().catch(() => {});
+    for (const load of loaders) {
+      await untilVisible();
+      await load().catch(() => {});
+    }
   }), REST_AFTER_MS);
+}
+
+function untilVisible() {
+  return new Promise((resolve) => {
+    const check = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", check);
+      resolve();
+    };
+    document.addEventListener("visibilitychange", check);
+    check();
+  });
 }

@@ -184,7 +184,7 @@ function updateGroup(cell, { jobs }, column) {
 function updateLabels(cell, { jobs }) {
   const [first, ...others] = jobs;
   const shared = Object.entries(first.labels).filter(([key, value]) => others.every((job) => job.labels[key] === value));
-  updateList(cell.firstChild, shared, (pair) => pair.join("="), ([key, value]) => h("a", { class: "label", href: `/?label=${encodeURIComponent(`${key}=${value}`)}` }, `${key}=${value}`));
+  updateList(cell.firstChild, shared, (pair) => pair.join("="), ([key, value]) => h("a", { class: "label", href: `/?label=${encodeURIComponent(`${key}=${value}`)}`, title: `${key}=${value}` }, `${key}=${value}`));
   setAttr(cell, "title", shared.map((pair) => pair.join("=")).join(", ") || null);
 }
 
