@@ -63,6 +63,12 @@ WORDS = frozenset(word for names in (JobStatus, CorpusStatus, Phase, Reason) for
 """Values of the API for which the pages have words."""
 
 
+def plain_text(description: str) -> str:
+    """Return a description as the form shows it: without its Markdown."""
+    without_guide = re.sub(r"(, see|:) \[(the )?guide\]\([^)]*\)", "", description)
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", without_guide).replace("`", "")
+
+
 def strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
@@ -86,7 +92,7 @@ class Reader:
     def _keep(self, response: Response) -> None:
         if "json" in response.headers.get("content-type", "") and "/i18n/" not in response.url:
             try:
-                self.values.update(text.replace("`", "") for text in strings(response.json()) if text not in WORDS)
+                self.values.update(plain_text(text) for text in strings(response.json()) if text not in WORDS)
             except Error:
                 return  # The page has been left, so its body is gone.
 

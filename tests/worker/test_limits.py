@@ -23,6 +23,9 @@ from trainyard.worker.attempt import StepHeartbeat
 from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.training.limits import RunLimits
 
+STEP = 0.05
+"""Seconds of a step whose length is fixed."""
+
 SEED = 20261130
 
 
@@ -111,6 +114,24 @@ def slow_steps(seconds: float) -> None:
     mock.patch.object(TrainStep, "run", slowed).start()
 
 
+def fixed_steps(seconds: float) -> None:
+    """Make each step take exactly this long by the clock of the training time."""
+    from types import SimpleNamespace
+
+    from trainyard.worker.events import phases
+    from trainyard.worker.training.step import TrainStep
+
+    step, steps = TrainStep.run, 0
+
+    def counted_step(self: TrainStep, *args: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return step(self, *args)
+
+    mock.patch.object(TrainStep, "run", counted_step).start()
+    mock.patch.object(phases, "time", SimpleNamespace(monotonic=lambda: seconds * steps)).start()
+
+
 def kill_at(run: RunDir, seconds: float, own: float) -> None:
     """SIGKILL this rank, between two steps, once this attempt has trained for ``own`` seconds."""
     import os
@@ -175,27 +196,25 @@ def test_the_last_step_is_logged_evaluated_and_saved(world: int, text: Path, tmp
     described["data"]["eval_fraction"] = 0.2
     described["reporting"]["log_interval"] = 1000
     run.spec.write_text(json.dumps(described))
-    outcome = rank_runner.run_to_end(run, world, partial(slow_steps, 0.05))
+    outcome = rank_runner.run_to_end(run, world, partial(fixed_steps, STEP))
     assert (outcome.outcome, outcome.reason) == ("completed", Reason.LIMIT)
     line = rank_runner.metrics(run)[outcome.step]
     assert line.eval_loss is not None
     assert rank_runner.saves(run)[-1] == outcome.step
-    usual = max(line.step_seconds or 0.0 for line in rank_runner.metrics(run).values())
     # With two ranks, rank 0 decides two steps ahead by the usual length of a step.
-    assert abs(run.train_seconds() - 1.5) <= world * usual + 0.05
+    assert abs(run.train_seconds() - 1.5) <= world * STEP + 1e-6
     assert len(list(run.path.glob("out/*.pth"))) == 1
 
     # Without more time the next attempt ends at once, or with the steps that the estimate left; with more it continues.
-    seconds_left = 1.5 - run.train_seconds()
-    again = rank_runner.run_to_end(run, world)
+    again = rank_runner.run_to_end(run, world, partial(fixed_steps, STEP))
     assert (again.outcome, again.reason) == ("completed", Reason.LIMIT)
-    assert again.step == outcome.step or (seconds_left > 0 and abs(run.train_seconds() - 1.5) <= world * usual + 0.05)
+    assert abs(run.train_seconds() - 1.5) <= world * STEP + 1e-6
     described["limits"] = {"max_minutes": 2.5 / 60}
     run.spec.write_text(json.dumps(described))
-    longer = rank_runner.run_to_end(run, world, partial(slow_steps, 0.05))
+    longer = rank_runner.run_to_end(run, world, partial(fixed_steps, STEP))
     assert (longer.outcome, longer.reason) == ("completed", Reason.LIMIT)
     assert longer.step > again.step
-    assert run.train_seconds() >= 2.4
+    assert abs(run.train_seconds() - 2.5) <= world * STEP + 1e-6
 
 
 @pytest.mark.long
