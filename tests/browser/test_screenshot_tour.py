@@ -102,7 +102,7 @@ def start(rig: ServiceHarness, name: str, rate: float, seed: int, **groups: Any)
     job_id = rig.submit(name=name, training=training, reporting=reporting, **groups)
     rig.reconcile()
     attempt = rig.launcher.of(job_id)
-    started(attempt, 0, training["max_steps"])
+    started(attempt, 0, int(training["max_steps"]))
     return job_id, attempt
 
 
