@@ -165,7 +165,7 @@ class Settings(EnvironmentSettings):
         default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"
     )
     niceness: WholeNumber = Field(
-        5, alias="TRAINYARD_NICENESS", le=19, description="must be a whole number from 0 to 19"
+        0, alias="TRAINYARD_NICENESS", le=19, description="must be a whole number from 0 to 19"
     )
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")

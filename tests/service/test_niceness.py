@@ -52,7 +52,7 @@ def test_zero_changes_nothing_and_the_limit_is_that_of_the_kernel() -> None:
 @pytest.mark.parametrize(("text", "value"), [("0", 0), ("19", 19)])
 def test_the_setting(text: str, value: int, tmp_path: Path) -> None:
     assert Settings.read({"TRAINYARD_NICENESS": text}, home=tmp_path).niceness == value
-    assert Settings.read({}, home=tmp_path).niceness == 5
+    assert Settings.read({}, home=tmp_path).niceness == 0
     for wrong in ("20", "-1", "low"):
         with pytest.raises(InvalidSettings, match="TRAINYARD_NICENESS must be a whole number from 0 to 19"):
             Settings.read({"TRAINYARD_NICENESS": wrong}, home=tmp_path)
@@ -63,7 +63,7 @@ def test_agent_and_ranks_keep_the_niceness_of_the_service(start: Callable[..., P
     base = own_niceness()
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"text": "one two three"}\n' * 50)
-    service = start(TRAINYARD_DATA_ROOTS=str(tmp_path), TRAINYARD_CPU_SLOTS="2")
+    service = start(TRAINYARD_DATA_ROOTS=str(tmp_path), TRAINYARD_CPU_SLOTS="2", TRAINYARD_NICENESS="5")
     url = service.url()
     served_by = os.getpriority(os.PRIO_PROCESS, service.process.pid)
     assert served_by == min(MAX_NICENESS, base + 5)
