@@ -240,7 +240,7 @@ def measure_growth(browser: Any, service: Served, agent: Agent, wire: Wire) -> I
     page.goto(f"{service.url}/jobs/{agent.job_id}")
     devtools = page.context.new_cdp_session(page)
     devtools.send("Performance.enable")
-    drawn = "step => document.querySelector('figure').getAttribute('aria-label').includes(`to ${step}, now`)"
+    drawn = "step => document.querySelector('figure')?.getAttribute('aria-label').includes(`to ${step}, now`) ?? false"
     before: dict[str, float] = {}
     for number in range(UPDATES + 50):
         if number == 50:
