@@ -213,7 +213,7 @@ def mark_parts(clock: PartClock, model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def mark_compiled_parts(clock: PartClock) -> Iterator[None]:
-    """Give ``clock`` the parts of a compiled step that can be told apart: what the graph calls, and the rest of it."""
+    """Measure a compiled step with ``clock`` in two parts: the operators that the graph calls, and the rest of it."""
     from torch._inductor.select_algorithm import extern_kernels
 
     with contextlib.ExitStack() as stack:

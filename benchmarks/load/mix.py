@@ -2,14 +2,11 @@
 
 from collections.abc import Iterator
 
-from benchmarks.load import live
 from benchmarks.load.clients import requests
-from benchmarks.load.requests import add_events, add_points, write_log
+from benchmarks.load.requests import served_jobs
 from benchmarks.load.tables import Figure
 from benchmarks.load.wire_bytes import Wire
-from benchmarks.running import served
 
-JOBS = 30
 REQUESTS = 600
 REQUESTS_PER_POINT = 50
 """A run that logs twice a second meanwhile."""
@@ -17,23 +14,17 @@ REQUESTS_PER_POINT = 50
 
 def measure() -> Iterator[Figure]:
     """Send the same requests twice: as clients that know nothing of tags do, and as those that poll with them."""
-    with live.home_with_jobs(JOBS) as (home, [agent, *_]):
-        with live.database(home) as database:
-            add_events(database, agent)
-        write_log(home, agent)
-        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
-            with Wire(service.url, agent.token) as reporting:
-                add_points(reporting, agent)
-                for polls in (False, True):
-                    draw = requests(agent.job_id, str(home.parent / "corpus.jsonl"), seed=1)
-                    with Wire(service.url, polls=polls) as wire:
-                        before = service.cpu_seconds
-                        for number in range(REQUESTS):
-                            _, method, path, body = draw()
-                            wire.json(method, path, body)
-                            if number % REQUESTS_PER_POINT == 0:
-                                agent.metric()
-                                agent.upload(reporting)
-                        spent = service.cpu_seconds - before
-                    label = "polling with tags" if polls else "without tags"
-                    yield Figure(f"processor time: a request of the mix, {label}", 1e6 * spent / REQUESTS, "us")
+    with served_jobs() as (service, agent, reporting, corpus):
+        for polls in (False, True):
+            draw = requests(agent.job_id, str(corpus), seed=1)
+            with Wire(service.url, polls=polls) as wire:
+                before = service.cpu_seconds
+                for number in range(REQUESTS):
+                    _, method, path, body = draw()
+                    wire.json(method, path, body)
+                    if number % REQUESTS_PER_POINT == 0:
+                        agent.metric()
+                        agent.upload(reporting)
+                spent = service.cpu_seconds - before
+            label = "polling with tags" if polls else "without tags"
+            yield Figure(f"processor time: a request of the mix, {label}", 1e6 * spent / REQUESTS, "us")

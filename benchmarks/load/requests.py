@@ -1,6 +1,7 @@
 """Processor time of each kind of request: the figure that other work on the host changes least."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,24 @@ GOALS = {"a job": 1300, "a page of 20 jobs": 3000, "a submission": 2800}
 Request = Callable[[], Any]
 
 
-def measure() -> Iterator[Figure]:
-    """Send one request at a time, on SQLite; the kernel's time for the process is included."""
+@contextmanager
+def served_jobs() -> Iterator[tuple[Served, Agent, Wire, Path]]:
+    """Yield a service with JOBS jobs, the agent of the one with events, a log and points, its connection, a corpus."""
     with live.home_with_jobs(JOBS) as (home, [agent, *_]):
         with live.database(home) as database:
             add_events(database, agent)
         write_log(home, agent)
         with served(home, home.parent, arguments=["--no-scheduler"]) as service:
-            with Wire(service.url) as wire, Wire(service.url, agent.token) as reporting:
+            with Wire(service.url, agent.token) as reporting:
                 add_points(reporting, agent)
-                for kind, request in _kinds(wire, reporting, agent, home.parent / "corpus.jsonl").items():
-                    yield Figure(f"processor time: {kind}", _cost(service, request), "us", GOALS.get(kind))
+                yield service, agent, reporting, home.parent / "corpus.jsonl"
+
+
+def measure() -> Iterator[Figure]:
+    """Send one request at a time, on SQLite; the kernel's time for the process is included."""
+    with served_jobs() as (service, agent, reporting, corpus), Wire(service.url) as wire:
+        for kind, request in _kinds(wire, reporting, agent, corpus).items():
+            yield Figure(f"processor time: {kind}", _cost(service, request), "us", GOALS.get(kind))
 
 
 def _kinds(wire: Wire, reporting: Wire, agent: Agent, corpus: Path) -> dict[str, Request]:
