@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.baselines import Ratio
 from trainyard.client.demo.corpus import docstrings, standard_library
 from trainyard.contract.parsing import parse_spec
 from trainyard.contract.rundir import RunDir
@@ -82,14 +83,15 @@ class Work(NamedTuple):
     large: bool = False
 
 
-def main() -> None:
+def main() -> list[Ratio]:
     with tempfile.TemporaryDirectory() as folder:
-        _compare_with_library(Path(folder))
+        ratios = _compare_with_library(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         _start_from_many_shards(Path(folder))
+    return ratios
 
 
-def _compare_with_library(root: Path) -> None:
+def _compare_with_library(root: Path) -> list[Ratio]:
     """Let the programs take turns, so that a slow minute of the machine affects all of them."""
     texts = list(islice(docstrings(standard_library()), DOCSTRINGS))
     train_tokenizer(texts, 6400, root)
@@ -124,6 +126,10 @@ def _compare_with_library(root: Path) -> None:
         print(f"{name}: {ratio('files, one core', name):.2f} x one core ({goal})")
     limit = ratio("two programs of one core each", "files, two cores")
     print(f"files, two cores, to two programs of one core each  {limit:.2f}")
+    return [
+        Ratio("corpus_files: files to library, one core", per_core),
+        Ratio("corpus_files: two cores to one", ratio("files, one core", "files, two cores")),
+    ]
 
 
 def _write_files(folder: Path, texts: Sequence[str], files: int) -> None:
