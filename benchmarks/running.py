@@ -86,19 +86,22 @@ def _address(log: Path, begin: int) -> str | None:
     return next((line.split()[-1] for line in lines if line.startswith("Trainyard is ready at ")), None)
 
 
-def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+def worker_points(root: Path, name: str, spec: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
     """Run the worker on ``spec`` below ``root``; return its metric events. All runs share the tokenized corpus."""
-    return [event for event in worker_events(root, name, spec) if event["kind"] == "metric"]
+    return [event for event in worker_events(root, name, spec, **environment) if event["kind"] == "metric"]
 
 
-def worker_events(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+def worker_events(root: Path, name: str, spec: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
     """Return all events of such a run."""
     run = RunDir(root / name)
     run.path.mkdir()
     run.spec.write_text(json.dumps(spec))
-    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
+    own = {"TRAINYARD_CORPUS_CACHE": str(root / "cache")}
     subprocess.run(
-        [sys.executable, "-m", "trainyard.worker", str(run.path)], check=True, capture_output=True, env=environment
+        [sys.executable, "-m", "trainyard.worker", str(run.path)],
+        check=True,
+        capture_output=True,
+        env={**os.environ, **own, **environment},
     )
     return [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
 

@@ -14,6 +14,7 @@ from benchmarks.corpus import write_docstrings
 from trainyard.contract.spec import DataSpec
 from trainyard.model.config import ModelConfig
 from trainyard.worker.doctor.bench import SaveBench
+from trainyard.worker.openmp import limit_spinning
 
 ROUNDS = 5
 LIMIT = 0.15
@@ -29,8 +30,9 @@ def timed_step(bench: SaveBench) -> float:
 
 
 def main() -> None:
-    """Measure in a new process whose OpenMP threads sleep while they wait, as in a run: torch reads it when loaded."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    """Measure in a new process whose OpenMP threads wait as in a run."""
+    environment = dict(os.environ)
+    limit_spinning(environment)
     subprocess.run([sys.executable, "-m", "benchmarks.saving"], env=environment, check=True)
 
 

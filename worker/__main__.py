@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trainyard.contract.rundir import RANK_FILE, RunDir
 from trainyard.worker.agent.torchrun import RANK_LOGS
+from trainyard.worker.openmp import limit_spinning
 from trainyard.worker.output import redirect_output
 
 
@@ -32,9 +33,7 @@ def main() -> None:
             # torchrun's folder for this rank's exception has its number on the node: store the global one beside it.
             with contextlib.suppress(OSError):
                 Path(error_file).with_name(RANK_FILE).write_text(os.environ.get("RANK", "0"))
-    # By default OpenMP's threads wait for each other in a busy loop. If anything else uses the cores, that makes a CPU
-    # run a hundred times slower. OpenMP reads this when torch is loaded, so torch must not be imported above.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    limit_spinning(os.environ)  # so torch must not be imported above
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from trainyard.worker.main import run_rank

@@ -1,22 +1,9 @@
-// A job spec as a form and as JSON, both kept in sync, and drafts of specs in session storage.
+// A job spec as a form and as JSON, both kept in sync.
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { t } from "../i18n.js";
 import { getParam, setParam } from "../router.js";
 import { Field, INVALID } from "./field.js";
 import { fieldGroups, getAt, isObject, setAt, withoutFields } from "./schema.js";
-
-// Drafts of specs in session storage, one per kind of form, until they are launched.
-
-const KEY_PREFIX = "trainyard-draft";
-
-/** Key of the draft of a new job, of a job `like` another one, of a `fork`, or of a job with a `corpus`. */
-export const draftKey = ({ like = null, fork = null, corpus = null } = {}) =>
-  fork ? `${KEY_PREFIX}-fork-${fork}` : like ? `${KEY_PREFIX}-like-${like}` : corpus ? `${KEY_PREFIX}-corpus-${corpus}` : KEY_PREFIX;
-
-/** Stores a draft for the submit page. */
-export function saveDraft(source, value) {
-  sessionStorage.setItem(draftKey(source), JSON.stringify(value, null, 2));
-}
 
 // A job spec as a form: groups of fields with a search. Its value holds only what was changed.
 

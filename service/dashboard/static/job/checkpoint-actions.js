@@ -5,7 +5,7 @@ import { count } from "../format.js";
 import { t } from "../i18n.js";
 import { lazy } from "../lazy.js";
 import { navigate } from "../router.js";
-import { openResumeDialog } from "./actions.js";
+import { loadResumeDialog } from "./actions.js";
 
 const loadDecayDialog = lazy(() => import("./decay-dialog.js"));
 
@@ -17,6 +17,10 @@ export function startsFrom(checkpoint, page, run) {
   const { job } = page;
   const { step } = checkpoint;
   const weightsOnly = checkpoint.kind === "full" ? null : t("only its weights are stored");
+  const resume = async () => {
+    const { openResumeDialog } = await loadResumeDialog();
+    await openResumeDialog(page.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), step);
+  };
   const item = (label, work, why = null) => ({ label, why: weightsOnly ?? why, press: () => run(work) });
   const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? t("the job cannot be resumed now"));
   const evaluate = async () => {
@@ -28,7 +32,7 @@ export function startsFrom(checkpoint, page, run) {
     item(t("Generate"), () => page.selectCheckpoint("try", step)),
     item(t("Fork from here"), () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${step}`)),
     item(t("Decay from here…"), async () => (await loadDecayDialog()).openDecayDialog(page, checkpoint)),
-    item(t("Resume with…"), () => openResumeDialog(page.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), step), resumable),
+    item(t("Resume with…"), resume, resumable),
     item(t("Evaluate"), evaluate, job.spec.evaluation?.tasks.length ? null : t("no tasks in evaluation.tasks")),
   ];
 }

@@ -1,13 +1,14 @@
 // What the page of a job shows besides charts and lists: description, group, labels, key facts, parent and forks, the jobs ahead, and a failure.
 import { ApiError, get, sendJson, withQuery } from "../api.js";
 import { announce, copyText, h, setAttr, setText, setVisible, updateList } from "../dom.js";
-import { Field, SettingsForm } from "../form/field.js";
-import { describeField, formatValue, isEqual, requestProperties } from "../form/schema.js";
-import { saveDraft } from "../form/spec-form.js";
+import { saveDraft } from "../form/draft.js";
 import { ago, bytes, compactNumber, count, dateTime, duration, fewDigits, loss, percent, timeOrDateTime } from "../format.js";
 import { t, tNodes, tn } from "../i18n.js";
+import { lazy } from "../lazy.js";
 import { navigate } from "../router.js";
 import { wordFor } from "../status.js";
+
+const loadEditForm = lazy(() => import("./edit-form.js"));
 
 // One text of a job that is edited where it is shown: Enter saves (in a long text with Ctrl), Escape leaves it as it was.
 
@@ -105,7 +106,7 @@ export class Details {
       setAttr(tag, "href", `/?label=${encodeURIComponent(`${key}=${value}`)}`);
     });
     setText(this.priority, t("priority {priority}", { priority: job.spec.resources.priority }));
-    for (const field of this.form?.fields ?? []) this.mergeRemoteChange(field, currentValue(job, field.name));
+    this.form?.update(job);
   }
 
   /** Only an admin may give a job to another owner, and only to a token: without tokens there is no other owner. */
@@ -121,30 +122,19 @@ export class Details {
     }
   }
 
-  /** Another client changed the value: an unedited field takes it, an edited one shows a message. */
-  mergeRemoteChange(field, now) {
-    if (isEqual(field.base, now)) return;
-    const touched = field.changed;
-    field.base = now;
-    if (!touched) return field.show(now);
-    field.refresh();
-    field.setError(t("changed to {value} meanwhile; saving overwrites it", { value: formatValue(now) }));
-  }
-
   async startEditing() {
-    const body = await requestProperties("patch", "/jobs/{job_id}");
-    if (this.form) return;
-    const known = Object.entries(body).filter(([name]) => currentValue(this.job, name) !== undefined);
-    const fields = known.map(([name, described]) => new Field(describeField(described, [name], {}), currentValue(this.job, name), t("now"), () => {}));
+    const { openEditForm } = await loadEditForm();
     const saved = (job) => {
       announce(t("Changed"));
       this.cancel();
       this.done(job);
     };
-    this.form = new SettingsForm(fields, t("Save"), { send: (changes) => sendJson("PATCH", this.address, changes), done: saved, leave: () => this.cancel() });
-    this.place.replaceChildren(this.form.node);
+    const form = await openEditForm(this.address, this.job, saved, () => this.cancel());
+    if (this.form) return;
+    this.form = form;
+    this.place.replaceChildren(form.node);
     setAttr(this.edit, "aria-expanded", "true");
-    fields[0].focus();
+    form.focus();
   }
 
   cancel() {
@@ -153,13 +143,6 @@ export class Details {
     setAttr(this.edit, "aria-expanded", "false");
     this.edit.focus();
   }
-}
-
-/** Returns the current value of a PATCH field, which is on the job or in a group of its spec. */
-function currentValue(job, name) {
-  if (["name", "labels", "description", "group", "discarded"].includes(name)) return job[name];
-  const group = Object.values(job.spec).find((section) => section !== null && typeof section === "object" && Object.hasOwn(section, name));
-  return group?.[name];
 }
 
 // Table of key facts beside the loss chart.

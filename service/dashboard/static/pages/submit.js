@@ -1,9 +1,10 @@
 // The submit page: a new job from the defaults, like another job, or as a fork. It is planned before it is launched.
 import { ApiError, get, sendJson, withQuery } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
+import { draftKey } from "../form/draft.js";
 import { PlanView } from "../form/plan-view.js";
 import { fetchSchemas, formatValue, mergeSpecs } from "../form/schema.js";
-import { SpecEditor, SpecForm, draftKey } from "../form/spec-form.js";
+import { SpecEditor, SpecForm } from "../form/spec-form.js";
 import { count } from "../format.js";
 import { t, tNodes, tn } from "../i18n.js";
 import { retryUntilReachable } from "../polling.js";
