@@ -15,7 +15,8 @@ from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 CHROMIUM = shutil.which("chromium")
-TIMEOUT_MS = 30_000
+# Of each wait: a browser on a machine that is busy with other tests takes long for what it does at once otherwise.
+TIMEOUT_MS = 60_000
 POLICY = "Content Security Policy"
 
 
@@ -53,7 +54,7 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=2 * TIMEOUT_MS)
         yield made
         made.close()
 

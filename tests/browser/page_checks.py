@@ -1,11 +1,12 @@
 """Checks for every page: accessibility in both themes, no overflow in narrow windows, no motion if reduced."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page
+from playwright.sync_api import Page, Route
 
 SCREENSHOTS = os.environ.get("TRAINYARD_SCREENSHOTS")
 """Folder for a screenshot of each page; none are taken if unset."""
@@ -71,15 +72,42 @@ TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAni
 """The page hears of a new size with the next frame."""
 
 
+class HeldRequests:
+    """Keeps requests of a page from the service: those that it sends until ``holding`` is set to False."""
+
+    def __init__(self, page: Page, address: str) -> None:
+        self.page = page
+        self.routes: list[Route] = []
+        self.holding = True
+        page.route(re.compile(address), self._take)
+
+    def _take(self, route: Route) -> None:
+        if self.holding:
+            self.routes.append(route)
+        else:
+            route.continue_()
+
+    def wait_for(self, count: int) -> None:
+        """Return once so many requests have been held."""
+        while len(self.routes) < count:
+            self.page.wait_for_timeout(50)
+
+
+def resize(page: Page, width: int, height: int) -> None:
+    """Set the size of the window, and wait until the page has it: it travels apart from other commands."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_function("([width, height]) => innerWidth === width && innerHeight === height", arg=[width, height])
+    page.evaluate(TWO_FRAMES)
+
+
 def assert_no_overflow(page: Page) -> None:
     """Check a phone and a zoom of 200 %, where the window is half as wide: no horizontal scroll, nothing clipped."""
     for width, height in ((640, 400), (360, 800)):
-        page.set_viewport_size({"width": width, "height": height})
-        page.evaluate(TWO_FRAMES)
+        resize(page, width, height)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         overflowing = page.evaluate(OVERFLOWING)
         assert overflowing == [], (width, overflowing)
-    page.set_viewport_size({"width": 1280, "height": 800})
+    resize(page, 1280, 800)
 
 
 def assert_no_motion(page: Page) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Request, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.fakes.launcher import FakeAttempt
@@ -72,6 +72,11 @@ def zoomed(page: Page) -> list[float]:
 
 def drag(page: Page, chart: Locator, begin: float, end: float) -> None:
     """Drag across the middle of a chart between two fractions of its width."""
+    # Plotly follows the width of the window a moment later, and then the fractions would be of another width.
+    page.wait_for_function(
+        "node => Math.abs(node._fullLayout?.width - node.getBoundingClientRect().width) < 2",
+        arg=chart.locator(".plot").first.element_handle(),
+    )
     box = chart.locator(".nsewdrag").first.bounding_box()
     assert box is not None
     middle = box["y"] + box["height"] / 2
@@ -113,6 +118,12 @@ def test_loss_chart_shows_the_events_of_a_run(run: Run, page: Page) -> None:
     chart.get_by_role("button", name="data").click()
     for axis, words in (("tokens", "tokens"), ("active", " h"), ("clock", ":"), ("step", "step")):
         page.get_by_label("X axis").select_option(axis)
+        # Values under the pointer are those of the axis that is drawn, and all charts are drawn one after the other.
+        page.wait_for_function(
+            "axis => ['Train loss', 'Learning rate', 'Tokens/s'].every((name) =>"
+            " document.querySelector(`figure[aria-label^='${name}'] .plot`)?.layout?.uirevision === axis)",
+            arg=axis,
+        )
         expect(figure(page, "Tokens.s").locator(".scatterlayer .trace")).to_have_count(1)
         page.mouse.move(5, 5)
         chart.locator(".nsewdrag").first.hover()
@@ -186,6 +197,11 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
 
 def test_a_hidden_tab_sends_no_request(run: Run, page: Page) -> None:
     page.clock.install()
+    under_way: set[Request] = set()
+    # A stream ends with the tab's hiding only.
+    page.on("request", lambda request: None if "/stream" in request.url else under_way.add(request))
+    page.on("requestfinished", lambda request: under_way.discard(request))
+    page.on("requestfailed", lambda request: under_way.discard(request))
     # The page's own load ends with this request. It is not one of a hidden tab.
     with page.expect_response(lambda response: "?parent=" in response.url):
         page.goto(run.url)
@@ -196,7 +212,7 @@ def test_a_hidden_tab_sends_no_request(run: Run, page: Page) -> None:
     page.on("request", lambda request: asked.append(request.url))
     # What was under way when the tab was hidden may still send a request.
     before = -1
-    while before != len(asked):
+    while under_way or before != len(asked):
         before = len(asked)
         page.wait_for_timeout(500)
     asked.clear()

@@ -9,7 +9,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.page_checks import check_both_themes
+from tests.browser.page_checks import HeldRequests, check_both_themes
 from tests.browser.test_charts import drag
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
@@ -43,6 +43,25 @@ def test_compare_page_shows_curves_and_differing_settings(service: str, page: Pa
         "aria-label", re.compile("2 jobs$")
     )
     assert broken == []
+
+
+def test_a_choice_stays_while_an_older_list_is_under_way(service: str, page: Page) -> None:
+    page.goto(f"{service}/compare")
+    box = page.get_by_label(re.compile("^slow "))
+    expect(box).to_be_visible()
+    held = HeldRequests(page, r"/jobs\?")
+    held.wait_for(1)
+    box.check()
+    # The list of that request is drawn, and the next one is held too.
+    held.routes[0].continue_()
+    held.wait_for(2)
+    assert box.is_checked()
+    held.holding = False
+    held.routes[1].continue_()
+    expect(page.get_by_role("group", name=re.compile("^Train loss"))).to_have_attribute(
+        "aria-label", re.compile("1 job$")
+    )
+    assert box.is_checked()
 
 
 def lines(page: Page) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.page_checks import check_both_themes
+from tests.browser.page_checks import TWO_FRAMES, HeldRequests, check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_auth import bearer, created
@@ -52,3 +52,23 @@ def test_a_read_token_logs_in_and_may_not_pause(rig: ServiceHarness, page: Page)
     actors = [event["actor"] for event in rig.data(job_id, "events") if event["data"].get("to") == "pausing"]
     assert actors == ["submitter"]
     assert rig.client.get("/jobs", headers=bearer(submitter)).status_code == 401
+
+
+def test_a_late_response_to_a_request_without_a_token_does_not_log_out(rig: ServiceHarness, page: Page) -> None:
+    reader = created(rig, "reader")
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        field = page.get_by_label("Token", exact=True)
+        expect(field).to_be_visible()
+        # The page goes on polling while the form is shown.
+        held = HeldRequests(page, r"/jobs\?")
+        held.wait_for(1)
+        held.holding = False
+        field.fill(reader)
+        field.press("Enter")
+        expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
+        with page.expect_response(lambda response: response.status == 401):
+            held.routes[0].continue_()
+        page.evaluate(TWO_FRAMES)
+        assert field.count() == 0
+        assert page.evaluate("sessionStorage.getItem('trainyard-token')") == reader

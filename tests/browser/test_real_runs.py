@@ -18,10 +18,10 @@ from tests.browser.test_charts import drag, figure, zoomed
 from tests.browser.test_job_actions import choose, choose_of_row
 from tests.story.service_process import RANKS, Served, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
 NAME = "<script>document.title = 'taken'</script>"
-STEPS = 20_000
+STEPS = 200_000
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -296,6 +297,10 @@ window.Notification = class extends EventTarget {
 };"""
 
 
+CHECK = "fields=summary"
+"""Part of the address by which the page asks for the watched jobs."""
+
+
 def test_the_end_of_a_watched_job_is_notified_once(sweep: Sweep, page: Page) -> None:
     page.clock.install()
     page.add_init_script(NOTIFICATIONS)
@@ -311,14 +316,28 @@ def test_the_end_of_a_watched_job_is_notified_once(sweep: Sweep, page: Page) -> 
     expect(page.get_by_text("You will be notified when the job ends")).to_be_visible()
     assert page.evaluate("window.asked") == 1
     page.goto(f"{sweep.url}/system")
-    page.clock.run_for(16_000)
+    expect(page.get_by_role("heading", name="System")).to_be_visible()
+    # From here on time passes only by the test: the page checks every 15 s, and its message stays for 6 s.
+    page.clock.pause_at(datetime.fromtimestamp(page.evaluate("Date.now()") / 1000, UTC) + timedelta(seconds=60))
+    checks: list[str] = []
+    page.on("requestfinished", lambda request: checks.append(request.url) if CHECK in request.url else None)
+
+    def await_check() -> None:
+        before = len(checks)
+        page.clock.fast_forward(16_000)
+        while len(checks) == before:
+            page.wait_for_timeout(50)
+
+    await_check()
     assert page.evaluate("window.shown") == []
     sweep.rig.exit(sweep.running, "completed", step=1000)
-    page.clock.run_for(16_000)
+    page.clock.fast_forward(16_000)
     expect(page.locator("#toast")).to_contain_text("alone succeeded")
     assert page.evaluate("window.shown") == [["alone succeeded", sweep.ids["alone"]]]
-    page.clock.run_for(40_000)
+    for _ in range(3):
+        page.clock.fast_forward(16_000)
     assert page.evaluate("window.shown.length") == 1
+    assert page.evaluate("localStorage.getItem('trainyard-watched')") == "{}", "nothing is left to check"
 
 
 MANY = 1000
@@ -340,17 +359,15 @@ def add_jobs(rig: ServiceHarness, count: int) -> None:
 
 SCROLL = """async () => {
   const box = document.querySelector('.runs');
-  let longest = 0;
-  let before = performance.now();
+  const made = new Set();
   for (let i = 0; i < 60; i += 1) {
     box.scrollTop += 700;
-    await new Promise(requestAnimationFrame);
-    const now = performance.now();
-    longest = Math.max(longest, now - before);
-    before = now;
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+    for (const row of document.querySelectorAll('.jobs tr')) made.add(row);
   }
-  return longest;
+  return made.size;
 }"""
+"""Scrolls through the table, and returns how many elements its rows were. The benchmark measures how long it takes."""
 
 
 @pytest.mark.long
@@ -367,9 +384,7 @@ def test_a_thousand_jobs_are_listed_by_few_requests_and_scroll(rig: ServiceHarne
         expect(first).to_have_text("many-0999")
         page.get_by_role("columnheader", name="seed").get_by_role("button").click()
         expect(first).to_have_text("many-0000")
-        longest = page.evaluate(SCROLL)
-        print(f"longest frame while scrolling: {longest:.0f} ms")
-        assert longest < 2000, "a busy machine; the benchmark measures it"
+        assert page.evaluate(SCROLL) < 60, "rows that leave the view show those that enter it"
         page.locator(".runs").evaluate("node => (node.scrollTop = node.scrollHeight)")
         expect(rows(page).locator(".name").last).to_have_text("many-0999")
         assert rows(page).last.get_attribute("aria-rowindex") == "1002"

@@ -1,5 +1,5 @@
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -53,9 +53,8 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture
-def unused_port() -> int:
-    """A port of this machine on which no process listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def unused_port() -> Iterator[int]:
+    """A port of this machine on which no process listens: it is taken, so that none can begin to."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]

@@ -31,7 +31,7 @@ def test_modules_of_our_old_names_on_the_python_path_change_nothing(tmp_path: Pa
         *([sys.executable, "-m", f"trainyard.{name}", "--help"] for name in ("service", "worker", "worker.agent")),
     )
     for line in lines:
-        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
         assert "stranger" not in done.stderr, line
         assert done.returncode in (0, 2), (line, done.stderr)
 
@@ -39,6 +39,8 @@ def test_modules_of_our_old_names_on_the_python_path_change_nothing(tmp_path: Pa
 @pytest.mark.parametrize("words", [["corpus", "check", "corpus.jsonl"], ["db", "upgrade"], ["--help"]])
 def test_a_folder_of_our_name_is_not_taken_for_ours(foreign: Path, words: list[str]) -> None:
     environment = {**os.environ, "TRAINYARD_HOME": str(foreign / "home")}
-    done = subprocess.run([TRAINYARD, *words], cwd=foreign, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [TRAINYARD, *words], cwd=foreign, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr
     assert "stranger" not in done.stderr

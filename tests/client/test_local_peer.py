@@ -99,7 +99,7 @@ def test_completion_sends_no_token_to_a_stranger(stranger: Stranger, monkeypatch
     url, process = stranger()
     monkeypatch.setenv("TRAINYARD_URL", url)
     monkeypatch.setenv("TRAINYARD_TOKEN", TOKEN)
-    monkeypatch.setattr(job_names, "SERVICE_SECONDS", 20.0)
+    monkeypatch.setattr(job_names, "SERVICE_SECONDS", 60.0)
     assert list(job_names.jobs()) == []
     process.kill()
     assert TOKEN not in process.communicate()[0]
@@ -306,7 +306,7 @@ def test_a_service_that_is_ending_or_unreachable_is_tried_again(listener: Listen
     listener.closes, listener.status = False, 502
     assert "it answers 502" in (refusal(listener) or "")
     listener.asked.clear()
-    with Client(listener.url, TOKEN, retries=RetryPolicy(seconds=20, first_pause=0.01)) as client:
+    with Client(listener.url, TOKEN, retries=RetryPolicy(seconds=60, first_pause=0.01)) as client:
         recovery = threading.Timer(0.1, setattr, (listener, "status", 200))
         recovery.start()
         assert client.version() == {"version": "0"}

@@ -213,6 +213,6 @@ def test_ctrl_c_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
     (tmp_path / "ready").open().close()
     child.send_signal(2)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=200)
     assert (child.returncode, err) == (-2, b"")
     assert not (tmp_path / "out").exists()

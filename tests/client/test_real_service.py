@@ -16,9 +16,9 @@ from trainyard.client.demo.service import DemoService, _is_ready, environment
 from trainyard.client.exit_codes import is_idle
 from trainyard.contract.rundir import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
-SECONDS = 60.0
+SECONDS = 240.0
 TINY = (
     "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 --max_seq_len 32 "
     "--batch_size 2 --accumulation_steps 1 --dtype float32 --device cpu --log_interval 20 --save_interval 500"
@@ -56,7 +56,7 @@ def live(tmp_path: Path) -> Iterator[Restartable]:
             for job in trainyard.jobs():
                 if not is_idle(job):
                     trainyard.kill(job["id"])
-                    trainyard.wait(job["id"], timeout=30)
+                    trainyard.wait(job["id"], timeout=SECONDS)
 
 
 def run(live: Restartable, *arguments: str) -> subprocess.CompletedProcess[str]:

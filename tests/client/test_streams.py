@@ -21,7 +21,7 @@ from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.sse import EventStream, StreamEvent, StreamUnsupported, parse_events
 
 JOB = "job_7f3kq9"
-DEADLINE = 10.0
+DEADLINE = 60.0
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ serve_once() {
   until curl -sf "$TRAINYARD_URL/ready" > ready.json; do kill -0 $service; sleep 0.2; done
   kill $service; wait $service
 }
+# One day for all blocks of a page: a later one names a file by the date of an earlier one.
+date() { command date --date="@$BEGAN" "$@"; }
 """
 
 
@@ -31,6 +34,7 @@ class Box:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.began = int(time.time())
         folder.mkdir(parents=True)
         write_docstrings(folder / "corpus.jsonl", 200)
         shutil.copy(folder / "corpus.jsonl", folder / "code.jsonl")
@@ -108,6 +112,7 @@ class Box:
             "TRAINYARD_DATA_ROOTS": str(self.folder),
             "TRAINYARD_CPU_SLOTS": "2",
             "JOB": self.job,
+            "BEGAN": str(self.began),
         }
 
 

@@ -16,6 +16,8 @@ from tests.faults.service_home import ROOT, members, until
 from trainyard.contract.processes import PROC, ProcessIdentity, all_pids
 
 NODES = ("node1", "node2")
+SECONDS = 120.0
+"""How long a daemon may take for anything on a busy machine."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -95,7 +97,7 @@ class Cluster:
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), 30, f"idle nodes; {self.states()} {self.logs()}")
+        until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), SECONDS, f"idle nodes; {self.logs()}")
 
     def stop(self) -> None:
         """Stop everything: the subreaper does so once its input is closed."""
@@ -103,7 +105,7 @@ class Cluster:
         assert self._subreaper.stdout is not None
         self._subreaper.stdin.close()
         self._subreaper.stdout.close()
-        self._subreaper.wait(30)
+        self._subreaper.wait(SECONDS)
 
     def _configure(self) -> None:
         directory = self.directory
@@ -134,7 +136,7 @@ class Cluster:
         options = [f"--{name}={directory / file}" for name, file in {**files, "seed-file": "munge.seed"}.items()]
         (directory / "munge.socket").unlink(missing_ok=True)
         self.spawn("munge.out", "munged", "--foreground", "--force", "--num-threads=2", *options)
-        until((directory / "munge.socket").exists, 10, "munged listens")
+        until((directory / "munge.socket").exists, SECONDS, "munged listens")
 
     def start_controller(self) -> None:
         self.spawn("slurmctld.out", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
@@ -155,7 +157,7 @@ class Cluster:
         self._subreaper.stdin.flush()
         return int(self._subreaper.stdout.readline())
 
-    def run(self, *command: str, seconds: float = 20.0) -> str:
+    def run(self, *command: str, seconds: float = 60.0) -> str:
         """Return the output of one of Slurm's commands."""
         environment = {**os.environ, **self.environment, "PATH": PATH}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -217,13 +219,13 @@ class Cluster:
         """Return once the controller has saved the job's state, which it does only every few seconds."""
         began = time.time()
         self.run("scontrol", "update", f"JobId={number}", "AdminComment=remember")
-        until(lambda: (self.directory / "state" / "job_state").stat().st_mtime > began, 20, "it is written down")
+        until(lambda: (self.directory / "state" / "job_state").stat().st_mtime > began, SECONDS, "it is written down")
 
     def kill(self, processes: list[ProcessIdentity]) -> None:
         """SIGKILL, and return once they have ended."""
         for process in processes:
             process.send(signal.SIGKILL)
-        until(lambda: not any(process.alive() for process in processes), 10, "they are gone")
+        until(lambda: not any(process.alive() for process in processes), SECONDS, "they are gone")
 
     def restore(self) -> None:
         """After any test: a controller, two idle nodes and no job; if necessary with a new cluster."""
@@ -242,17 +244,17 @@ class Cluster:
         for node in NODES:
             if not self.daemons(node):
                 self.start_node(node)
-        until(lambda: set(self.states()) == set(NODES), 30, "the controller answers")
+        until(lambda: set(self.states()) == set(NODES), 60, "the controller answers")
         self.run("scancel", "--user=root", "--full", "--signal=KILL")
         self.run("scancel", "--user=root")
-        until(self._idle, 40, "both nodes are idle")
+        until(self._idle, 60, "both nodes are idle")
 
     def _idle(self) -> bool:
         states = self.states()
         for node, state in states.items():
             if "DRAIN" in state or "DOWN" in state:
                 command = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
-                subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, timeout=20)
+                subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, timeout=60)
         return states == dict.fromkeys(NODES, "IDLE")
 
     def _kill_strays(self) -> None:
@@ -272,7 +274,7 @@ class Cluster:
         self.start_controller()
         for node in NODES:
             self.start_node(node)
-        until(self._idle, 60, f"idle nodes; {self.states()} {self.logs()}")
+        until(self._idle, SECONDS, f"idle nodes; {self.logs()}")
 
     def logs(self) -> str:
         """Return the ends of the daemons' logs."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.faults.service_home import until
-from tests.slurm.cluster import NODE, NODES, PATH, Cluster
+from tests.slurm.cluster import NODE, NODES, PATH, SECONDS, Cluster
 
 SUBNET = f"10.{os.getpid() % 200 + 20}.53"
 BRIDGE = f"ty{os.getpid()}"
@@ -64,7 +64,7 @@ class Hosts(Cluster):
         """Start the node and connect its network. If it dies, both ends of the link disappear."""
         pid = self.spawn(f"{name}.out", *self.node_command(name))
         inside = f"/proc/{pid}/ns/net"
-        until(lambda: os.readlink(inside) != os.readlink("/proc/self/ns/net"), 10, "a network of its own")
+        until(lambda: os.readlink(inside) != os.readlink("/proc/self/ns/net"), SECONDS, "a network of its own")
         cable = f"{BRIDGE}-{name[-1]}"
         _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
         _ip("link", "set", cable, "master", BRIDGE, "up")

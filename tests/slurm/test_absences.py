@@ -4,7 +4,7 @@ import pytest
 
 from tests.faults.invariants import check_weights
 from tests.faults.service_home import until
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import SECONDS, Cluster
 from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.slurm_jobs import attempts, completed, fake, submit
 
@@ -46,7 +46,7 @@ def test_what_is_submitted_while_the_controller_is_away_runs_once_it_is_back(
     assert home.job(job_id)["status"] in ("queued", "starting")
     cluster.start_controller()
     job = home.wait(job_id, "succeeded")
-    until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
+    until(lambda: completed(cluster, job_id), SECONDS, "Slurm has ended it")
     assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"]
     check_weights(home, job_id, 20)
 
@@ -61,10 +61,10 @@ def test_a_host_without_munge_keeps_a_job_waiting_and_says_why(cluster: Cluster,
         queue = home.job(job_id)["queue"]
         return queue["waiting_for"] if queue is not None and "does not answer" in queue["waiting_for"] else None
 
-    assert str(until(told, 60, "why nothing happens")).startswith("Slurm does not answer: squeue ")
+    assert str(until(told, SECONDS, "why nothing happens")).startswith("Slurm does not answer: squeue ")
     assert home.job(job_id)["status"] == "starting"
     cluster.start_munge()
     job = home.wait(job_id, "succeeded", seconds=90)
-    until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
+    until(lambda: completed(cluster, job_id), SECONDS, "Slurm has ended it")
     assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"]
     check_weights(home, job_id, 20)

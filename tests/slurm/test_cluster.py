@@ -28,7 +28,7 @@ def test_whatever_a_test_leaves_behind_the_next_one_finds_two_idle_nodes(
 @pytest.mark.soak
 def test_a_cluster_that_cannot_be_repaired_is_recreated(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     before = cluster.controllers()
-    monkeypatch.setattr(cluster, "_mend", _hopeless)
+    monkeypatch.setattr(cluster, "_repair", _hopeless)
     cluster.restore()
     assert cluster.states() == dict.fromkeys(NODES, "IDLE")
     assert before[0] not in cluster.controllers()

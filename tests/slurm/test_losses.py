@@ -6,7 +6,7 @@ import pytest
 
 from tests.faults.invariants import check_weights
 from tests.faults.service_home import Home, Member, until
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import SECONDS, Cluster
 from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.slurm_jobs import attempts, fake, real, submit
 
@@ -134,7 +134,7 @@ def test_a_run_that_may_take_fewer_nodes_goes_on_without_the_lost_one(
     home.tolerance = 1e-6
     untouched = submit(home, real(home, steps=40))
     home.wait(untouched, "succeeded", seconds=240)
-    until(lambda: set(cluster.states().values()) == {"IDLE"}, 30, "both nodes can be had")
+    until(lambda: set(cluster.states().values()) == {"IDLE"}, SECONDS, "both nodes can be had")
     job_id = submit(home, real(home, steps=40, nnodes={"min": 1, "max": 2}))
     home.reach(job_id, 9)
     lose(cluster, home, job_id, "node2", "node")

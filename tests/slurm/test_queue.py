@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.invariants import check_weights
 from tests.faults.service_home import Home, until
-from tests.slurm.cluster import NODES, Cluster
+from tests.slurm.cluster import NODES, SECONDS, Cluster
 from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.slurm_jobs import attempts, completed, events, fake, in_slurm, submit
 from trainyard.contract.rundir import read_json
@@ -23,7 +23,7 @@ def waiting(home: Home, job_id: str) -> dict[str, Any]:
         job = home.job(job_id)
         return job if job["queue"] and job["queue"]["waiting_for"].startswith("Slurm: ") else None
 
-    found: dict[str, Any] = until(told, 30, f"Slurm's reason; {home.log()[-2000:]}")
+    found: dict[str, Any] = until(told, SECONDS, f"Slurm's reason; {home.log()[-2000:]}")
     return found
 
 
@@ -81,8 +81,8 @@ def test_a_running_job_saves_and_pauses_and_another_one_is_killed(cluster: Clust
     assert home.post(f"/jobs/{job_id}/kill").status_code == 202
     # By the agent's word, or by Slurm's where that ended the agent before its last word.
     assert "as asked" in home.wait(job_id, "cancelled")["message"]
-    until(lambda: home.processes(job_id) == [], 20, "nothing of it is left on either node")
-    until(lambda: set(cluster.states().values()) == {"IDLE"}, 30, "its nodes are free")
+    until(lambda: home.processes(job_id) == [], SECONDS, "nothing of it is left on either node")
+    until(lambda: set(cluster.states().values()) == {"IDLE"}, SECONDS, "its nodes are free")
 
 
 def test_two_launchers_in_one_home(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
@@ -121,7 +121,7 @@ def test_a_service_that_dies_on_the_way_to_sbatch_submits_once(
     (found,) = home.get("/jobs").json()["data"]
     job_id = found["id"]
     job = home.wait(job_id, "succeeded")
-    until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
+    until(lambda: completed(cluster, job_id), SECONDS, "Slurm has ended it")
     assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"], in_slurm(cluster, job_id)
     assert [event["kind"] for event in events(home, job_id)].count("adopted") <= 1
     check_weights(home, job_id, 10)

@@ -1,12 +1,12 @@
 """Fixtures of the stories: a service for each module, a free port, and the code of release 0.1."""
 
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.story import service_process
 from tests.story.service_process import Served
 
 RELEASE_0_1 = "3dc47211ad9d41b04c08c5fedc7407a10f598d4f"
@@ -23,10 +23,8 @@ def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[S
 
 @pytest.fixture
 def free_port() -> str:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    """A port that no program has, as text."""
+    return str(service_process.free_port())
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,10 @@
 """A real service on a free port, which a test may kill and start again, and a real corpus."""
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,9 +17,35 @@ import httpx2
 from trainyard.contract.rundir import read_json
 
 RANKS = 2
+REQUEST_SECONDS = 60.0
+END_SECONDS = 120.0
+FIRST_PORT = 12_000
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_numbers = itertools.count()
 
 
-def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+def free_port() -> int:
+    """Return a port that no program has, and that the kernel gives to none that does not ask for this one.
+
+    A service that is started again needs its port again. One of those that the kernel gives out, to connections too,
+    may belong to another program by then.
+    """
+    ports = range(FIRST_PORT, int(EPHEMERAL_PORTS.read_text().split()[0]))
+    for _ in ports:
+        # Other processes of a test run begin elsewhere.
+        port = ports[(os.getpid() * 97 + next(_numbers)) % len(ports)]
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], seconds: float = 240.0) -> Any:
     """The first true value of ``condition``; fails the test after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -42,7 +70,7 @@ class Served:
         self.roots = roots
         self.command = command
         self.path = path
-        self.port = port
+        self.port = port or free_port()
         self.slots = slots
         self.process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True)
@@ -60,7 +88,6 @@ class Served:
             command = [*self.command, "--port", str(self.port)]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.path)
         self.url = until(lambda: (read_json(self.home / "service.json") or {}).get("url"))
-        self.port = int(self.url.rsplit(":", 1)[1])
         until(self._ready)
 
     def _ready(self) -> bool:
@@ -72,18 +99,18 @@ class Served:
     def kill(self) -> None:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(END_SECONDS)
 
     def stop(self) -> None:
         assert self.process is not None
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(END_SECONDS)
 
     def get(self, path: str) -> httpx2.Response:
-        return httpx2.get(self.url + path, timeout=10)
+        return httpx2.get(self.url + path, timeout=REQUEST_SECONDS)
 
     def post(self, path: str, body: object = None) -> httpx2.Response:
-        return httpx2.post(self.url + path, json=body, timeout=10)
+        return httpx2.post(self.url + path, json=body, timeout=REQUEST_SECONDS)
 
     def job(self, job_id: str) -> dict[str, Any]:
         answer: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
@@ -97,7 +124,7 @@ class Served:
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
 
-    def wait(self, job_id: str, *statuses: str, seconds: float = 120.0) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, seconds: float = 240.0) -> dict[str, Any]:
         def reached() -> dict[str, Any] | None:
             job = self.job(job_id)
             hopeless = job["status"] in ("failed", "cancelled") and job["status"] not in statuses

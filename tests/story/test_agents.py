@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from mcp import Client, StdioServerParameters
 
@@ -16,7 +15,7 @@ from benchmarks.corpus import write_docstrings
 from tests.story.service_process import Served
 from tests.story.test_story import spec as story_spec
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
 
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
@@ -29,7 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_agent_plans_launches_waits_compares_describes_discards_and_forks(served: Served, corpus: Path) -> None:
-    created = httpx2.post(f"{served.url}/tokens", json={"name": "agent-7", "scope": "submit", "max_jobs": 3})
+    created = served.post("/tokens", {"name": "agent-7", "scope": "submit", "max_jobs": 3})
     token: str = created.json()["token"]
     theirs = served.submit(story_spec(corpus, nproc_per_node=1))
     environment = {**os.environ, "TRAINYARD_URL": served.url, "TRAINYARD_TOKEN": token}

@@ -6,18 +6,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from tests.story.service_process import Served, until
+from tests.story.service_process import END_SECONDS, Served, until
 from tests.story.test_story import spec
-from trainyard.contract.processes import descendants
+from trainyard.contract.processes import children, descendants
 from trainyard.contract.rundir import RunDir
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         shutil.which("unshare") is None or os.geteuid() != 0, reason="a pid namespace needs unshare and root"
     ),
@@ -41,20 +43,22 @@ class Container(Served):
     def stop(self) -> None:
         """Send SIGTERM to the init alone, and wait until nothing of the container is left."""
         assert self.process is not None
-        (init,) = [child for child in descendants(self.process.pid) if parent_of(child.pid) == self.process.pid]
+        (init,) = children(self.process.pid)
         assert init.send(signal.SIGTERM)
-        self.process.wait(200)
+        self.process.wait(400)
 
     def destroy(self) -> None:
         if self.process is not None and self.process.poll() is None:
             for process in descendants(self.process.pid):
                 process.send(signal.SIGKILL)
-            self.process.wait(10)
+            self.process.wait(END_SECONDS)
 
 
-def parent_of(pid: int) -> int:
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return int(text[text.rindex(")") + 2 :].split()[1])
+def words(pid: int) -> list[bytes]:
+    """Return the command line; empty if the process has just ended, as those do that ask for the devices."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    return []
 
 
 @pytest.fixture
@@ -106,19 +110,21 @@ def test_a_second_signal_does_not_wait(container: Container, tmp_path: Path) -> 
     until(lambda: container.step(job_id) >= 1)
     assert container.process is not None
     for process in descendants(container.process.pid):
-        if "trainyard.worker" in Path(f"/proc/{process.pid}/cmdline").read_text():
+        if any(word.startswith(b"trainyard.worker") for word in words(process.pid)):
             process.send(signal.SIGSTOP)
-    (service,) = [p for p in descendants(container.process.pid) if is_service(p.pid)]
+    # A process that it is about to start has its command line for a moment.
+    (init,) = children(container.process.pid)
+    (service,) = [child for child in children(init.pid) if is_service(child.pid)]
     service.send(signal.SIGTERM)
     until(lambda: container.get("/ready").status_code == 503)
     assert "its runs save first" in container.get("/ready").text
     service.send(signal.SIGTERM)
-    container.process.wait(30)
+    container.process.wait(END_SECONDS)
 
 
 def is_service(pid: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return words[0] == os.fsencode(sys.executable) and b"trainyard.service" in words
+    found = words(pid)
+    return found[:1] == [os.fsencode(sys.executable)] and b"trainyard.service" in found
 
 
 def test_a_container_is_recognised() -> None:

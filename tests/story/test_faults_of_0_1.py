@@ -23,12 +23,12 @@ import httpx2
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from tests.story.service_process import Served, until
+from tests.story.service_process import END_SECONDS, REQUEST_SECONDS, Served, until
 
 ROOT = Path(__file__).parents[2]
 STEPS = 7
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Release:
             stderr=subprocess.PIPE,
             cwd=self.folder,
             env={**base, **environment},
-            timeout=120,
+            timeout=END_SECONDS,
             encoding="latin-1",
         )
 
@@ -94,7 +94,7 @@ class Release:
         return str(self.job_id)
 
     def plan(self, spec: dict[str, Any]) -> httpx2.Response:
-        return httpx2.post(self.served.url + "/jobs/plan", json=spec, timeout=60)
+        return httpx2.post(self.served.url + "/jobs/plan", json=spec, timeout=REQUEST_SECONDS)
 
     def warnings(self, spec: dict[str, Any]) -> str:
         answer = self.plan(spec)
@@ -286,7 +286,9 @@ def an_idempotency_key_is_common_to_all_tokens(release: Release) -> bool:
         secret = release.run("token", "create", name, "--scope", "submit").stdout.strip()
         assert secret
         headers = {"Authorization": f"Bearer {secret}", "Idempotency-Key": "the-same"}
-        answer = httpx2.post(release.served.url + "/jobs", json=release.spec(), headers=headers, timeout=30)
+        answer = httpx2.post(
+            release.served.url + "/jobs", json=release.spec(), headers=headers, timeout=REQUEST_SECONDS
+        )
         assert answer.status_code in (200, 201), answer.text
         jobs.add(answer.json()["id"])
     return len(jobs) == 1
@@ -299,12 +301,12 @@ def epochs_beside_max_steps_get_no_warning(release: Release) -> bool:
 def a_gzip_body_is_called_not_utf_8(release: Release) -> bool:
     body = gzip.compress(json.dumps(release.spec()).encode())
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    answer = httpx2.post(release.served.url + "/jobs/plan", content=body, headers=headers, timeout=30)
+    answer = httpx2.post(release.served.url + "/jobs/plan", content=body, headers=headers, timeout=REQUEST_SECONDS)
     return answer.status_code != 200 and "UTF-8" in answer.text
 
 
 def health_is_forbidden_without_a_host(release: Release) -> bool:
-    with socket.create_connection(("127.0.0.1", release.served.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", release.served.port), timeout=REQUEST_SECONDS) as client:
         client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
         return b" 403 " in client.makefile("rb").readline()
 

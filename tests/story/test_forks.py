@@ -8,10 +8,10 @@ import httpx2
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from tests.story.service_process import Served, until
+from tests.story.service_process import REQUEST_SECONDS, Served, until
 from tests.story.test_story import spec as story_spec
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 STEPS = 24
 
@@ -70,7 +70,7 @@ def test_a_restarted_fork_goes_on_counting_and_outlives_its_parent(served: Serve
     served.wait(short, "succeeded")
     overrides = {"training": {"max_steps": 6, "learning_rate": 1e-3}, "data": {"max_seq_len": 32}}
     made = fork(served, short, {"data": "restart", "overrides": overrides})
-    assert httpx2.delete(f"{served.url}/jobs/{short}", timeout=10).status_code == 204
+    assert httpx2.delete(f"{served.url}/jobs/{short}", timeout=REQUEST_SECONDS).status_code == 204
     job = served.wait(made, "succeeded")
     assert (job["progress"]["step"], job["plan"]["base_step"], job["plan"]["steps"]) == (14, 8, 14)
     assert [row["step"] for row in served.metrics(made)] == list(range(9, 15))
@@ -94,7 +94,8 @@ def test_a_live_change_is_taken_over_kept_and_changes_no_weight(served: Served, 
     slow["checkpoint"]["keep_last"] = 2
     job_id = served.submit(slow)
     until(lambda: served.step(job_id) >= 2)
-    answer = httpx2.patch(f"{served.url}/jobs/{job_id}", json={"save_interval": 4, "keep_last": 5}, timeout=10)
+    change = {"save_interval": 4, "keep_last": 5}
+    answer = httpx2.patch(f"{served.url}/jobs/{job_id}", json=change, timeout=REQUEST_SECONDS)
     assert answer.status_code == 200, answer.text
     served.kill()
     served.start()
@@ -106,8 +107,8 @@ def test_a_live_change_is_taken_over_kept_and_changes_no_weight(served: Served, 
     assert len(told) <= 1, "a run that ends first has nothing to say of it"
     if told:
         saved = {one["step"] for one in served.get(f"/jobs/{job_id}/checkpoints").json()["data"]}
-        due = {step for step in range(told[0]["data"]["step"] + 1, STEPS + 1) if step % 4 == 0}
-        assert due <= saved | {0}
+        due = [step for step in range(told[0]["data"]["step"] + 1, STEPS + 1) if step % 4 == 0]
+        assert set(due[-5:]) <= saved, "the newest five are kept"
 
 
 @pytest.mark.soak

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from tests.story.service_process import Served, until
 from tests.story.test_story import spec as story_spec
 from trainyard.contract.processes import ProcessIdentity, children
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 NAME = "writer"
-SECONDS = 120.0
+SECONDS = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +38,12 @@ def job(served: Served, corpus: Path) -> str:
     return job_id
 
 
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
 def generate(served: Served, job_id: str, step: int | str = "latest", **body: Any) -> dict[str, Any]:
     url = f"{served.url}/jobs/{job_id}/checkpoints/{step}/generate"
     answer = httpx2.post(url, json={"prompt": "Return the", "max_new_tokens": 24, **body}, timeout=SECONDS)
@@ -49,9 +57,12 @@ def helpers(served: Served) -> list[ProcessIdentity]:
     return children(served.process.pid)
 
 
-def test_openai_s_own_client_lists_completes_streams_and_asks_for_logprobs(served: Served, job: str) -> None:
+def test_openai_s_own_client_lists_completes_streams_and_asks_for_logprobs(
+    served: Served, job: str, stack: ExitStack
+) -> None:
     openai = pytest.importorskip("openai", reason="openai is not installed")
-    client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=SECONDS)
+    # Closed here, and not by the garbage collector during another test.
+    client = stack.enter_context(openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", timeout=SECONDS))
     assert [model.id for model in client.models.list()] == [f"{job}@latest", f"{job}@20", f"{job}@10"]
     assert client.models.retrieve(f"{NAME}@10").id == f"{NAME}@10"
     greedy = {"model": f"{NAME}@10", "prompt": "Return the", "max_tokens": 24, "temperature": 0}
@@ -115,7 +126,7 @@ def test_none_is_left_if_the_service_is_killed_and_none_if_it_stops(served: Serv
     generate(served, job)
     [helper] = [process for process in helpers(served) if process.alive()][:1]
     served.kill()
-    until(lambda: not helper.alive(), 20)
+    until(lambda: not helper.alive())
     served.start()
     generate(served, job)
     started = helpers(served)

@@ -13,9 +13,8 @@ import pytest
 from tests.story.service_process import Served, until
 from trainyard.contract.processes import find_by_marker
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(900)]
 
-STARTUP_SECONDS = 5.0
 DOCUMENTS = 400_000
 
 
@@ -58,6 +57,11 @@ def statuses(service: Served, job_id: str) -> list[str]:
     return [event["data"]["to"] for event in events if event["kind"] == "status"]
 
 
+def written_tokens(service: Served) -> dict[str, int]:
+    """Return each file of tokens, and when it was written."""
+    return {str(file): file.stat().st_mtime_ns for file in service.home.rglob("tokens.bin")}
+
+
 def test_the_second_job_is_prepared_while_the_first_trains(one_slot: Served, tmp_path: Path) -> None:
     service = one_slot
     first = service.submit(spec(write_corpus(tmp_path / "a.jsonl", 200), 100_000))
@@ -71,17 +75,17 @@ def test_the_second_job_is_prepared_while_the_first_trains(one_slot: Served, tmp
 
     until(ready)
     assert service.job(first)["status"] == "running"
+    tokens = written_tokens(service)
+    assert len(tokens) == 2
     service.post(f"/jobs/{first}/cancel")
     ended = service.wait(first, "cancelled")
     done = service.wait(second, "succeeded")
     assert statuses(service, second)[:3] == ["preparing", "queued", "starting"]
+    # How soon the first step comes depends on the machine; that nothing is tokenized before it does not.
+    assert written_tokens(service) == tokens
     first_step = service.get(f"/jobs/{second}/metrics?limit=1").json()["data"][0]
     gap = time_of(first_step["at"]) - time_of(ended["finished_at"])
-    # On a machine that is busy with other things, the limit is what the first job needed from its launch.
-    launched = service.get(f"/jobs/{first}/attempts").json()["data"][0]["created_at"]
-    alone = time_of(service.get(f"/jobs/{first}/metrics?limit=1").json()["data"][0]["at"]) - time_of(launched)
-    print(f"first step {gap:.1f} s after the end of the first job, which needed {alone:.1f} s from its launch")
-    assert gap <= max(STARTUP_SECONDS, 1.5 * alone)
+    print(f"first step {gap:.1f} s after the end of the first job")
     assert done["progress"]["step"] == 2
 
 
@@ -102,7 +106,7 @@ def test_killed_processes_and_services_end_in_the_same_run(one_slot: Served, tmp
     until(lambda: service.get(f"/corpora/{corpus_id}").json()["attempt"] == 2)
     service.kill()  # the process of the second attempt goes on without a service
     service.start()
-    job = service.wait(job_id, "succeeded")
+    job = service.wait(job_id, "succeeded", seconds=600)
     assert job["progress"]["step"] == 2
     assert statuses(service, job_id)[:3] == ["preparing", "queued", "starting"]
     assert service.get(f"/corpora/{corpus_id}").json()["attempt"] == 2

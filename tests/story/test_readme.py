@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 README = Path(__file__).parents[2] / "README.md"
 PORT = "8000"
@@ -36,17 +36,18 @@ def test_every_command_of_the_story_does_what_is_said(tmp_path: Path, free_port:
         "TRAINYARD_PORT": free_port,
     }
     done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "service.log").read_text()
     started, described, untouched, killed, resumed, compared, refused = done.stdout.split("== next\n")
     assert "texts" in started
     assert described == ""
     assert untouched.startswith("succeeded")
-    assert '"step":40' in untouched
+    assert '"step":400' in untouched
     assert "torchrun was killed by SIGKILL" in killed
     assert resumed.splitlines()[:2] == ["queued", "succeeded"]
-    assert int(resumed.splitlines()[2]) in (10, 20)
+    # On a busy machine the run is further when it is killed.
+    assert int(resumed.splitlines()[2]) in (100, 200, 300)
     one, two, *files = compared.splitlines()
     assert one == two
     assert len({line.split()[0] for line in files}) == 1

@@ -6,6 +6,7 @@ Needs the history of this repository: release 0.1 is taken out of it. `make test
 import hashlib
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from benchmarks.corpus import write_docstrings
 from tests.story.service_process import Served, until
 from tests.story.test_story import spec
+from trainyard.contract.processes import find_by_marker
 from trainyard.contract.rundir import RunDir
 
 STEPS = 240
@@ -48,10 +50,15 @@ def upgraded(tmp_path_factory: pytest.TempPathFactory, corpus: Path, old_release
     old.wait(jobs["paused"], "paused")
     jobs["running"] = old.submit(described(corpus))
     until(lambda: old.step(jobs["running"]) >= 5)
+    # The run must not end before the new release is up, however long that takes.
+    ranks = [process for process in find_by_marker(f"{jobs['running']}/1") if process.variable("RANK") is not None]
+    assert ranks, "the run has ended before it was stopped: make it longer"
+    assert all(rank.send(signal.SIGSTOP) for rank in ranks)
     old.kill()
     new = Served(home, [corpus.parent])
     new.start()
     at_start = RunDir(home / "runs" / jobs["running"]).attempt(1).read_step() or 0
+    assert all(rank.send(signal.SIGCONT) for rank in ranks)
     yield {"service": new, "step_at_start": at_start, **jobs}
     new.stop()
 
@@ -73,7 +80,7 @@ def final_sha256(served: Served, job_id: str) -> str:
 
 def test_a_run_that_an_agent_of_0_1_leads_is_adopted(upgraded: dict[str, Any]) -> None:
     served, job_id = upgraded["service"], upgraded["running"]
-    assert upgraded["step_at_start"] < STEPS, "the run has ended before the new release was up: make it longer"
+    assert upgraded["step_at_start"] < STEPS
     job = served.wait(job_id, "succeeded", seconds=240)
     assert job["attempt"] == 1
     rows = served.metrics(job_id)

@@ -32,6 +32,7 @@ export function requestHeaders(more = {}) {
 
 /** Returns the response; throws ApiError or ServiceUnreachable. */
 export async function request(path, options = {}) {
+  const sentWith = token.get();
   let response;
   try {
     response = await fetch(path, { cache: "no-cache", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
@@ -45,7 +46,8 @@ export async function request(path, options = {}) {
     throw new ServiceUnreachable(t("The service does not answer"));
   }
   setOffline(false);
-  if (response.status === 401) connection.dispatchEvent(new Event("unauthorized"));
+  // A late response to a request with an earlier token says nothing about the present one.
+  if (response.status === 401 && token.get() === sentWith) connection.dispatchEvent(new Event("unauthorized"));
   if (!response.ok) throw new ApiError(await response.json().catch(() => ({})), response.status);
   return response;
 }

@@ -43,15 +43,18 @@ class ComparePage {
     setVisible(this.hint, !found.length);
     setVisible(this.missingNote, missing.length);
     setText(this.missingNote, t("Not found: {ids}", { ids: missing.join(", ") }));
-    this.drawChoices(ids, found, listed);
+    this.drawChoices(found, listed);
     await this.charts.update(found.map((job) => ({ key: job.id, name: job.name, slot: slots.indexOf(job.id), jobs: [job] })));
   }
 
-  drawChoices(ids, chosen, listed) {
-    const some = [...chosen, ...listed.filter((job) => !ids.includes(job.id) && job.progress.step > 0)];
+  drawChoices(chosen, listed) {
+    const first = new Set(chosen.map((job) => job.id));
+    const some = [...chosen, ...listed.filter((job) => !first.has(job.id) && job.progress.step > 0)];
+    // Not those of the requests: a box may have been pressed since they were sent.
+    const ids = new Set(chosenSlots().filter(Boolean).slice(0, MAX_LINES));
     updateList(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
-      part.box.checked = ids.includes(job.id);
-      part.box.disabled = !part.box.checked && ids.length >= MAX_LINES;
+      part.box.checked = ids.has(job.id);
+      part.box.disabled = !part.box.checked && ids.size >= MAX_LINES;
       setText(part.name, `${job.name}  ${job.id}  ${wordFor(job.status)}  ${t("step {step}", { step: count(job.progress.step) })}`);
     });
   }
