@@ -98,7 +98,7 @@ class Line:
         if when == "after":
             self.server.sendall(data)
             self.server.shutdown(socket.SHUT_WR)
-            assert self._over.wait(10), "Postgres ends a session whose other side has gone"
+            assert self._over.wait(60), "Postgres ends a session whose other side has gone"
 
     def leave(self) -> None:
         """One direction has ended, so that the other one will; the last of the two tidies up."""

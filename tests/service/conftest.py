@@ -110,7 +110,7 @@ def make_rig(tmp_path: Path) -> Iterator[MakeHarness]:
 
     yield make
     for rig in made:
-        rig.database.close()
+        rig.close()
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
 """A whole service with a launcher that does what the test says, and no thread that does anything by itself."""
 
+import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,28 @@ URL = "http://127.0.0.1:8000"
 
 
 class Clock:
-    """Goes only when it is told to, from the real time on."""
+    """Goes as the real one does, and further ahead of it whenever a test says so."""
 
     def __init__(self) -> None:
         self.ahead = timedelta()
+        self._moment: datetime | None = None
 
     def __call__(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
+        return self._moment or datetime.now(UTC) + self.ahead
 
     def forward(self, seconds: float) -> None:
         self.ahead += timedelta(seconds=seconds)
+        if self._moment is not None:
+            self._moment += timedelta(seconds=seconds)
+
+    @contextlib.contextmanager
+    def standing(self, at: datetime | None = None) -> Iterator[None]:
+        """Let it stand in the block, at the time ``at``: for what must not happen yet, however slow the host is."""
+        before, self._moment = self._moment, at or self()
+        try:
+            yield
+        finally:
+            self._moment = before
 
 
 class ServiceHarness:
@@ -62,6 +75,7 @@ class ServiceHarness:
         self.launcher = launcher or FakeLauncher()
         self.clock = clock or Clock()
         self.corpus = home / "corpus.jsonl"
+        self.successors: list[ServiceHarness] = []
         given = {"TRAINYARD_TOKEN": token or "", "TRAINYARD_WEBHOOK_NETWORKS": "127.0.0.0/8", **environment}
         self.settings = Settings.read(given, home=home, database_url=url)
         home.mkdir(parents=True, exist_ok=True)
@@ -82,12 +96,18 @@ class ServiceHarness:
         self.client.__enter__()
 
     def close(self) -> None:
+        """End it and those that followed it. Connections left to the garbage collector would disturb later tests."""
+        for successor in self.successors:
+            successor.close()
         self.client.__exit__(None, None, None)
         self.sender.notices.close()
+        self.database.close()
 
     def restart(self) -> "ServiceHarness":
         self.close()
-        return ServiceHarness(self.home, self.url, self.devices, self.launcher, self.clock, prepares=self.prepares)
+        next_one = ServiceHarness(self.home, self.url, self.devices, self.launcher, self.clock, prepares=self.prepares)
+        self.successors.append(next_one)
+        return next_one
 
     def reconcile(self) -> None:
         self.scheduler.reconcile_until_stable()

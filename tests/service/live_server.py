@@ -14,7 +14,7 @@ import uvicorn
 from tests.service.harness import ServiceHarness
 from trainyard.service.server import TimeoutH11Protocol
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class ClosingServer(uvicorn.Server):

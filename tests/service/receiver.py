@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-DEADLINE = 20.0
+DEADLINE = 120.0
+"""Also for the process of the notices, which has a minute to load Apprise."""
 
 
 @dataclass(frozen=True)

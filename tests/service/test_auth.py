@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -211,10 +211,11 @@ def test_rotation_with_and_without_an_overlap(guarded: ServiceHarness, monkeypat
 
 def test_expiry_and_a_longer_life_by_rotation(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = created(guarded, expires_in=60)
-    ahead = [timedelta(seconds=59)]
-    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + ahead[0])
+    end = datetime.fromisoformat(listed(guarded)["ci"]["expires_at"])
+    now = [end - timedelta(seconds=1)]
+    monkeypatch.setattr(authenticator, "utc_now", lambda: now[0])
     assert status(guarded, token) == 200
-    ahead[0] = timedelta(seconds=61)
+    now[0] = end + timedelta(seconds=1)
     late = guarded.client.get("/jobs", headers=bearer(token))
     assert (late.status_code, late.json()["detail"]) == (401, "The token has expired.")
     renewed = guarded.client.post("/tokens/ci/rotate", json={"expires_in": 3600}).json()["token"]

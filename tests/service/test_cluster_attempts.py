@@ -98,11 +98,12 @@ def test_an_agent_that_cannot_report_is_read_all_the_same(cluster: ServiceHarnes
 def test_an_agent_that_reports_is_not_read_beside(cluster: ServiceHarness) -> None:
     job_id, attempt = submitted(cluster)
     attempt.placement = PLACED
-    later(cluster)
-    attempt.started()
-    cluster.ship(attempt)
-    attempt.metric(1)
-    later(cluster, 1.0)
+    with cluster.clock.standing():
+        later(cluster)
+        attempt.started()
+        cluster.ship(attempt)
+        attempt.metric(1)
+        later(cluster, 1.0)
     assert cluster.data(job_id, "metrics") == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ def test_the_command_lists_and_prunes(
     (tmp_path / "content-00.json").write_text('{"sha256": "abc", "path": "/data/c.jsonl"}')
     monkeypatch.setenv("TRAINYARD_CORPUS_CACHE", str(tmp_path))
     cache.use(KEYS[2], nothing).release()
+    # The clock of files ticks every few milliseconds: without this, two uses may have the same time.
+    os.utime(cache.used(KEYS[2]), (time.time() - 60,) * 2)
     with cache.use(KEYS[1], nothing):
         first, second, third, last = command("list", capsys=capsys)
         assert first.startswith(f"{KEYS[0]}     3.0 MB  ")

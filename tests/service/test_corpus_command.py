@@ -48,7 +48,7 @@ def test_build_waits_and_prints_progress(rig: ServiceHarness, in_background: Cal
     look(rig)
     until(lambda: rig.get(f"/corpora/{corpus_id}")["progress"]["percent"] == 50)
     finish(rig, attempt)
-    code, out, err = running.result(30)
+    code, out, err = running.result(60)
     assert (code, out) == (0, f"{corpus_id}\n")
     assert "ready: prepared 1 document with 5 tokens" in err
 
@@ -60,7 +60,7 @@ def test_a_failure_is_exit_code_10_with_the_hint(
     attempt = process(rig, started(rig))
     attempt.end("failed", Reason.DATA_INVALID, message="3 bad lines")
     look(rig)
-    code, out, _ = running.result(30)
+    code, out, _ = running.result(60)
     assert code == 10
     assert json.loads(out)["error"]["message"] == "3 bad lines"
 

@@ -188,7 +188,6 @@ def test_a_copy_that_fails_leaves_nothing(
 def test_a_database_in_use_is_not_touched(
     rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("trainyard.service.db.engine.EXCLUSIVE_SECONDS", 0.1)
     rig.close()
     ends = {"source": rig.url, "target": targets["postgres"] if kind == "postgres" else targets["sqlite"]}
     if kind == "postgres" and held == "source":
@@ -198,8 +197,10 @@ def test_a_database_in_use_is_not_touched(
     service = Database(ends[held])
     with service.read() as session:
         session.execute(text("SELECT 1"))
-    with pytest.raises(CopyRefused, match=rf"the {held} is in use"):
-        copy(ends["source"], ends["target"], quiet)
+    with monkeypatch.context() as impatient:
+        impatient.setattr("trainyard.service.db.engine.EXCLUSIVE_SECONDS", 0.1)
+        with pytest.raises(CopyRefused, match=rf"the {held} is in use"):
+            copy(ends["source"], ends["target"], quiet)
     service.close()
     copy(ends["source"], ends["target"], quiet)
 

@@ -173,7 +173,7 @@ def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: ServiceHarnes
         before = repository.find(session, job_id).status
         done = threading.Thread(target=any_rig.post_action, args=(job_id, "cancel"))
         done.start()
-        done.join(20)
+        done.join(60)
         assert not done.is_alive()
         session.expire_all()
         assert repository.find(session, job_id).status == before == "queued"

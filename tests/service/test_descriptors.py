@@ -25,7 +25,9 @@ DEADLINE = 60.0
 START = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
+from trainyard.service import server
 from trainyard.service.__main__ import main
+server.MAX_REQUEST_SECONDS = 600.0  # else the first strangers are gone before the last ones come, on a busy host
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -99,6 +101,7 @@ def statuses(connections: list[socket.socket]) -> Counter[str]:
     ("soft", "hard", "streams"), [(1024, 1024, 256), pytest.param(1024, 8192, 1000, marks=pytest.mark.long)]
 )
 def test_more_readers_and_strangers_than_descriptors(tmp_path: Path, soft: int, hard: int, streams: int) -> None:
+    begun = time.monotonic()
     with limited_service(tmp_path / "home", soft, hard) as (address, log), contextlib.ExitStack() as stack:
         corpus = tmp_path / "home" / "corpus.jsonl"
         corpus.write_text('{"text": "one"}\n')
@@ -123,6 +126,7 @@ def test_more_readers_and_strangers_than_descriptors(tmp_path: Path, soft: int, 
         # With the small limit all requests that users may have at once are the unfinished ones.
         assert status in (200, 503)
         lines = log.read_text().splitlines()
+        minutes = (time.monotonic() - begun) // 60
         for connection in bodies:
             connection.close()
         deadline = time.monotonic() + DEADLINE
@@ -130,7 +134,8 @@ def test_more_readers_and_strangers_than_descriptors(tmp_path: Path, soft: int, 
             assert time.monotonic() < deadline
         assert len(strangers) == 1100
     assert not [line for line in lines if "Traceback" in line or "Errno 24" in line]
-    assert len([line for line in lines if "at most once a minute" in line]) == (1 if hard == soft else 0)
+    warnings = len([line for line in lines if "at most once a minute" in line])
+    assert (1 <= warnings <= 1 + minutes) if hard == soft else warnings == 0
 
 
 def test_requests_of_users_leave_room_for_agents(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:

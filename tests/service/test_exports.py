@@ -120,7 +120,7 @@ def test_an_export_whose_job_is_deleted_meanwhile_shows_no_path(
         if index == 0:
             status, problem = export(any_rig, job_id, 10)
             return status, f"{problem['code']}: {problem['detail']}"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not source.exists():
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -157,13 +157,13 @@ def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarne
     with mock.patch.object(subprocess, "Popen", popen):
         first = threading.Thread(target=export, args=(rig, job_id, 10))
         first.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not children and time.monotonic() < deadline:
             time.sleep(0.01)
         status, problem = export(rig, job_id, 20)
         assert (status, problem["code"]) == (409, "export_under_way")
         children[0].kill()
-        first.join(20)
+        first.join(60)
     assert export(rig, job_id, 20)[0] == 201
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from tests.service.test_service_process import Process, start
+from tests.service.test_service_process import DEADLINE, Process, start
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.service import home
 from trainyard.service.db.cli import backup
@@ -21,6 +21,13 @@ __all__ = ["start"]
 
 def mode(path: Path) -> str:
     return f"{stat.S_IMODE(path.stat().st_mode):04o}"
+
+
+def upgrade(folder: Path) -> None:
+    """Make the database of a home."""
+    database = Database(f"sqlite:///{folder}/trainyard.db")
+    database.upgrade()
+    database.close()
 
 
 @pytest.fixture
@@ -42,7 +49,7 @@ def test_a_home_of_an_earlier_release_is_closed_to_others(public: Path, start: C
     (folder / "runs" / "job_a").mkdir(parents=True)
     shard = folder / "runs" / "job_a" / "weights"
     shard.write_text("of everyone")
-    Database(f"sqlite:///{folder}/trainyard.db").upgrade()
+    upgrade(folder)
     (folder / "trainyard.db").chmod(0o644)
     with drop_root():
         assert shard.read_text() == "of everyone"
@@ -55,7 +62,7 @@ def test_a_home_of_an_earlier_release_is_closed_to_others(public: Path, start: C
     assert len(lines) == 1, service.said()
     assert f"{folder} from 0755 to 0700, {folder}/trainyard.db from 0644 to 0600" in lines[0]
     assert "TRAINYARD_HOME_MODE" in lines[0]
-    assert httpx2.get(f"{url}/jobs").status_code == 200
+    assert httpx2.get(f"{url}/jobs", timeout=DEADLINE).status_code == 200
     if os.geteuid() == 0:
         with drop_root(), pytest.raises(PermissionError):
             shard.read_text()
@@ -93,7 +100,7 @@ def test_new_files_follow_the_home(allowed: int, umask: int) -> None:
 
 
 def test_a_backup_is_closed_to_others(tmp_path: Path) -> None:
-    Database(f"sqlite:///{tmp_path}/trainyard.db").upgrade()
+    upgrade(tmp_path)
     backup(tmp_path / "trainyard.db", tmp_path / "copy.db")
     assert mode(tmp_path / "copy.db") == "0600"
 

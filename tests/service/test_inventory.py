@@ -42,6 +42,8 @@ def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(processes, "PROC", tmp_path)
     monkeypatch.setattr(inventory, "pynvml", FakeNvml())
     FakeNvml.asked = 0
+    now = [1000.0]
+    monkeypatch.setattr(inventory, "time", SimpleNamespace(monotonic=lambda: now[0]))
     host = HostInventory(slots=1)
     first, second, cpu = host.devices()
     assert (first.id, first.kind, first.model, first.memory_bytes) == ("cuda:0", "cuda", "NVIDIA Test", 80 << 30)
@@ -49,8 +51,12 @@ def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert (first.temperature_celsius, second.temperature_celsius, cpu.temperature_celsius) == (61, None, None)
     assert (second.processes, second.strangers) == ((77, 78), (78,))
     assert (cpu.id, cpu.kind) == ("cpu:0", "cpu")
+    now[0] += inventory.CACHE_SECONDS
     host.devices()
     assert FakeNvml.asked == 1, "the answer is good for a second"
+    now[0] += 0.1
+    host.devices()
+    assert FakeNvml.asked == 2
     assert [d.id for d in HostInventory(0, visible="1").devices()] == ["cuda:1"]
     assert kind_for("auto", host.devices()) == "cuda"
 

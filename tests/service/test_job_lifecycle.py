@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -149,10 +150,10 @@ def test_a_crash_waits_longer_each_time_and_then_fails(any_rig: ServiceHarness) 
     job = rig.job(job_id)
     assert job["status"] == "interrupted"
     assert job["message"] == "crashed at step 1; restarting in 5 s, 1 of 2"
-    rig.clock.forward(4)
-    rig.reconcile()
+    with rig.clock.standing(datetime.fromisoformat(job["restart_at"]) - timedelta(seconds=1)):
+        rig.reconcile()
     assert rig.status(job_id) is JobStatus.INTERRUPTED
-    rig.clock.forward(2)
+    rig.clock.forward(6)
     second = rig.next_attempt(job_id, 2)
     rig.exit(second, "crashed", Reason.WORKER_CRASHED, step=1)
     assert rig.job(job_id)["message"].endswith("restarting in 20 s, 2 of 2")

@@ -1,13 +1,16 @@
 """Limits on requests, their timeouts, and the metrics of the process."""
 
 import contextlib
+import functools
 import gzip
 import http.client
+import itertools
 import json
 import re
 import select
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
@@ -25,19 +28,31 @@ from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.settings import Settings
 
 
-def raw(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> bytes:
-    """What is answered to these bytes, read as it comes, until the connection ends."""
-    answer = b""
+def raw(
+    address: tuple[str, int],
+    *pieces: bytes,
+    drip: bytes = b"",
+    pause: float = 0.0,
+    then: Callable[[], None] = lambda: None,
+) -> bytes:
+    """What is answered to these bytes, read as it comes, until the service ends the connection.
+
+    ``drip``: is sent again and again until then. ``then``: called once the first piece was sent.
+    """
+    answer, deadline = b"", time.monotonic() + DEADLINE
     with socket.create_connection(address, timeout=DEADLINE) as connection:
-        try:
-            for piece in pieces:
+        # Sending fails if the connection was reset. What was answered before that can still be read.
+        with contextlib.suppress(ConnectionError):
+            for number, piece in enumerate(itertools.chain(pieces, itertools.repeat(drip) if drip else ())):
+                assert time.monotonic() < deadline, "the service does not end the connection"
                 connection.sendall(piece)
+                if number == 0:
+                    then()
                 if select.select([connection], [], [], pause)[0]:
                     answer += connection.recv(65536)
+        with contextlib.suppress(ConnectionError):
             while data := connection.recv(65536):
                 answer += data
-        except OSError:
-            pass
     return answer
 
 
@@ -52,25 +67,22 @@ HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/jso
 def test_a_body_that_drips_is_given_up(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 0.3)
     with served(rig) as address:
-        begin = time.monotonic()
-        answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 8, pause=0.05)
+        answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", drip=b"x", pause=0.05)
         assert b" 408 " in answer.splitlines()[0]
         assert code(answer) == "request_timeout"
-        chunked = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 8, pause=0.05)
+        chunked = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", drip=b"1\r\nx\r\n", pause=0.05)
         assert code(chunked) == "request_timeout"
-        assert time.monotonic() - begin < 5
 
 
 def test_a_head_that_drips_is_cut_off(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
+    # Set once what must arrive in time has been sent: on a busy host that may take longer than 0.3 s.
+    hurry = functools.partial(monkeypatch.setattr, server, "MAX_REQUEST_SECONDS", 0.3)
     with served(rig) as address:
-        begin = time.monotonic()
-        assert raw(address) == b"", "one that says nothing"
-        assert raw(address, b"GET /health HT", *[b"T"] * 20, pause=0.05) == b""
-        assert time.monotonic() - begin < 5
         whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         assert raw(address, whole + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
-        second = raw(address, whole + b"\r\n", b"GET /he", *[b"a"] * 20, pause=0.05)
+        second = raw(address, whole + b"\r\n", b"GET /he", drip=b"a", pause=0.05, then=hurry)
+        assert raw(address) == b"", "one that says nothing"
+        assert raw(address, b"GET /health HT", drip=b"T", pause=0.05) == b""
         assert second.count(b"HTTP/1.1") == 1, "the next head on the same connection has its deadline too"
 
 
@@ -79,14 +91,13 @@ def test_a_body_that_was_refused_cannot_drip_on(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, length: bytes
 ) -> None:
     """Anybody can be refused: who goes on sending after the answer must not keep the connection."""
-    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
+    hurry = functools.partial(monkeypatch.setattr, server, "MAX_REQUEST_SECONDS", 0.3)
     drop = b"1\r\nx\r\n" if b"chunked" in length else b"x"
     with served(rig) as address:
-        begin = time.monotonic()
         foreign = b"POST /jobs HTTP/1.1\r\nHost: elsewhere\r\n" + length + b"\r\n\r\n"
-        answer = raw(address, foreign, *[drop] * 400, pause=0.05)
+        answer = raw(address, foreign, drip=drop, pause=0.05, then=hurry)
         assert b" 403 " in answer.splitlines()[0]
-        assert time.monotonic() - begin < 5
+        monkeypatch.undo()
         # A small one that comes whole leaves the connection as it was.
         whole = b"POST /jobs HTTP/1.1\r\nHost: elsewhere\r\nContent-Length: 1\r\n\r\nx"
         again = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
@@ -96,10 +107,10 @@ def test_a_body_that_was_refused_cannot_drip_on(
 def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
+    hurry = functools.partial(monkeypatch.setattr, server, "MAX_REQUEST_SECONDS", 0.3)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     with served(rig) as address:
-        answer = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, pause=0.01)
+        answer = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, pause=0.01, then=hurry)
         assert b" 413 " in answer.splitlines()[0]
         assert code(answer) == "body_too_large"
 
@@ -119,14 +130,14 @@ def test_a_body_may_be_so_deep_and_no_deeper(rig: ServiceHarness) -> None:
 
 
 def test_a_stream_is_not_under_the_deadline_of_requests(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 0.2)
+    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 1.0)
+    monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 1.0)
     from tests.service.live_server import Reader
 
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")
-        time.sleep(0.6)  # longer than both: that nothing happens is what is looked at
+        time.sleep(1.2)  # longer than both: that nothing happens is what is looked at
         attempt.metric(1)
         rig.ship(attempt)
         assert reader.take(1)[0]["data"]["step"] == 1
@@ -301,7 +312,10 @@ def test_a_parser_of_prometheus_takes_it(rig: ServiceHarness) -> None:
 
 def test_head_is_answered_as_get_is_without_the_body(rig: ServiceHarness) -> None:
     job_id = rig.submit()
-    with served(rig) as (host, port), contextlib.closing(http.client.HTTPConnection(host, port, timeout=10)) as line:
+    with (
+        served(rig) as (host, port),
+        contextlib.closing(http.client.HTTPConnection(host, port, timeout=DEADLINE)) as line,
+    ):
         found = {}
         for path in ("/health", "/jobs", f"/jobs/{job_id}", "/jobs/job_aaaa", f"/jobs/{job_id}/metrics/stream"):
             # One connection for all: a body too many would be taken for the next answer.

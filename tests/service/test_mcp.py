@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -30,6 +29,8 @@ from trainyard.service import descriptors
 
 HTTP, HANDSHAKE, COMMAND = "http", "http with the older handshake", "the command's server"
 ACCEPT = {"accept": "application/json, text/event-stream"}
+TIMEOUT = 100.0
+"""Of a request, in seconds: more than the longest wait of a tool."""
 
 
 class Agent:
@@ -67,12 +68,12 @@ class Agent:
 @contextlib.asynccontextmanager
 async def agent(url: str, token: str | None = None, how: str = HTTP) -> AsyncIterator[Agent]:
     if how == COMMAND:
-        connection = AsyncConnection(url, token or "", 10.0, RetryPolicy(seconds=0.5))
+        connection = AsyncConnection(url, token or "", TIMEOUT, RetryPolicy(seconds=0.5))
         async with Client(build_server(ClientApi(connection))) as client:
             yield Agent(client)
         await connection.close()
         return
-    async with httpx2.AsyncClient(headers=bearer(token) if token else {}) as http:
+    async with httpx2.AsyncClient(headers=bearer(token) if token else {}, timeout=TIMEOUT) as http:
         mode = "legacy" if how == HANDSHAKE else "auto"
         async with Client(streamable_http_client(f"{url}/mcp", http_client=http), mode=mode) as client:
             yield Agent(client)
@@ -299,19 +300,16 @@ def test_agents_that_wait_block_nobody(rig: ServiceHarness, url: str) -> None:
     job_id, attempt = rig.running()
 
     async def drive() -> None:
-        async with httpx2.AsyncClient(base_url=url, headers=ACCEPT, timeout=20) as http:
-            wait = call("wait_for_job", job=job_id, timeout_seconds=20)
+        async with httpx2.AsyncClient(base_url=url, headers=ACCEPT, timeout=TIMEOUT) as http:
+            wait = call("wait_for_job", job=job_id, timeout_seconds=50)
             waits = [asyncio.create_task(http.post("/mcp", json=wait)) for _ in range(40)]
-            slowest = 0.0
             while not all_started(rig):
-                began = time.monotonic()
                 assert (await http.get("/jobs")).status_code == 200
-                slowest = max(slowest, time.monotonic() - began)
-            assert not any(task.done() for task in waits)
+            assert (await http.get("/jobs")).status_code == 200
+            assert not any(task.done() for task in waits), "another request was answered meanwhile"
             await asyncio.to_thread(rig.exit, attempt, "completed", step=10)
             answers = [json.loads(task.json()["result"]["content"][0]["text"]) for task in await asyncio.gather(*waits)]
         assert {(answer["reached"], answer["status"]) for answer in answers} == {(True, "succeeded")}
-        assert slowest < 5, "another request was answered meanwhile"
 
     def all_started(rig: ServiceHarness) -> bool:
         return counted_requests(rig, "/jobs/{job_id}") >= 40
@@ -324,12 +322,12 @@ def test_agents_that_wait_leave_room_for_others(rig: ServiceHarness, url: str, m
     job_id, attempt = rig.running()
 
     async def drive() -> None:
-        async with httpx2.AsyncClient(base_url=url, headers=ACCEPT, timeout=20) as http:
-            wait = call("wait_for_job", job=job_id, timeout_seconds=20)
-            waits = [asyncio.create_task(http.post("/mcp", json=wait)) for _ in range(4)]
-            while counted_requests(rig, "/jobs/{job_id}") < 4:
-                await asyncio.sleep(0.01)
-            refused = await http.post("/mcp", json=wait)
+        async with httpx2.AsyncClient(base_url=url, headers=ACCEPT, timeout=TIMEOUT) as http:
+            wait = call("wait_for_job", job=job_id, timeout_seconds=50)
+            asked = [asyncio.create_task(http.post("/mcp", json=wait)) for _ in range(5)]
+            # Of five, four may wait: whichever comes last is answered first.
+            answered, waits = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+            [refused] = [task.result() for task in answered]
             assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
             assert (await http.get("/jobs")).status_code == 200
             await asyncio.to_thread(rig.exit, attempt, "completed", step=10)
@@ -353,10 +351,8 @@ def test_an_agent_that_waits_does_not_delay_the_end_of_the_service(rig: ServiceH
             waiting = asyncio.create_task(me.refusal("wait_for_job", job=job_id, timeout_seconds=50))
             while not counted_requests(rig, "/jobs/{job_id}"):
                 await asyncio.sleep(0.01)
-            began = time.monotonic()
             rig.pulse.stop()
-            assert (await waiting)["code"] == "service_stopping"
-            assert time.monotonic() - began < 5
+            assert (await waiting)["code"] == "service_stopping", "else it had waited to its end, without an error"
 
     asyncio.run(drive())
 

@@ -43,25 +43,36 @@ def configuration(upstream: int, port: int) -> str:
 @pytest.fixture
 def proxy(rig: ServiceHarness, tmp_path: Path) -> Iterator[tuple[str, int]]:
     """(host, port) of nginx, before a service."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     with served(rig) as (_, upstream):
-        (tmp_path / "nginx.conf").write_text(configuration(upstream, port))
-        command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", "stderr"]
-        with subprocess.Popen(command, stderr=subprocess.PIPE) as nginx:
-            wait_for(port, nginx)
+        nginx, port = start(upstream, tmp_path)
+        with nginx:
             yield "127.0.0.1", port
             nginx.terminate()
 
 
-def wait_for(port: int, nginx: "subprocess.Popen[bytes]") -> None:
+def start(upstream: int, folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
+    """nginx and its port, once it listens there. Another program may take a port that was free: then, another port."""
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", "stderr"]
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        (folder / "nginx.conf").write_text(configuration(upstream, port))
+        nginx = subprocess.Popen(command, stderr=subprocess.PIPE)
+        if listens(port, nginx):
+            return nginx, port
+        said = nginx.communicate()[1]
+        assert b"Address already in use" in said, said
+
+
+def listens(port: int, nginx: "subprocess.Popen[bytes]") -> bool:
+    """Whether nginx answers at the port; False if it has ended."""
     deadline = time.monotonic() + DEADLINE
-    while time.monotonic() < deadline:
-        assert nginx.poll() is None, nginx.stderr and nginx.stderr.read()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
+    while nginx.poll() is None:
+        assert time.monotonic() < deadline, "nginx does not listen"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=DEADLINE):
+            return nginx.poll() is None
         time.sleep(0.02)
-    raise AssertionError("nginx does not listen")
+    return False
 
 
 def test_a_stream_s_points_come_through_one_by_one(rig: ServiceHarness, proxy: tuple[str, int]) -> None:

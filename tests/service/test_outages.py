@@ -329,6 +329,7 @@ class Held:
     def __init__(self, rig: ServiceHarness) -> None:
         self.rig = rig
         self.seen: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self.reads: list[float] = []
         self.failed: list[int] = []
         self.job_id, self.attempt = rig.running(steps=1000)
@@ -341,9 +342,11 @@ class Held:
         for thread in threads:
             thread.start()
         self._stop.wait(seconds)
+        self._until(lambda: self.reads and all(self.seen[f"503 to a {what}"] for what in ("submission", "report")))
         self._released.set()
         holder.let_go()
-        self._until_made(self.seen["submission"] + writers)
+        made = self.seen["submission"] + writers
+        self._until(lambda: self.seen["submission"] >= made)
         self._stop.set()
         for thread in threads:
             thread.join(120)
@@ -357,18 +360,23 @@ class Held:
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) == self.seen["report"] > 0
 
-    def _until_made(self, count: int) -> None:
+    def _until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 120
-        while self.seen["submission"] < count:
+        while not condition():
             assert time.monotonic() < deadline, self.seen
             time.sleep(0.02)
 
+    def _count(self, what: str) -> None:
+        # A Counter loses counts if two threads add to it at once.
+        with self._counting:
+            self.seen[what] += 1
+
     def _insist(self, what: str, send: Callable[[], Any]) -> None:
         while (answer := send()).status_code not in (200, 201):
-            self.seen[f"503 to a {what}"] += 1
+            self._count(f"503 to a {what}")
             require_503(answer)
             time.sleep(0.05)
-        self.seen[what] += 1
+        self._count(what)
 
     def _write(self, writer: int) -> None:
         number = 0

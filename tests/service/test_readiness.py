@@ -36,7 +36,8 @@ def told(rig: ServiceHarness, expect: int) -> dict[str, tuple[bool, str]]:
     return {part["name"]: (part["ok"], part["detail"]) for part in found}
 
 
-def test_all_is_well(live: ServiceHarness) -> None:
+def test_all_is_well(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    see(live, monkeypatch, disk(DiskState.OK))
     answer = live.get("/ready")
     assert answer["status"] == "ok"
     assert [part["name"] for part in answer["parts"]] == ["database", "migrations", "scheduler", "disk"]
@@ -81,6 +82,7 @@ def test_the_database_is_away(live: ServiceHarness, monkeypatch: pytest.MonkeyPa
     def away() -> None:
         raise OperationalError("SELECT 1", {}, Exception("gone, and this is the secret address"))
 
+    see(live, monkeypatch, disk(DiskState.OK))
     monkeypatch.setattr(live.database, "read", away)
     monkeypatch.setattr(live.scheduler, "_enabled", False)
     answer = live.client.get("/ready")
@@ -100,8 +102,11 @@ def test_the_database_is_away(live: ServiceHarness, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_home_that_is_deleted_under_the_service_takes_no_jobs(live: ServiceHarness, replaced: bool) -> None:
+def test_a_home_that_is_deleted_under_the_service_takes_no_jobs(
+    live: ServiceHarness, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
     """SQLite would go on writing to the file that has no name any more, and all of it would be lost."""
+    see(live, monkeypatch, disk(DiskState.OK))
     job_id = live.submit()
     file = Path(live.url.removeprefix("sqlite:///"))
     aside = file.with_name("aside.db")

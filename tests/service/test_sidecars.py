@@ -60,7 +60,7 @@ def sidecars(rig: ServiceHarness) -> Iterator[Started]:
 
 
 def ask(sidecar: Sidecar, **message: object) -> dict[str, object]:
-    sidecar.connection.settimeout(20)
+    sidecar.connection.settimeout(60)
     sidecar.connection.sendall(encode_message(message))
     with sidecar.connection.makefile("rb") as lines:
         answer: dict[str, object] = json.loads(lines.readline())
@@ -68,7 +68,7 @@ def ask(sidecar: Sidecar, **message: object) -> dict[str, object]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -85,14 +85,14 @@ def test_one_answers_without_a_gpu_and_with_low_priority(sidecars: Started) -> N
     assert (answer["text"], answer["cuda"], answer["pid"]) == ("中", "", sidecar.pid)
     assert (sidecar.device, answer["nice"]) == ("cpu", min(19, os.nice(0) + 10))
     sidecar.kill()
-    assert sidecar.ended.wait(20)
+    assert sidecar.ended.wait(60)
 
 
 def test_it_exits_when_its_connection_ends(sidecars: Started) -> None:
     sidecar = sidecars.start("echo", ["-c", ECHO])
     ask(sidecar)
     sidecar.connection.close()
-    assert sidecar.ended.wait(20)
+    assert sidecar.ended.wait(60)
 
 
 def test_all_end_with_the_service_and_no_more_start(sidecars: Started) -> None:
@@ -200,7 +200,7 @@ def test_the_device_of_one_that_ended_is_free_again(gpus: ServiceHarness, tmp_pa
     sidecars = Started(gpus)
     sidecar = sidecars.start("fails", ["-c", "import sys; sys.exit('out of luck')"], use_gpu=True)
     assert sidecar.device == "cuda:0"
-    assert sidecar.ended.wait(20)
+    assert sidecar.ended.wait(60)
     assert leased(gpus) == []
     assert gpus.get("/devices")["data"][0]["job_id"] is None
     sidecars.close()

@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -47,6 +48,12 @@ def judged(url: str) -> list[str]:
         database.close()
 
 
+def accepts(path: Path) -> bool:
+    """Whether a program listens on this socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 @pytest.fixture
 def pooler(postgres_url: str) -> Iterator[Pooler]:
     """Starts PgBouncer in front of the tests' Postgres: ``pooler("session")`` -> a URL."""
@@ -72,8 +79,9 @@ def pooler(postgres_url: str) -> Iterator[Pooler]:
             as_user = ["-u", user] if os.geteuid() == 0 else []
             assert PGBOUNCER is not None
             started.append(subprocess.Popen([PGBOUNCER, *as_user, str(config)], stdout=log, stderr=log))
-        deadline = time.monotonic() + 30
-        while not (folder / ".s.PGSQL.6432").exists():
+        deadline = time.monotonic() + 60
+        # Not its file: that is there before it listens.
+        while not accepts(folder / ".s.PGSQL.6432"):
             assert started[-1].poll() is None, (folder / "log").read_text()
             assert time.monotonic() < deadline, (folder / "log").read_text()
             time.sleep(0.01)
@@ -127,7 +135,7 @@ def test_the_service_and_the_upgrade_end_with_one_line(
 @pytest.fixture
 def own_database(postgres_url: str) -> Iterator[tuple[str, Callable[[str], None]]]:
     """A database whose settings a test may change, and a function that changes one."""
-    name, server = "suitability", make_url(postgres_url)
+    name, server = f"suitability_{os.getpid()}", make_url(postgres_url)
     plain = server.set(drivername="postgresql").render_as_string(hide_password=False)
     with psycopg.connect(plain, autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {name}".encode())
