@@ -212,7 +212,7 @@ def test_a_hung_attempt_stays_hung_whatever_a_rank_says_after(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, labels: dict[str, str]
 ) -> None:
     """The signal for the stacks reaches the ranks alone: a compiler that it ended would look like a broken compiler."""
-    launcher.start(launch(HANG, steps="1000", pace="0.05", save="1000", fault="compiler_at_100", **labels))
+    launcher.start(launch(HANG, 1, steps="1000", pace="0.05", save="1000", fault="compiler_at_100", **labels))
     report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
     assert attempt.outcome.exists() == bool(labels)
