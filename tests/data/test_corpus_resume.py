@@ -160,6 +160,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, sm
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(1200)
 def test_killed_at_a_hundred_random_moments(tmp_path: Path, small_batches: None) -> None:
     killed, seed = 0, 0
     for form in ("jsonl", "gz", "txt", "parquet"):
