@@ -1,5 +1,6 @@
 """Work, counted: the figure is the same on a busy machine and on an idle one. A time is not."""
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -14,10 +15,14 @@ def count_calls(work: Callable[[], Any]) -> int:
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    # What earlier tests have left is not collected meanwhile: that would count.
+    gc.disable()
     sys.setprofile(count)
     try:
         work()
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     return calls

@@ -23,6 +23,7 @@ from trainyard.contract.processes import (
     live_markers,
     pid_namespace,
     signal_all,
+    variable_of,
     wait_gone,
 )
 from trainyard.contract.rundir import AttemptDir
@@ -36,6 +37,7 @@ from trainyard.service.launch.files import AttemptFiles
 KILL_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 KILL_SECONDS = 5.0
 STOP_POLL_SECONDS = 0.1
+VISIBLE_SECONDS = 10.0  # some kernels show no environment at all
 REPORT_SECONDS = 30.0  # for the report of an attempt after its last process has ended
 # Only the agent has the token to report with. It removes it from the environment of its children.
 AGENT_TOKEN_VARIABLE = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
@@ -77,7 +79,7 @@ class LocalLauncher:
         cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        return os.posix_spawn(
+        pid = os.posix_spawn(
             command[0],
             command,
             # NVML, which numbers the leased devices, uses the PCI order. CUDA alone would put the fastest card first.
@@ -94,6 +96,8 @@ class LocalLauncher:
             # With a pipe or a shared session the run would end with the service or the terminal.
             setsid=True,
         )
+        _wait_until_visible(pid, str(launch.name))
+        return pid
 
     def find(self, name: AttemptRef) -> AttemptStatus:
         """Return the attempt's state from its files and the process table."""
@@ -190,6 +194,17 @@ class LocalLauncher:
 
     def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         return self._files.unacked_lines(name, after_seq, limit)
+
+
+def _wait_until_visible(pid: int, mark: str) -> None:
+    """Return once ``pid`` has its mark in the process table, or has ended.
+
+    The kernel lets a spawn return before the new program's environment can be read. Until then `find` takes the
+    attempt for one that was never launched, and a second `start` would launch it again.
+    """
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while variable_of(pid, MARKER) != mark and ProcessIdentity.of(pid) is not None and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _reap(pid: int) -> None:

@@ -21,7 +21,8 @@ JOB = unique_job_id("job_fake")
 NAME = AttemptRef(JOB, 1)
 
 
-def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 90.0) -> None:
+    """Wait until ``condition`` is true, for as long as a process may take to start on a busy host."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
@@ -48,6 +49,11 @@ def launcher(tmp_path: Path, service: FakeIngest) -> Iterator[LocalLauncher]:
 @pytest.fixture
 def attempt(tmp_path: Path) -> AttemptDir:
     return RunDir(tmp_path / "runs" / NAME.job_id).attempt(NAME.number)
+
+
+def go_on(attempt: AttemptDir) -> None:
+    """Let ranks continue that wait at a fault ``file_at_N``."""
+    (attempt.path.parent / "go").touch()
 
 
 def launch(timeouts: Timeouts | None = None, number: int = 1, **labels: str) -> Launch:

@@ -5,14 +5,15 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.agent.conftest import DRIVER, NAME, launch, until
+from tests.agent.conftest import DRIVER, NAME, go_on, launch, until
 from tests.agent.fake_ingest import TOKEN, FakeIngest
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport, read_message
-from trainyard.contract.processes import ProcessIdentity, find_by_marker
+from trainyard.contract.processes import MARKER, ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired, Reason
@@ -20,8 +21,8 @@ from trainyard.service.launch.base import AttemptState
 from trainyard.service.launch.local import LocalLauncher
 
 
-def ended(launcher: LocalLauncher, seconds: float = 20.0) -> ExitReport:
-    until(lambda: launcher.find(NAME).state is AttemptState.ENDED, seconds)
+def ended(launcher: LocalLauncher) -> ExitReport:
+    until(lambda: launcher.find(NAME).state is AttemptState.ENDED)
     report = launcher.find(NAME).report
     assert report is not None
     assert find_by_marker(str(NAME)) == [] or all(
@@ -80,7 +81,7 @@ def test_only_changed_settings_are_written_for_the_ranks(
     spec = launch().spec
     same = {"log_interval": spec.reporting.log_interval, "save_interval": spec.checkpoint.save_interval, "keep_last": 3}
     service.settings = same
-    launcher.start(launch(steps="1000"))
+    launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
     assert not attempt.settings.exists(), "nothing was changed"
     service.settings = {**same, "log_interval": 7}
@@ -98,12 +99,13 @@ def test_only_changed_settings_are_written_for_the_ranks(
 def test_the_token_is_neither_in_the_ranks_environment_nor_in_a_file(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
-    wanted = launch(steps="50")
+    wanted = launch(steps="50", fault="file_at_10")
     launcher.start(wanted)
     until(lambda: processes("RANK"))
     for process in processes("RANK"):
         environment = Path(f"/proc/{process.pid}/environ").read_bytes()
         assert wanted.token.encode() not in environment
+    go_on(attempt)
     ended(launcher)
     for file in attempt.path.rglob("*"):
         if file.is_file():
@@ -131,19 +133,23 @@ def test_a_stranger_on_the_port_of_a_dead_service_is_not_obeyed_and_learns_no_to
         second.close()
 
 
+HANG = Timeouts(progress=3.0)
+"""Far longer than a step takes on a busy host, if no save in it waits for a disk."""
+
+
 @pytest.mark.parametrize("desired", [Desired.PAUSE, Desired.CANCEL])
 def test_on_a_stop_request_the_ranks_save(launcher: LocalLauncher, service: FakeIngest, desired: Desired) -> None:
-    launcher.start(launch(steps="1000"))
+    launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
     service.desired = desired
     report = ended(launcher)
     assert report.outcome == "stopped"
-    assert 0 < report.step < 1000
+    assert 0 < report.step < 100_000
 
 
 def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLauncher, service: FakeIngest) -> None:
     service.down = True
-    launcher.start(launch(steps="1000"))
+    launcher.start(launch(steps="100000"))
     until(lambda: processes("RANK"))
     launcher.stop(NAME)
     assert ended(launcher).outcome == "stopped"
@@ -152,7 +158,7 @@ def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLaunch
 
 
 def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, service: FakeIngest) -> None:
-    launcher.start(launch(steps="1000"))
+    launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
     service.desired = Desired.KILL
     report = ended(launcher)
@@ -179,9 +185,9 @@ def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeIngest) ->
 
 def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="100000"))
-    until(lambda: len(service.lines) > 5)
+    # The first rank makes steps while the second one is still started.
+    until(lambda: len(service.lines) > 5 and len(processes("RANK")) == 2)
     ranks = processes("RANK")
-    assert len(ranks) == 2
     torchrun().send(signal.SIGKILL)
     report = ended(launcher)
     assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
@@ -196,7 +202,7 @@ def test_a_child_of_a_rank_does_not_survive_the_attempt(launcher: LocalLauncher,
 
 
 def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLauncher, service: FakeIngest) -> None:
-    launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="signal_19_at_100"))
+    launcher.start(launch(HANG, steps="1000", save="1000", fault="signal_19_at_100"))
     report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
 
@@ -206,17 +212,20 @@ def test_a_hung_attempt_stays_hung_whatever_a_rank_says_after(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, labels: dict[str, str]
 ) -> None:
     """The signal for the stacks reaches the ranks alone: a compiler that it ended would look like a broken compiler."""
-    launcher.start(launch(Timeouts(progress=1.0), 1, steps="1000", pace="0.05", fault="compiler_at_100", **labels))
-    report = ended(launcher, 60.0)
+    launcher.start(launch(HANG, 1, steps="1000", pace="0.05", save="1000", fault="compiler_at_100", **labels))
+    report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
     assert attempt.outcome.exists() == bool(labels)
     assert ("the stacks" in attempt.rank_log(0).read_text()) != bool(labels)
 
 
-def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeIngest) -> None:
-    launcher.start(launch(steps="60"))
+def test_a_service_that_is_away_harms_nothing_and_misses_nothing(
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
+) -> None:
+    launcher.start(launch(steps="60", fault="file_at_30"))
     until(lambda: len(service.lines) > 5)
     service.down = True
+    go_on(attempt)
     report = ended(launcher)
     assert report.outcome == "completed"
     assert len(service.lines) < report.last_seq
@@ -228,18 +237,21 @@ def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: Local
 
 
 def test_a_restarted_service_is_found_at_its_new_address(
-    launcher: LocalLauncher, service: FakeIngest, tmp_path: Path
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, tmp_path: Path
 ) -> None:
-    launcher.start(launch(steps="60"))
+    launcher.start(launch(steps="60", fault="file_at_30"))
     until(lambda: len(service.lines) > 5)
     service.down = True
     second = FakeIngest()
-    second.lines.update(service.lines)
-    (tmp_path / "service.json").write_text(json.dumps({"url": second.url}))
-    report = ended(launcher)
-    until(lambda: second.reports)
-    assert sorted(second.lines) == list(range(1, report.last_seq + 1))
-    second.close()
+    try:
+        second.lines.update(service.lines)
+        write_json(tmp_path / "service.json", {"url": second.url})
+        go_on(attempt)
+        report = ended(launcher)
+        until(lambda: second.reports)
+        assert sorted(second.lines) == list(range(1, report.last_seq + 1))
+    finally:
+        second.close()
 
 
 def test_agent_killed_is_seen_as_orphans_and_they_can_be_ended(launcher: LocalLauncher, service: FakeIngest) -> None:
@@ -265,7 +277,7 @@ def test_no_second_attempt_starts_while_a_rank_of_the_first_lives(
         agent.send(signal.SIGKILL)
     launcher.start(launch(number=2, steps="5"))
     second = RunDir(attempt.path.parent).attempt(2)
-    until(lambda: second.exit.exists(), 30)
+    until(second.exit.exists)
     report = read_message(ExitReport, second.exit)
     assert report is not None
     assert (report.outcome, report.reason) == ("crashed", Reason.LAUNCH_FAILED)
@@ -302,6 +314,24 @@ def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lo
         assert found.report.reason is reason
 
 
+def test_an_attempt_is_seen_once_its_start_has_returned(
+    launcher: LocalLauncher, service: FakeIngest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel shows the environment of a new program a moment after the spawn, here later still."""
+    spawn = os.posix_spawn
+
+    def show_late(_path: str, command: list[str], environment: dict[str, str], **rest: Any) -> int:
+        marked = ["/usr/bin/env", f"{MARKER}={environment[MARKER]}", *command]
+        plain = {name: text for name, text in environment.items() if name != MARKER}
+        return spawn("/bin/sh", ["/bin/sh", "-c", 'sleep 0.3; exec "$@"', "sh", *marked], plain, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_spawn", show_late)
+        launcher.start(launch(steps="30"))
+    assert launcher.find(NAME).state is AttemptState.ALIVE
+    assert ended(launcher).outcome == "completed"
+
+
 def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="40"))
     launcher.start(launch(steps="40"))
@@ -313,7 +343,7 @@ def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeIngest
 
 def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: FakeIngest) -> None:
     local = LocalLauncher(tmp_path, tmp_path / "cache", [Path("/data"), Path("/more")], agent=DRIVER)
-    local.start(launch(steps="1000"))
+    local.start(launch(steps="100000"))
     until(lambda: processes("RANK"))
     rank = processes("RANK")[0]
     assert json.loads(str(rank.variable("TRAINYARD_DATA_ROOTS"))) == ["/data", "/more", str(tmp_path)]

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from tests.agent.conftest import DRIVER, until
+from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import FileLock
 from trainyard.contract.processes import MARKER, find_by_marker
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from trainyard.worker.agent import follower
 from trainyard.worker.agent.rendezvous import NodeInfo
 
-MARK = "job_follow/1"
+JOB = unique_job_id("job_follow")
+MARK = f"{JOB}/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
 PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); sys.stdin.read()"
 """Stands in for the cluster's process above the agent: killing it orphans the agent."""
@@ -26,7 +28,7 @@ PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flus
 
 @pytest.fixture
 def attempt(tmp_path: Path) -> AttemptDir:
-    made = RunDir(tmp_path / "job_follow").attempt(1)
+    made = RunDir(tmp_path / JOB).attempt(1)
     made.path.mkdir(parents=True)
     made.spec.write_text(RESOURCES)
     (made.path.parent / "current").write_text("1")
@@ -46,7 +48,8 @@ def started(attempt: AttemptDir) -> Iterator[list["subprocess.Popen[str]"]]:
     until(lambda: find_by_marker(MARK) == [])
 
 
-def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> "subprocess.Popen[str]":
+def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> tuple["subprocess.Popen[str]", int]:
+    """Start an agent; return its parent and its pid."""
     command = [*DRIVER, str(attempt.path.parent), "--attempt=1"]
     environment = {
         **os.environ,
@@ -60,8 +63,7 @@ def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> "subpr
     parent = subprocess.Popen([sys.executable, "-S", "-c", PARENT, *command], env=environment, text=True, **pipes)
     started.append(parent)
     assert parent.stdout is not None
-    parent.stdout.readline()
-    return parent
+    return parent, int(parent.stdout.readline())
 
 
 def exit_record(attempt: AttemptDir) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def test_a_node_runs_its_ranks_until_the_first_one_s_are_over(
 def test_a_cluster_that_loses_sight_of_the_agent_leaves_no_ranks(
     attempt: AttemptDir, started: list["subprocess.Popen[str]"]
 ) -> None:
-    parent = start(attempt, started)
+    parent, _ = start(attempt, started)
     meet(attempt)
     until(lambda: len(find_by_marker(MARK)) >= 3)
     parent.kill()
@@ -97,17 +99,12 @@ def test_a_cluster_that_loses_sight_of_the_agent_leaves_no_ranks(
 
 
 def test_sigterm_is_left_to_the_first_node(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> None:
-    start(attempt, started)
+    _, agent = start(attempt, started)
     meet(attempt)
     until(lambda: len(find_by_marker(MARK)) >= 3)
-    agents = [process for process in find_by_marker(MARK) if "fake_agent.py" in " ".join(words(process.pid))]
-    agents[-1].send(signal.SIGTERM)
+    os.kill(agent, signal.SIGTERM)
     attempt.over.touch()
     assert exit_record(attempt)["status"] == 0
-
-
-def words(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
 
 
 @pytest.mark.parametrize(

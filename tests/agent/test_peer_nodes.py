@@ -1,13 +1,19 @@
 """What the first node's agent knows of the peers, by the words that they leave."""
 
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
 from trainyard.worker.agent import follower
-from trainyard.worker.agent.follower import PEER_EXIT_GRACE_SECONDS, POLL_SECONDS, NodeExit, PeerNodes
+from trainyard.worker.agent.follower import (
+    EXIT_RECORD_SECONDS,
+    PEER_EXIT_GRACE_SECONDS,
+    POLL_SECONDS,
+    NodeExit,
+    PeerNodes,
+)
 from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo
 
 
@@ -74,10 +80,14 @@ def test_ours_are_deserted_a_while_after_the_first_of_the_peers_ended(attempt: A
 
 
 def test_a_node_that_says_nothing_is_lost_after_a_while(attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follower, "EXIT_RECORD_SECONDS", 0.2)
+    clock = [1000.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(follower, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     write_json(attempt.node(1), {"status": 0})
     peers = PeerNodes(attempt, NodeInfo(0, 3))
-    began = time.monotonic()
     peers.wait_for_exits()
-    assert 0.2 <= time.monotonic() - began < 5
+    assert EXIT_RECORD_SECONDS <= clock[0] - 1000.0 < EXIT_RECORD_SECONDS + 1.0
     assert peers.missing() == [2]

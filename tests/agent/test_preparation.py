@@ -19,6 +19,7 @@ from tests.agent.conftest import until
 from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport
+from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.prepared import PrepareTask, corpus_parts, find_prepared
 from trainyard.contract.processes import ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir
@@ -63,8 +64,8 @@ class Host:
         task = PrepareTask(parts=corpus_parts(self.data), processes=self.processes)
         self.launcher.start(Launch(self.name, CORPUS, spec, (), "token", task=task))
 
-    def end(self, seconds: float = 60.0) -> ExitReport:
-        until(lambda: self.launcher.find(self.name).state is AttemptState.ENDED, seconds)
+    def end(self) -> ExitReport:
+        until(lambda: self.launcher.find(self.name).state is AttemptState.ENDED)
         report = self.launcher.find(self.name).report
         assert report is not None
         until(lambda: not find_by_marker(str(self.name)))
@@ -73,17 +74,13 @@ class Host:
 
     def worker(self) -> ProcessIdentity:
         """The process that prepares, once it tokenizes."""
-        until(lambda: self.done() > 0, 60)
+        until(lambda: self.done() > 0)
         found = [p for p in find_by_marker(str(self.name)) if "prepare" in command(p)]
         return found[0]
 
     def done(self) -> int:
-        lines = [json.loads(line) for line in self.attempt.outbox.read_text().splitlines()] if self.running else []
+        lines = OutboxReader(self.attempt.outbox).read(10_000)
         return max((line.get("done") or 0 for line in lines), default=0)
-
-    @property
-    def running(self) -> bool:
-        return self.attempt.outbox.exists()
 
     def digest(self) -> str:
         """A digest of the token shards and packed rows."""
@@ -196,7 +193,7 @@ def test_only_one_attempt_prepares_a_corpus(host: Host) -> None:
     host.start()
     host.worker().send(signal.SIGSTOP)
     host.start()  # as a second service that believes the first attempt to be gone
-    until(lambda: host.launcher.find(host.name).state is AttemptState.ENDED, 60)
+    until(lambda: host.launcher.find(host.name).state is AttemptState.ENDED)
     report = host.launcher.find(host.name).report
     assert report is not None
     assert (report.outcome, report.reason) == ("crashed", Reason.LAUNCH_FAILED)

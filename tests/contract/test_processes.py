@@ -19,7 +19,7 @@ from trainyard.service.launch.local import AGENT_TOKEN_VARIABLE, LocalLauncher
 
 TEST, A, B, C, D = (unique_job_id(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 
-SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(600)"]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_signal_ends_exactly_the_one_that_was_found(sleeper: subprocess.Popen[
         assert not other.alive()
     assert identity.alive()
     assert identity.send(signal.SIGKILL)
-    assert wait_gone([identity], 5) == []
+    assert wait_gone([identity], 60) == []
     assert not identity.send(signal.SIGKILL)
 
 
@@ -58,7 +58,7 @@ def test_a_zombie_is_not_alive(sleeper: subprocess.Popen[bytes]) -> None:
     identity = ProcessIdentity.of(sleeper.pid)
     assert identity is not None
     identity.send(signal.SIGKILL)
-    assert wait_gone([identity], 5) == []  # not reaped yet: Popen has not looked
+    assert wait_gone([identity], 60) == []  # not reaped yet: Popen has not looked
     assert ProcessIdentity.of(sleeper.pid) is None
 
 
@@ -89,11 +89,12 @@ def test_a_lock_ends_with_its_last_inheritor(tmp_path: Path) -> None:
 
 def test_one_look_for_all_attempts_sees_those_that_live() -> None:
     def started(mark: str, **besides: str) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: mark, **besides})
+        return subprocess.Popen(["sleep", "600"], env={**os.environ, MARKER: mark, **besides})
 
     processes = [started(f"{A}/1", SPEAKS="yes"), started(f"{B}/2"), started(f"{C}/3", SPEAKS="")]
     gone = started(f"{D}/4", SPEAKS="yes")
     gone.kill()
+    os.waitid(os.P_PID, gone.pid, os.WEXITED | os.WNOWAIT)  # a signal is sent before it is obeyed; it stays a zombie
     try:
         # The kernel shows what a process was given once it has become another program.
         while not all(find_by_marker(mark) for mark in (f"{A}/1", f"{B}/2", f"{C}/3")):
@@ -110,10 +111,10 @@ def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path
     launcher = LocalLauncher(tmp_path, tmp_path / "corpora")
     names = [AttemptRef(A, 1), AttemptRef(A, 2), AttemptRef(B, 1), AttemptRef(C, 1)]
     agents = [
-        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENT_TOKEN_VARIABLE: "secret"})
+        subprocess.Popen(["sleep", "600"], env={**os.environ, MARKER: str(name), AGENT_TOKEN_VARIABLE: "secret"})
         for name in names[:2]
     ]
-    rank = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(names[2])})
+    rank = subprocess.Popen(["sleep", "600"], env={**os.environ, MARKER: str(names[2])})
     try:
         while not all(find_by_marker(str(name)) for name in names[:3]):
             assert all(process.poll() is None for process in (*agents, rank))

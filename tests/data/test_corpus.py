@@ -36,7 +36,7 @@ def texts_of(corpus: Corpus) -> list[str]:
 
 def age(path: Path) -> None:
     """Wait until the file is old enough to be remembered by its times."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.time() - path.stat().st_ctime <= corpus_module.RECENT_CHANGE_SECONDS:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -135,7 +135,9 @@ def test_built_once_for_a_content_a_tokenizer_and_a_field(tmp_path: Path, traine
 def test_digest_is_remembered_only_while_nothing_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c.jsonl"
     file.write_text("a")
-    fresh = content_digest(file, tmp_path, lambda done, total: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "RECENT_CHANGE_SECONDS", 3600.0)  # however long it takes to get here
+        fresh = content_digest(file, tmp_path, lambda done, total: None)
     assert not list(tmp_path.glob("content-*.json"))
     age(file)
     assert content_digest(file, tmp_path, lambda done, total: None) == fresh
@@ -193,19 +195,20 @@ def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
+        "import sys, tracemalloc; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
         "from trainyard.worker.data.tokenizers import ByteTokenizer;"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "tracemalloc.start();"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+        "print(tracemalloc.get_traced_memory()[1])"
     )
-    grown = []
+    # What is allocated, not what is resident: the maximum of a process includes its parent's, and the mapped shards.
+    peaks = []
     for copies in (1, 8):
         file, cache = tmp_path / f"{copies}.jsonl", tmp_path / f"cache-{copies}"
         write_jsonl(file, ["a text of about forty bytes, repeated " * 200] * 400 * copies)
         command = [sys.executable, "-c", code, str(file), str(cache)]
-        grown.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    assert grown[1] - grown[0] < 8 << 10  # KiB; the second file is 20 MiB larger
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] - peaks[0] < 8 << 20  # the second file is 20 MiB larger
 
 
 def test_a_file_that_changes_between_hash_and_build_is_refused(
@@ -287,7 +290,7 @@ def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: 
     remover = threading.Thread(target=remove_all)
     remover.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while removed.count(True) < 8:
             assert time.monotonic() < deadline, "it was not removed again and again"
             corpus = open_corpus(file, ByteTokenizer(), cache=shelf.path)

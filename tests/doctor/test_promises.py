@@ -104,7 +104,14 @@ def test_compiled_paths_agree_too(experts: bool, trial: Trial) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("promise", [runs.check_resume, promises.check_several_ranks], ids=["resume", "ranks"])
 def test_whole_runs_hold_their_promise_on_a_cpu(promise: Any, trial: Trial) -> None:
-    results = list(try_promise(promise, trial))
+    results: list[CheckResult] = []
+    for number in range(3):
+        folder = trial.folder / str(number)
+        folder.mkdir()
+        results = list(try_promise(promise, replace(trial, folder=folder)))
+        # On a busy host the run may end before it is killed: then nothing was tried.
+        if all(result.data.get("was_killed", True) for result in results):
+            break
     assert results
     for result in results:
         assert result.health is OK, (result.line(), result.data)

@@ -30,7 +30,7 @@ def main(path: str, fails: str) -> None:
         if fails == "stop":
             supervisor.uploader.desired = Desired.PAUSE
             running = [supervisor.try_step(0.0)]
-            status: int | None = torchrun.wait(5)
+            status: int | None = torchrun.wait(60)
         else:
             running = [supervisor.try_step(now) for now in (0.0, 0.1, 0.2, 0.3)]
             status = torchrun.poll()

@@ -21,7 +21,7 @@ from trainyard.contract.rundir import RunDir, read_json
 ROOT = Path(__file__).parents[2]
 
 
-def until(condition: Callable[[], Any], seconds: float = 40.0, what: str = "", every: float = 0.02) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 120.0, what: str = "", every: float = 0.02) -> Any:
     """The first true value of ``condition``; fails the test after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -70,12 +70,12 @@ class Home:
         self.service: ProcessIdentity | None = None
         # A connection of its own for each request: the server may be another one each time.
         # Without certificates: they take longer to load than the service takes to answer.
-        self.client = httpx2.Client(timeout=10, limits=httpx2.Limits(max_keepalive_connections=0), verify=False)
+        self.client = httpx2.Client(timeout=60, limits=httpx2.Limits(max_keepalive_connections=0), verify=False)
         self.server_errors: list[str] = []
         self.tolerance = 0.0
         self.patience = 120.0
         """Longest wait for a start or an end of the service, in seconds."""
-        self.grace = 5.0
+        self.grace = 30.0
         """Seconds until nothing of a job that has ended may live (I2)."""
         self.damage: Callable[[Path], str | None] = fake_ranks.damage
         path.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class Home:
         found: list[dict[str, Any]] = self.get(f"/jobs/{job_id}/metrics?limit=10000").json()["data"]
         return found
 
-    def wait(self, job_id: str, *statuses: str, seconds: float = 60.0, every: float = 0.02) -> dict[str, Any]:
+    def wait(self, job_id: str, *statuses: str, seconds: float = 180.0, every: float = 0.02) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
         def reached() -> bool:
@@ -172,6 +172,10 @@ class Home:
     def reach(self, job_id: str, step: int) -> None:
         """Wait until the job's first attempt is there."""
         until(lambda: self.step(job_id) >= step)
+
+    def go_on(self, job_id: str) -> None:
+        """Let the ranks of a job continue that wait at a fault ``file_at_N``."""
+        (self.run(job_id).path / "go").touch()
 
     def processes(self, job_id: str | None = None, max_age: float = 0.0) -> list["Member"]:
         """Every living process of this home's attempts, or of one job's, as of ``max_age`` seconds ago at most."""
@@ -197,6 +201,13 @@ def telling(what: Callable[[], str]) -> Iterator[None]:
     except AssertionError:
         print(what())
         raise
+
+
+def cpu_seconds(home: Home) -> float:
+    """Return what the service has computed, in seconds of one core."""
+    assert home.service is not None
+    fields = Path(f"/proc/{home.service.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class Member:

@@ -204,13 +204,13 @@ def test_a_leader_stopped_and_woken_launches_nothing_twice(servers: list[Home], 
     start_all(servers)
     first = servers[0]
     until(lambda: len(addresses(first)) == 3)
-    before = first.submit(steps="1500", ranks="1")
+    before = first.submit(steps="1000000", ranks="1")  # it is killed in the end
     until(lambda: first.step(before) > 3)
     first.signal(signal.SIGSTOP)
     stopped = first.url
     other = next(url for url in addresses(first) if url != stopped)
     job_id = str(httpx2.post(other + "/jobs", json=first.spec(steps="30", ranks="1"), timeout=60).json()["id"])
-    until(lambda: first.url != stopped, 40, "another one leads")
+    until(lambda: first.url != stopped, what="another one leads")
     first.wait(job_id, "succeeded")
     first.signal(signal.SIGCONT)
     until(lambda: httpx2.get(stopped + "/ready", timeout=60).status_code == 200)
@@ -250,7 +250,7 @@ def launch_by_a_leader_that_sleeps(servers: list[Home], line: int) -> bool:
     until(lambda: home.log().count("stopped at") > stops or home.step(job_id) == 20)
     stopped = home.log().count("stopped at") > stops
     if stopped:
-        until(lambda: home.url == other, 40, "the other one leads")
+        until(lambda: home.url == other, what="the other one leads")
     until(lambda: httpx2.get(f"{other}/jobs/{job_id}", timeout=60).json()["status"] == "succeeded")
     if stopped:
         lead.send(signal.SIGCONT)
@@ -351,14 +351,14 @@ def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url:
     start_all(servers)
     first = servers[0]
     until(lambda: len(addresses(first)) == 3)
-    steady = first.submit(steps="6000", ranks="1")
+    steady = first.submit(steps="1000000", ranks="1")
     done = []
     for _ in range(int(soak_report.chosen("LEADERS", 20))):
         pid, epoch = leading(any_url)
         (leader,) = [server for server in servers if server.service is not None and server.service.pid == pid]
         leader.signal(signal.SIGSTOP)
         began = time.monotonic()
-        until(followed(any_url, pid, epoch), 40, "another one leads")
+        until(followed(any_url, pid, epoch), what="another one leads")
         account.figure("another one leads after (leases a quarter as long), s", time.monotonic() - began)
         until(first.ready)
         done.append(first.submit(steps="10", ranks="1"))

@@ -88,8 +88,11 @@ class Users:
 
     def _submit(self) -> None:
         with httpx2.Client(base_url=self.home.url, timeout=60) as client:
-            while self.left and not self.ending.is_set():
-                number = self.left.pop()
+            while not self.ending.is_set():
+                try:
+                    number = self.left.pop()
+                except IndexError:  # another thread took the last one
+                    return
                 answer = self._until_answered(client, "POST", "/jobs", number)
                 if answer is not None:
                     self.jobs[number] = answer.json()["id"]
@@ -136,7 +139,7 @@ def outages(
         time.sleep(dice.uniform(0, 5) * pace)
         began = time.monotonic()
         postgres.start()
-        until(lambda: users.home.client.get(users.home.url + "/ready").status_code == 200, 60, "ready again")
+        until(lambda: users.home.client.get(users.home.url + "/ready").status_code == 200, what="ready again")
         account.figure("Postgres is started -> ready, s", time.monotonic() - began)
         account.faults[f"Postgres stopped ({mode})"] += 1
         done += 1

@@ -115,9 +115,10 @@ def test_secrets_are_seen_nowhere(canary: Planted, any_url: str) -> None:
     canary.given("webhook", "/webhooks", {"url": "http://127.0.0.1:9/hook", "events": ["*"]}, "secret")
     notice = f"json://robot:{canary.known['notice']}@127.0.0.1:9/{canary.known['notice']}"
     canary.ask("POST", "/webhooks", 201, json={"url": notice, "events": ["*"]})
-    long = home.submit(steps="400", pace="0.02")
+    long = home.submit(steps="100000", pace="0.02")
     failing = home.submit(0, steps="10", ranks="1", fault="exit_1_at_3", pace="0.02")
-    until(lambda: home.step(long) >= 3)
+    # The first rank makes steps while the second one is still started.
+    until(lambda: home.step(long) >= 3 and [len(home.named(long, role)) for role in ("torchrun", "rank")] == [1, 2])
     look_at_processes(canary, long)
     ask_what_is_refused(canary, long)
     remote = not any_url.startswith("sqlite")

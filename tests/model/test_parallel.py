@@ -38,7 +38,7 @@ def test_a_rank_with_padding_alone_takes_part(changes: dict[str, Any], tmp_path:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=90)
+        process.join(timeout=240)
     assert [process.exitcode for process in processes] == [0, 0]
     ids = random_ids(2, 9)
     _, _, expected = train_on(small_decoder(**changes), input_ids=ids, labels=ids)

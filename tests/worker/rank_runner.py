@@ -8,11 +8,13 @@ import socket
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from trainyard.contract.events import EVENT, CheckpointSaved, Event, MetricEvent, WarningEvent
 from trainyard.contract.messages import Outcome
@@ -61,11 +63,15 @@ def new_run(path: Path, described: dict[str, Any]) -> RunDir:
 
 @dataclass
 class Ranks:
-    """The processes of one attempt."""
+    """The processes of one attempt. ``port``: the descriptor of a socket that keeps their port from other processes."""
 
     run: RunDir
     attempt: int
     processes: list[ForkServerProcess]
+    port: int
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, os.close, self.port)
 
     def wait(self) -> list[int]:
         """Exit codes, once all have ended."""
@@ -104,10 +110,39 @@ class Ranks:
 def wait_for_step(attempt: AttemptDir, step: int, alive: Callable[[], bool]) -> None:
     """Return once ``step`` is done; fail if no rank is alive to do it."""
     deadline = time.monotonic() + DEADLINE
-    while (attempt.read_step() or 0) < step:
+    while True:
+        was_alive = alive()  # asked first: the last rank may do the step and end between the two
+        if (attempt.read_step() or 0) >= step:
+            return
         assert time.monotonic() < deadline, f"step {step} never came"
-        assert alive(), f"no rank is left to do step {step}"
+        assert was_alive, f"no rank is left to do step {step}"
         time.sleep(0.002)
+
+
+def hold_port() -> tuple[int, int]:
+    """Return a descriptor and a port that no other process is given until the descriptor is closed.
+
+    A socket that is bound and does not listen does not keep those from listening there that ask for it, as torch does.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = int(held.getsockname()[1])
+    return held.detach(), port
+
+
+def hold_after(step: int) -> None:
+    """In a rank: let rank 0 wait after ``step`` until it is killed, so that the kill never comes after its end."""
+    from trainyard.worker.attempt import StepHeartbeat
+
+    beat = StepHeartbeat.beat
+
+    def waiting(self: StepHeartbeat, done: int) -> None:
+        beat(self, done)
+        while done >= step and os.environ["RANK"] == "0":
+            time.sleep(1)
+
+    mock.patch.object(StepHeartbeat, "beat", waiting).start()
 
 
 def start(
@@ -118,9 +153,7 @@ def start(
     environment: dict[str, str] | None = None,
 ) -> Ranks:
     """Start an attempt by hand."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    held, port = hold_port()
     attempt = max((directory.number for directory in run.attempts()), default=0) + 1
     shared = {
         "WORLD_SIZE": str(world),
@@ -135,7 +168,7 @@ def start(
         process = SERVER.Process(target=rank_process, args=(run, own, log, patch, from_step), daemon=True)
         process.start()
         processes.append(process)
-    return Ranks(run, attempt, processes)
+    return Ranks(run, attempt, processes, held)
 
 
 def rank_process(

@@ -1,11 +1,14 @@
 """Threads, the only rank of a process without torchrun, and devices that are not there."""
 
-import socket
+import os
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from tests.worker import rank_runner
 from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.worker.distributed import (
     DistributedContext,
@@ -18,6 +21,14 @@ from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.training.control import ControlFlags, ControlSync
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Joining the ranks sets the number of threads of this process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -84,12 +95,12 @@ def test_ranks_that_make_no_sense_are_refused(environment: dict[str, str], probl
 
 
 def test_ranks_that_do_not_come_are_waited_for_with_a_word(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
     """RANK and WORLD_SIZE are left over in the shell, and no torchrun is there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    held, number = rank_runner.hold_port()
+    request.addfinalizer(partial(os.close, held))
+    port = str(number)
     left_over = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)

@@ -5,6 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def test_a_run_killed_within_a_window_has_the_same_bits_per_byte(data: Path, tmp
         spec = described(data, 1) | {"reporting": {"log_interval": 6}, "checkpoint": {"save_interval": 2}}
         runs.append(rank_runner.new_run(tmp_path / name, spec))
     rank_runner.run_to_end(runs[0])
-    ranks = rank_runner.start(runs[1])
+    ranks = rank_runner.start(runs[1], patch=partial(rank_runner.hold_after, 3))
     ranks.wait_for_step(3)
     ranks.kill()
     rank_runner.run_to_end(runs[1])

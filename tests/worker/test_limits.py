@@ -176,12 +176,13 @@ def test_killed_on_the_way_it_ends_within_a_step_of_the_limit(
     assert seconds <= run.train_seconds() <= seconds + longest
     assert lines == sorted(lines, key=lambda line: line[1]), "the count never falls"
     begun = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Started)]
-    assert abs(begun[0].train_seconds - max(s for n in range(1, kills + 1) for _, s in of_attempt(run, n))) < pace
+    # What an attempt has trained after its last line is part of the first line of the next one.
+    assert abs(begun[0].train_seconds - max(s for n in range(1, kills + 1) for _, s in of_attempt(run, n))) <= longest
     # The curve has each step, always with the same values. What a kill has thrown away may be beyond the last one.
     assert [step for step in sorted(rank_runner.curve(run)) if step <= outcome.step] == [*range(1, outcome.step + 1)]
     assert run.artifacts(None).checkpoint(outcome.step).is_dir()
     ended = [event for event in rank_runner.events(run, kills + 1) if isinstance(event, Finished)]
-    assert ended[0].train_seconds == pytest.approx(run.train_seconds(), abs=0.2)
+    assert ended[0].train_seconds == pytest.approx(run.train_seconds(), abs=max(0.2, longest))
 
 
 def of_attempt(run: RunDir, number: int) -> list[tuple[int, float]]:

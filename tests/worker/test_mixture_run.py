@@ -74,7 +74,7 @@ def test_a_mixture_killed_and_resumed_has_the_same_weights(data: Path, tmp_path:
     print("seed", seed)
     rng = random.Random(seed)
     for step in sorted(rng.sample(range(1, 16), 3)):
-        ranks = rank_runner.start(broken, 2)
+        ranks = rank_runner.start(broken, 2, partial(rank_runner.hold_after, step))
         ranks.wait_for_step(step)
         ranks.kill()
     assert run_to_end(broken, 2).step == 16
@@ -89,12 +89,12 @@ def test_a_mixture_has_the_same_samples_on_any_number_of_ranks(data: Path, tmp_p
         new_run(tmp_path / name, mixture(data, batch_size=6, accumulation_steps=2, dtype="float32")) for name in "ab"
     )
     run_to_end(one)
-    ranks = rank_runner.start(moved)
+    ranks = rank_runner.start(moved, patch=partial(rank_runner.hold_after, 8))
     # Without a checkpoint two ranks would start from scratch, with twice the rows in a step.
     ranks.wait_for_save(4)
     ranks.kill()
     for world in (2, 3):
-        ranks = rank_runner.start(moved, world)
+        ranks = rank_runner.start(moved, world, partial(rank_runner.hold_after, 8 + world))
         ranks.wait_for_step(8 + world)
         ranks.kill()
     run_to_end(moved)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
 from trainyard.contract.events import SampleEvent, TaskScored
 from trainyard.contract.failpoints import arm
+from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import RunDir
 from trainyard.worker.checkpoint.export import export_huggingface, export_minimind, find_export_source, tokenizer_of
 
@@ -110,11 +112,15 @@ def test_losses_and_samples_are_those_of_one_rank(kind: str, text: Path, tmp_pat
         assert [score[2] for score in found[2]] == pytest.approx([score[2] for score in expected[2]], abs=1e-5)
 
 
-def die_at(step: int) -> None:
-    """End all ranks without cleanup before ``step``, as if the host had lost its power."""
+def die_at(step: int, outbox: Path) -> None:
+    """End all ranks without cleanup before ``step``, as if the host had lost its power, once a save was reported."""
 
     def die(_: Any, progress: Any) -> None:
         if progress.step + 1 == step:
+            deadline = time.monotonic() + rank_runner.DEADLINE
+            while not any(line.get("kind") == "checkpoint" for line in OutboxReader(outbox).read(1000)):
+                assert time.monotonic() < deadline, "no save was reported"
+                time.sleep(0.01)
             os._exit(9)
 
     arm("train.step", die)
@@ -133,7 +139,7 @@ def test_a_killed_run_ends_with_the_bytes_of_the_untouched_one(
         new_run(tmp_path / name, text, kind, parallelism, world, **training) for name in ("untouched", "killed")
     )
     rank_runner.run_to_end(untouched, world)
-    ranks = rank_runner.start(killed, world, partial(die_at, 7))
+    ranks = rank_runner.start(killed, world, partial(die_at, 7, killed.attempt(1).outbox))
     ranks.wait()
     assert rank_runner.saves(killed) == [4]
     assert rank_runner.run_to_end(killed, world).outcome == "completed"

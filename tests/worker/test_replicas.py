@@ -122,7 +122,8 @@ def test_an_update_waits_until_the_weights_are_read() -> None:
     update.join(0.05)
     assert update.is_alive(), "it waits"
     sender.send(sender.read())
-    update.join(10)
+    update.join(60)
+    assert not update.is_alive()
     assert ranks.sent == [expected]
     assert [int(tensor_digest(weight)) for weight in model.state_dict().values()] != expected
 

@@ -65,6 +65,7 @@ def test_killed_between_the_two_it_is_finished_the_next_time(tmp_path: Path) -> 
 
 def test_other_weights_of_the_same_step_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
     artifacts = ArtifactDir(tmp_path)
+    torch.manual_seed(0)
     first = milestones.keep_weights(artifacts, 10, publish(artifacts, 10))
     retention.remove(artifacts.checkpoint(10))
     torch.manual_seed(1)

@@ -130,7 +130,7 @@ class Held:
 
     def publish(self, *arguments: Any) -> files.CheckpointInfo:
         self.begun.set()
-        assert self.go.wait(30)
+        assert self.go.wait(120)
         return self._publish(*arguments)
 
     def __enter__(self) -> "Held":
@@ -160,7 +160,7 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
     }
     with Held() as held:
         bench.begin(5)
-        assert held.begun.wait(30)
+        assert held.begun.wait(120)
         assert bench.artifacts.published() == []
         for _ in range(3):
             train_on(bench.train_state)
@@ -180,7 +180,7 @@ def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with Held() as held:
         bench.begin(1)
-        assert held.begun.wait(30)
+        assert held.begun.wait(120)
         later = threading.Timer(0.05, held.go.set)
         later.start()
         bench.begin(2, required=True)
@@ -264,11 +264,19 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
     staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
     expected = {name: value.clone() for name, value in bench.train_state.model.state_dict().items()}
     copies = staging.stage()
-    later = threading.Timer(0.05, staging.fill)
-    later.start()
-    train_on(bench.train_state)
+    # The copy is made once the update waits for it, and not before, however busy the machine is.
+    is_open, waits, threads = staging.gate._is_open, staging.gate._is_open.wait, list[threading.Thread]()
+
+    def fill_and_wait() -> bool:
+        threads.append(threading.Thread(target=staging.fill))
+        threads[0].start()
+        return waits()
+
+    with mock.patch.object(is_open, "wait", fill_and_wait):
+        train_on(bench.train_state)
+    (later,) = threads
     later.join()
-    assert staging.gate.blocked_seconds > 0.01
+    assert staging.gate.blocked_seconds > 0
     assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
     assert not torch.equal(bench.train_state.model.lm_head.weight, expected["lm_head.weight"])
     held = staging.gate.blocked_seconds

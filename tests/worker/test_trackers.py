@@ -106,6 +106,7 @@ def test_tensorboard_gets_what_is_known(tmp_path: Path, monkeypatch: pytest.Monk
     board = types.ModuleType("torch.utils.tensorboard")
     vars(board)["SummaryWriter"] = FakeWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setattr(FakeWriter, "logged", [])
     said: list[Event] = []
     trackers = Trackers(wanted(tensorboard=True), tmp_path / "job_1", said.append)
     trackers.start_at(2)
