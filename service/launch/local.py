@@ -37,7 +37,7 @@ from trainyard.service.launch.files import AttemptFiles
 KILL_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 KILL_SECONDS = 5.0
 STOP_POLL_SECONDS = 0.1
-VISIBLE_SECONDS = 10.0  # some kernels show no environment at all
+VISIBLE_SECONDS = 2.0  # milliseconds are enough; some kernels show no environment at all
 REPORT_SECONDS = 30.0  # for the report of an attempt after its last process has ended
 # Only the agent has the token to report with. It removes it from the environment of its children.
 AGENT_TOKEN_VARIABLE = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
