@@ -105,7 +105,7 @@ def marker(cache: Path, part_key: str) -> Path:
 
 def find_prepared(cache: Path, parts: Sequence[CorpusPart]) -> PreparedCorpus | None:
     """Return the token shards of a corpus of these parts, if all of them are in the cache."""
-    shards = {part: _shards(cache, part.key) for part in parts}
+    shards = {part: shards_key(cache, part.key) for part in parts}
     if None in shards.values():
         return None
     named = [(part, PreparedSource(name=part.name, key=str(key))) for part, key in shards.items()]
@@ -115,7 +115,7 @@ def find_prepared(cache: Path, parts: Sequence[CorpusPart]) -> PreparedCorpus | 
     )
 
 
-def _shards(cache: Path, part_key: str) -> str | None:
+def shards_key(cache: Path, part_key: str) -> str | None:
     """Return the key of the token shards of a part, or None if the cache does not have them."""
     try:
         key = str((read_json(marker(cache, part_key)) or {})["shards"])
@@ -135,13 +135,13 @@ def is_cached(cache: Path, prepared: PreparedCorpus) -> bool:
 def mark_prepared(cache: Path, parts: Iterable[CorpusPart], shards: Mapping[tuple[str, bool], str]) -> None:
     """Write the markers of the parts. ``shards``: (name, held_out) -> the key of the token shards. Raises OSError."""
     for part in parts:
-        if (key := shards.get((part.name, part.held_out))) is not None and _shards(cache, part.key) != key:
+        if (key := shards.get((part.name, part.held_out))) is not None and shards_key(cache, part.key) != key:
             write_json(marker(cache, part.key), {"shards": key})
 
 
 def delete_stale_markers(cache: Path) -> None:
     """Delete the markers of parts whose token shards are not in the cache any more."""
     for path in cache.glob("prepared-*.json"):
-        if _shards(cache, path.stem.removeprefix("prepared-")) is None:
+        if shards_key(cache, path.stem.removeprefix("prepared-")) is None:
             with contextlib.suppress(OSError):
                 path.unlink()

@@ -1,10 +1,15 @@
-"""Estimate of a run's size from a sample of its corpus. Pure."""
+"""Estimate of a run's size from a sample of its corpus, or from the report of a tokenized one. Pure."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from trainyard.contract.corpus_report import SourceReport
 from trainyard.contract.spec import JobSpec
+
+SPREAD = 16
+"""Lengths that stand for those of a range in a report."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +121,12 @@ def _steps(spec: JobSpec, steps_per_epoch: int, targets: int) -> int:
     return spec.training.run_steps(steps_per_epoch, targets / steps_per_epoch) or 1
 
 
-def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> RunSize | None:
+def estimate_size(spec: JobSpec, lengths: Mapping[float, float], bad_lines: int, scale: float) -> RunSize | None:
     """Return the run's size, or None if the sample has no document.
 
     Args:
         spec: the job's spec.
-        lengths: tokens of each sampled document, including its beginning and end.
+        lengths: tokens of a document, including its beginning and end -> number of sampled documents of this length.
         bad_lines: sampled lines that are no document.
         scale: size of the file relative to the sample.
     """
@@ -131,19 +136,43 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
         return None
     samples = max(1, round(rows))
     steps_per_epoch = math.ceil(samples / spec.rows_per_step)
-    targets = sum(length - 1 for length in lengths)
+    targets = sum(count * (length - 1) for length, count in lengths.items())
     # At least one, as with the samples: an eval_fraction near 1 leaves less of the sample.
     trained = max(1, round(scale * train_fraction * targets))
+    squares = sum(count * _squares(length, spec.data.max_seq_len) for length, count in lengths.items())
     return RunSize(
-        documents=round(scale * len(lengths)),
-        tokens=round(scale * sum(lengths)),
+        documents=round(scale * sum(lengths.values())),
+        tokens=round(scale * sum(count * length for length, count in lengths.items())),
         bad_lines=round(scale * bad_lines),
         samples=samples,
         targets=trained,
         steps_per_epoch=steps_per_epoch,
         steps=_steps(spec, steps_per_epoch, trained),
-        attention_length=sum(_squares(length, spec.data.max_seq_len) for length in lengths) / targets,
+        attention_length=squares / targets,
     )
+
+
+def size_from_report(spec: JobSpec, report: SourceReport) -> RunSize | None:
+    """Return the size of a run on a tokenized source: its tokens and documents are exact, its rows nearly so.
+
+    Return None if the source has no document.
+    """
+    size = estimate_size(spec, _report_lengths(report), report.bad_documents, 1.0)
+    if size is None:
+        return None
+    marks = {"special_tokens": report.special_tokens or 0, "special_texts": report.special_texts or 0}
+    return replace(size, documents=report.documents, tokens=report.tokens, **marks)
+
+
+def _report_lengths(report: SourceReport) -> dict[float, float]:
+    """Return the documents by length: evenly in each range of the report, then scaled to its number of tokens."""
+    spread: dict[float, float] = defaultdict(float)
+    for bucket in report.lengths:
+        for number in range(SPREAD):
+            spread[bucket.min + (bucket.max - bucket.min) * (number + 0.5) / SPREAD] += bucket.documents / SPREAD
+    known = sum(count * length for length, count in spread.items())
+    factor = (report.tokens - 2 * report.documents) / known if known else 1.0
+    return {2 + factor * length: count for length, count in spread.items()}
 
 
 def _squares(length: float, max_seq_len: int) -> float:
@@ -152,13 +181,15 @@ def _squares(length: float, max_seq_len: int) -> float:
     return full * max_seq_len**2 + (length - full * (max_seq_len - 1)) ** 2
 
 
-def _rows(lengths: Sequence[float], max_seq_len: int, packed: bool) -> float:
+def _rows(lengths: Mapping[float, float], max_seq_len: int, packed: bool) -> float:
     stride = max_seq_len - 1
-    segments = [math.ceil((length - 1) / stride) for length in lengths]
+    segments = {length: math.ceil((length - 1) / stride) for length in lengths}
     if not packed:
-        return float(sum(segments))
+        return float(sum(count * segments[length] for length, count in lengths.items()))
     # Each cut repeats one token. Two segments of more than half a row never share one.
-    tokens = sum(lengths) + sum(count - 1 for count in segments)
-    last_lengths = (length - (count - 1) * stride for length, count in zip(lengths, segments, strict=True))
-    over_half = sum(count - 1 + (last > max_seq_len / 2) for count, last in zip(segments, last_lengths, strict=True))
-    return max(tokens / max_seq_len, float(over_half))
+    tokens = sum(count * (length + segments[length] - 1) for length, count in lengths.items())
+    over_half = 0.0
+    for length, count in lengths.items():
+        last = length - (segments[length] - 1) * stride
+        over_half += count * (segments[length] - 1 + (last > max_seq_len / 2))
+    return max(tokens / max_seq_len, over_half)

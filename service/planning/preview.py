@@ -1,12 +1,19 @@
-"""The plan preview: computed from the spec, a sample of the corpus, this host's devices and earlier runs."""
+"""The plan preview: computed from the spec, the corpus, this host's devices and earlier runs.
 
-from collections.abc import Iterator, Sequence
+A part of the corpus that is tokenized has a report with its exact numbers; of any other a sample is read.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.cache import CorpusCache
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand
+from trainyard.contract.corpus_report import SourceReport
 from trainyard.contract.lr_schedule import LRSchedule
+from trainyard.contract.prepared import corpus_parts, shards_key
 from trainyard.contract.spec import EvalSourceSpec, JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
@@ -25,6 +32,7 @@ from trainyard.service.planning.estimate import (
     plan_eval_set,
     plan_sources,
     plan_split,
+    size_from_report,
 )
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
@@ -60,14 +68,19 @@ class CorpusSample:
     eval_sets: tuple[PlannedEvalSet, ...] = ()
 
 
-def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
-    """Read a bounded sample of the corpus and estimate the run's size."""
+Reports = Mapping[tuple[str, bool], SourceReport]
+"""(name, whether it is held out) -> the report of a part of the corpus that is tokenized."""
+
+
+def sample_corpus(spec: JobSpec, roots: Sequence[Path] = (), cache: Path | None = None) -> CorpusSample:
+    """Estimate the run's size, by the reports of the parts that are in ``cache`` and a bounded sample of the others."""
     try:
         files = [[file.path for file in expand(source.path)] for source in spec.data.training_sources]
     except CorpusFilesInvalid:
         return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path, roots))
+    reports = _reports(spec, cache) if cache is not None else {}
     samples = [
-        _sample_source(spec, source, paths, roots)
+        _sample_source(spec, source, paths, roots, reports.get((source.name, False)))
         for source, paths in zip(spec.data.training_sources, files, strict=True)
     ]
     sizes = [sample.size for sample in samples]
@@ -76,9 +89,21 @@ def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
     packed = _other_format(files, roots) if size is None else None
     counts = [len(paths) for paths in files]
     planned = plan_sources(spec, counts, sizes, size)
-    eval_sets = [*_splits(spec, counts, sizes), *_eval_sets(spec, roots)]
+    eval_sets = [*_splits(spec, counts, sizes), *_eval_sets(spec, roots, reports)]
     tokens = _token_names(spec.data.tokenizer_path, roots)
     return CorpusSample(size, names, packed, tuple(planned), tokens, tuple(eval_sets))
+
+
+def _reports(spec: JobSpec, cache: Path) -> Reports:
+    try:
+        parts = corpus_parts(spec.data)
+    except (OSError, CorpusFilesInvalid, TokenizerInvalid):
+        return {}
+    keys = {(part.name, part.held_out): shards_key(cache, part.key) for part in parts}
+    found = {
+        part: SourceReport.read(CorpusCache(cache).directory(key)) for part, key in keys.items() if key is not None
+    }
+    return {part: report for part, report in found.items() if report is not None}
 
 
 def _splits(spec: JobSpec, files: Sequence[int], sizes: Sequence[RunSize | None]) -> Iterator[PlannedEvalSet]:
@@ -87,7 +112,7 @@ def _splits(spec: JobSpec, files: Sequence[int], sizes: Sequence[RunSize | None]
             yield plan_split(source.name, count, size, spec.data.eval_fraction)
 
 
-def _eval_sets(spec: JobSpec, roots: Sequence[Path]) -> Iterator[PlannedEvalSet]:
+def _eval_sets(spec: JobSpec, roots: Sequence[Path], reports: Reports) -> Iterator[PlannedEvalSet]:
     wanted = spec.data.held_out_sources
     # All sets together take about as long as one source.
     limit = max(MIN_SAMPLE_BYTES, SAMPLE_BYTES // max(1, len(wanted)))
@@ -96,7 +121,7 @@ def _eval_sets(spec: JobSpec, roots: Sequence[Path]) -> Iterator[PlannedEvalSet]
             paths = [file.path for file in expand(source.path)]
         except CorpusFilesInvalid:
             continue
-        size = _sample_source(spec, source, paths, roots, limit).size
+        size = _sample_source(spec, source, paths, roots, reports.get((source.name, True)), limit).size
         yield plan_eval_set(source.name, len(paths), size, source.max_tokens)
 
 
@@ -114,8 +139,11 @@ def _sample_source(
     source: SourceSpec | EvalSourceSpec,
     paths: Sequence[Path],
     roots: Sequence[Path],
+    report: SourceReport | None,
     limit: int = SAMPLE_BYTES,
 ) -> CorpusSample:
+    if report is not None:
+        return CorpusSample(size_from_report(spec, report))
     sampled = sample_files(paths, source.text_field or spec.data.text_field, roots, limit)
     if sampled is None:
         return CorpusSample(None)
@@ -126,7 +154,7 @@ def _sample_source(
     texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
     tokens = token_counter(spec.data.tokenizer_path, texts, roots)
     lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
-    size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
+    size = estimate_size(spec, Counter(lengths), sampled.bad_lines, sampled.scale)
     if size is not None:
         size = replace(
             size,

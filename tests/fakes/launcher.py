@@ -111,7 +111,7 @@ class FakeLauncher:
         self.attempts: dict[AttemptRef, FakeAttempt] = {}
         self.starts: list[AttemptRef] = []
         self.looks: list[AttemptRef] = []
-        self.glances = 0
+        self.lookups = 0
         self.closed: set[AttemptRef] = set()
         self.fail_next: Failpoint | None = None
 
@@ -152,7 +152,7 @@ class FakeLauncher:
 
     def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Those that run."""
-        self.glances += 1
+        self.lookups += 1
         return {name for name in names if name in self.attempts and self.attempts[name].state is AttemptState.ALIVE}
 
     def stop(self, name: AttemptRef) -> None:

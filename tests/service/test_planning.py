@@ -6,6 +6,7 @@ import json
 import math
 import random
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.prepared import corpus_parts, mark_prepared
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
@@ -23,7 +25,7 @@ from trainyard.service.auth.principal import LOCAL
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
 from trainyard.service.jobs.submission import validate_spec
-from trainyard.service.planning import corpus_sample as glances
+from trainyard.service.planning import corpus_sample
 from trainyard.service.planning.corpus_sample import SampledLines, other_format, sample_lines
 from trainyard.service.planning.estimate import RunSize, estimate_size
 from trainyard.service.planning.matrix_speed import EFFICIENCY, MatrixSpeed
@@ -51,7 +53,7 @@ def plan(rig: ServiceHarness, expect: int = 200, **groups: Any) -> dict[str, Any
     return found
 
 
-# The glance
+# The sample
 
 
 def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_what_cannot_be_sampled(tmp_path: Path) -> None:
 
 
 def test_of_a_long_file_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glances, "SAMPLE_BYTES", 64 << 10)
+    monkeypatch.setattr(corpus_sample, "SAMPLE_BYTES", 64 << 10)
     path = tmp_path / "c.jsonl"
     write_corpus(path, 20_000, seed=1, bad_every=50)
     found = sample_lines(path, "text")
@@ -104,7 +106,7 @@ def test_of_a_long_file_little_is_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_one_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glances, "SAMPLE_BYTES", 16 << 10)
+    monkeypatch.setattr(corpus_sample, "SAMPLE_BYTES", 16 << 10)
     path = tmp_path / "c.jsonl"
     path.write_text("x" * 200_000)
     found = sample_lines(path, "text")
@@ -170,13 +172,40 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
     found = sample_lines(path, "text")
     assert found is not None
     count = token_counter("byte", found.texts)
-    size = estimate_size(spec, [count(text) for text in found.texts], found.bad_lines, found.scale)
+    size = estimate_size(spec, Counter(map(count, found.texts)), found.bad_lines, found.scale)
     assert size is not None
     assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
     assert size.targets == rows.tokens
     assert size.attention_length == pytest.approx(rows.attention_length)
     assert size.samples == pytest.approx(len(rows), rel=0.05)
     assert packing == "document" or size.samples == len(rows)
+
+
+@pytest.mark.parametrize(("packing", "seq_len"), [("document", 64), ("document", 512), ("none", 64)])
+def test_a_tokenized_corpus_is_counted_by_its_report(tmp_path: Path, packing: Any, seq_len: int) -> None:
+    """Also one that cannot be sampled, because it is compressed."""
+    from trainyard.worker.data.corpus import open_corpus
+    from trainyard.worker.data.packing import PackedDataset
+    from trainyard.worker.data.tokenizers import load_tokenizer
+
+    cache, path = tmp_path / "cache", tmp_path / "c.jsonl.gz"
+    write_corpus(tmp_path / "c.jsonl", 1500, seed=seq_len, bad_every=300)
+    path.write_bytes(gzip.compress((tmp_path / "c.jsonl").read_bytes()))
+    spec = JobSpec.model_validate({"data": {"data_path": str(path), "max_seq_len": seq_len, "packing": packing}})
+    assert sample_corpus(spec, cache=cache).size is None
+    corpus = open_corpus(path, load_tokenizer("byte"), cache=cache, text_field="text", max_bad_lines=0.01)
+    mark_prepared(cache, corpus_parts(spec.data), {("data", False): corpus.directory.name})
+    rows = PackedDataset.open(corpus, max_seq_len=seq_len, packing=packing)
+    found = sample_corpus(spec, cache=cache)
+    assert found.size is not None
+    assert found.other_format is None
+    assert (found.size.tokens, found.size.documents) == (corpus.meta.tokens, corpus.meta.documents)
+    assert found.size.bad_lines == 5
+    assert found.size.targets == pytest.approx(rows.tokens, abs=1)
+    assert found.size.samples == pytest.approx(len(rows), rel=0.05)
+    assert found.size.attention_length == pytest.approx(rows.attention_length, rel=0.05)
+    [source] = found.sources
+    assert (source.tokens, source.documents) == (corpus.meta.tokens, corpus.meta.documents)
 
 
 def test_a_learned_vocabulary_is_guessed_within_a_tenth(tmp_path: Path) -> None:
@@ -198,7 +227,7 @@ def test_steps_follow_epochs_or_max_steps() -> None:
         spec = JobSpec.model_validate(
             {"data": {"data_path": "x", "max_seq_len": 10, "packing": "none"}, "training": {**batch, **training}}
         )
-        found = estimate_size(spec, [10.0] * 9, 0, 2.0)
+        found = estimate_size(spec, {10.0: 9}, 0, 2.0)
         assert found is not None
         return found
 
@@ -210,10 +239,10 @@ def test_steps_follow_epochs_or_max_steps() -> None:
     assert size(max_tokens=1000).trained_tokens - 1000 < tokens_per_step
     assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
     spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
-    half = estimate_size(spec, [10.0] * 10, 0, 1.0)
+    half = estimate_size(spec, {10.0: 10}, 0, 1.0)
     assert half is not None
     assert (half.samples, half.targets, half.tokens) == (5, 45, 100)
-    assert estimate_size(spec, [], 3, 1.0) is None
+    assert estimate_size(spec, {}, 3, 1.0) is None
 
 
 # Warnings

@@ -184,9 +184,9 @@ def test_attempts_that_run_are_found_again_by_one_look(make_rig: MakeHarness, sq
     first.launcher.of(lost).lose_agent()
     second = first.restart()
     second.launcher.looks.clear()
-    second.launcher.glances = 0
+    second.launcher.lookups = 0
     second.scheduler.reconcile()
-    assert second.launcher.glances == 1
+    assert second.launcher.lookups == 1
     assert {name.job_id for name in second.launcher.looks} == {lost}, "only who was not seen to live is looked up"
     assert {second.status(job_id) for job_id in jobs} == {JobStatus.RUNNING}
     assert second.status(lost) is JobStatus.INTERRUPTED

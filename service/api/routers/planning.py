@@ -94,7 +94,7 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
     # The devices of a cluster are unknown until Slurm has allocated some.
     devices = state.inventory.devices() if spec.resources.launcher != SLURM else ()
     kind = kind_of(spec, host)
-    sample = sample_corpus(spec, state.settings.readable_roots)
+    sample = sample_corpus(spec, state.settings.readable_roots, state.settings.corpus_cache)
     with state.database.read() as session:
         throughput = find_throughput(session, spec, kind)
         position = _queue_position(session, spec, kind, devices)
