@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field, field_error
@@ -47,6 +47,28 @@ def one_epoch_of(rig: ServiceHarness, job_id: str, steps: int) -> None:
     with rig.database.write() as session:
         row = repository.find(session, job_id)
         row.facts = {**row.facts, "steps_per_epoch": steps}
+
+
+def test_nothing_can_be_edited_until_the_job_is_known(service: str, rig: ServiceHarness, page: Page) -> None:
+    job_id = job_named(rig, "waits")["id"]
+    held: list[Route] = []
+    released = False
+
+    def hold(route: Route) -> None:
+        if released or route.request.resource_type == "document":
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route(lambda url: url.endswith(f"/jobs/{job_id}"), hold)
+    page.goto(f"{service}/jobs/{job_id}")
+    expect(page.get_by_role("heading", name=job_id)).to_be_visible()
+    expect(page.get_by_role("button", name="Edit")).to_be_hidden()
+    released = True
+    for route in held:
+        route.continue_()
+    page.get_by_role("button", name="Edit").click()
+    expect(field(page, "name")).to_have_value("waits")
 
 
 def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: ServiceHarness, page: Page) -> None:

@@ -87,12 +87,14 @@ export class Details {
     this.labels = h("span", { class: "labels" });
     this.priority = h("span", { class: "muted" });
     this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, t("✎ Edit"));
+    setVisible(this.edit, false); // There is nothing to edit until the job is known.
     this.place = h("div", { class: "editing" });
     this.node = h("div", { class: "details" }, this.description.node, h("div", { class: "line" }, this.group.node, this.labels, this.owner.node, this.priority, this.edit), this.place);
   }
 
   update(job) {
     this.job = job;
+    setVisible(this.edit, true);
     setText(this.description.shown, job.description);
     this.description.update(job.description);
     setText(this.group.shown, t("group {group}", { group: job.group }));
