@@ -16,7 +16,7 @@ def count_calls(work: Callable[[], Any]) -> int:
         calls += event in ("call", "c_call")
 
     before, collects = sys.getprofile(), gc.isenabled()
-    # What earlier tests have left is not collected meanwhile: that would count.
+    # The garbage of earlier tests is not collected meanwhile: that would count.
     gc.disable()
     sys.setprofile(count)
     try:

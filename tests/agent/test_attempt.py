@@ -317,7 +317,7 @@ def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lo
 def test_an_attempt_is_seen_once_its_start_has_returned(
     launcher: LocalLauncher, service: FakeIngest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel shows the environment of a new program a moment after the spawn, here later still."""
+    """The kernel shows the environment of a new program a moment after the spawn, and here even later."""
     spawn = os.posix_spawn
 
     def show_late(_path: str, command: list[str], environment: dict[str, str], **rest: Any) -> int:

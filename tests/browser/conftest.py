@@ -15,7 +15,7 @@ from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 CHROMIUM = shutil.which("chromium")
-# Of each wait: a browser on a machine that is busy with other tests takes long for what it does at once otherwise.
+# For each wait: on a machine that is busy with other tests a browser is slow.
 TIMEOUT_MS = 60_000
 POLICY = "Content Security Policy"
 

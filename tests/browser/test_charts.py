@@ -72,7 +72,7 @@ def zoomed(page: Page) -> list[float]:
 
 def drag(page: Page, chart: Locator, begin: float, end: float) -> None:
     """Drag across the middle of a chart between two fractions of its width."""
-    # Plotly follows the width of the window a moment later, and then the fractions would be of another width.
+    # Plotly takes the new width of the window a moment later. Fractions of the old width would be wrong.
     page.wait_for_function(
         "node => Math.abs(node._fullLayout?.width - node.getBoundingClientRect().width) < 2",
         arg=chart.locator(".plot").first.element_handle(),
@@ -118,7 +118,7 @@ def test_loss_chart_shows_the_events_of_a_run(run: Run, page: Page) -> None:
     chart.get_by_role("button", name="data").click()
     for axis, words in (("tokens", "tokens"), ("active", " h"), ("clock", ":"), ("step", "step")):
         page.get_by_label("X axis").select_option(axis)
-        # Values under the pointer are those of the axis that is drawn, and all charts are drawn one after the other.
+        # The values under the pointer belong to the axis that is drawn, and charts are drawn one after the other.
         page.wait_for_function(
             "axis => ['Train loss', 'Learning rate', 'Tokens/s'].every((name) =>"
             " document.querySelector(`figure[aria-label^='${name}'] .plot`)?.layout?.uirevision === axis)",
@@ -198,7 +198,7 @@ def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> 
 def test_a_hidden_tab_sends_no_request(run: Run, page: Page) -> None:
     page.clock.install()
     under_way: set[Request] = set()
-    # A stream ends with the tab's hiding only.
+    # A stream ends only if the tab is hidden.
     page.on("request", lambda request: None if "/stream" in request.url else under_way.add(request))
     page.on("requestfinished", lambda request: under_way.discard(request))
     page.on("requestfailed", lambda request: under_way.discard(request))

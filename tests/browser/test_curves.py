@@ -132,7 +132,7 @@ def test_smoothing_does_not_lag_and_the_running_mean_is_a_choice(runs: Runs, pag
     page.reload()
     expect(page.get_by_label("Smoothing")).to_have_value("mean-50")
     page.get_by_label("Smoothing").select_option("0")
-    # After a reload the choice is there before the lines.
+    # After a reload the choice is shown before the lines are.
     page.wait_for_function(
         "() => { const d = document.querySelector('.plot').data, y = (u) => d.find((one) => one.uid === u).y;"
         " return d && y('smoothed').every((value, i) => value === y('last')[i]); }"

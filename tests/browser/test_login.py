@@ -60,7 +60,7 @@ def test_a_late_response_to_a_request_without_a_token_does_not_log_out(rig: Serv
         page.goto(f"http://{host}:{port}/")
         field = page.get_by_label("Token", exact=True)
         expect(field).to_be_visible()
-        # The page goes on polling while the form is shown.
+        # The page continues to poll while the form is shown.
         held = HeldRequests(page, r"/jobs\?")
         held.wait_for(1)
         held.holding = False

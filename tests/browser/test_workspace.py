@@ -317,7 +317,7 @@ def test_the_end_of_a_watched_job_is_notified_once(sweep: Sweep, page: Page) -> 
     assert page.evaluate("window.asked") == 1
     page.goto(f"{sweep.url}/system")
     expect(page.get_by_role("heading", name="System")).to_be_visible()
-    # From here on time passes only by the test: the page checks every 15 s, and its message stays for 6 s.
+    # From here on only the test moves the clock: the page checks every 15 s, and its message stays for 6 s.
     page.clock.pause_at(datetime.fromtimestamp(page.evaluate("Date.now()") / 1000, UTC) + timedelta(seconds=60))
     checks: list[str] = []
     page.on("requestfinished", lambda request: checks.append(request.url) if CHECK in request.url else None)

@@ -44,7 +44,7 @@ def test_the_server_killed_and_away_costs_nothing(home: Home, down: float) -> No
     until(lambda: home.step(job_id) >= 5, home.patience)
     home.kill()
     time.sleep(down)
-    # On a busy host the processes before it in the queue are no part of its start.
+    # On a busy host the time of the processes before it in the queue does not count.
     took = home.start()
     assert min(took, cpu_seconds(home)) < 5
     job = home.wait(job_id, "succeeded", seconds=300 + down)

@@ -87,7 +87,7 @@ def test_running_attempts_are_found_again(make_home: MakeHome, account: SoakRepo
     now = {member.job: member.process for member in home.processes() if member.job != late}
     assert now == agents
     assert {home.job(job_id)["attempt"] for job_id in jobs} == {1}
-    # On a busy host the processes before it in the queue are no part of its start.
+    # On a busy host the time of the processes before it in the queue does not count.
     assert min(took, cpu_seconds(home)) < most
 
 

@@ -30,7 +30,7 @@ URL = "http://127.0.0.1:8000"
 
 
 class Clock:
-    """Goes as the real one does, and further ahead of it whenever a test says so."""
+    """Runs at the speed of the real clock, ahead of it by what the test has added."""
 
     def __init__(self) -> None:
         self.ahead = timedelta()
@@ -46,7 +46,7 @@ class Clock:
 
     @contextlib.contextmanager
     def standing(self, at: datetime | None = None) -> Iterator[None]:
-        """Let it stand in the block, at the time ``at``: for what must not happen yet, however slow the host is."""
+        """Stop the clock in the block, at the time ``at``: for what must not happen yet, however slow the host is."""
         before, self._moment = self._moment, at or self()
         try:
             yield
@@ -96,7 +96,7 @@ class ServiceHarness:
         self.client.__enter__()
 
     def close(self) -> None:
-        """End it and those that followed it. Connections left to the garbage collector would disturb later tests."""
+        """End it and its successors: connections left to the garbage collector would disturb later tests."""
         for successor in self.successors:
             successor.close()
         self.client.__exit__(None, None, None)

@@ -298,7 +298,7 @@ def _dripping_body(connection: socket.socket) -> None:
 def test_a_receiver_that_misbehaves_costs_a_bounded_time(
     raw: Callable[[Script], str], script: Script, seen: str
 ) -> None:
-    # What else it does wrong is seen without a deadline, which might come first on a busy host.
+    # Its other faults are shown without a deadline, which might come first on a busy host.
     seconds = 0.5 if "0.5 s" in seen else 60.0
     answer = post(WebhookClient(LOOPBACK, seconds=seconds), raw(script))
     assert (answer.status, answer.error) == (None, seen)

@@ -35,7 +35,7 @@ def raw(
     pause: float = 0.0,
     then: Callable[[], None] = lambda: None,
 ) -> bytes:
-    """What is answered to these bytes, read as it comes, until the service ends the connection.
+    """Send these bytes, and return what the service answers until it ends the connection.
 
     ``drip``: is sent again and again until then. ``then``: called once the first piece was sent.
     """
@@ -137,7 +137,7 @@ def test_a_stream_is_not_under_the_deadline_of_requests(rig: ServiceHarness, mon
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")
-        time.sleep(1.2)  # longer than both: that nothing happens is what is looked at
+        time.sleep(1.2)  # longer than both: the test is that nothing happens
         attempt.metric(1)
         rig.ship(attempt)
         assert reader.take(1)[0]["data"]["step"] == 1

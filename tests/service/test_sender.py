@@ -47,7 +47,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def wait_for_slow_receivers(rig: ServiceHarness) -> None:
-    """Let the sender wait as long as a receiver holds its answers back: on a busy host SEND_SECONDS may be too few."""
+    """Let the sender wait as long as a receiver delays its answers: on a busy host SEND_SECONDS may be too few."""
     rig.sender._client = WebhookClient(rig.settings.webhook_networks, seconds=DEADLINE)
 
 
@@ -350,7 +350,7 @@ def test_a_server_that_is_restarted_goes_on(make_rig: MakeHarness, any_url: str,
     rig = make_rig(any_url, scheduling=True)
     register(rig, receiver.url, events=["job.created", "job.cancelled"], labels={"of": "interest"})
     receiver.answer = status(500)
-    # The clock stands, ahead of all that is made meanwhile: what failed is not tried again before the restart.
+    # The clock stands: what failed is not tried again before the restart.
     with rig.clock.standing(rig.clock() + timedelta(minutes=5)):
         rig.submit(resources={"nproc_per_node": 2})
         job_id = rig.submit(resources={"nproc_per_node": 2}, labels={"of": "interest"})

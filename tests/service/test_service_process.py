@@ -31,7 +31,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 
 def fetch(url: str, **options: Any) -> httpx2.Response:
-    """GET, with more patience than the library's five seconds: a service that has just started on a busy host."""
+    """GET with a longer time-out than the library's five seconds: the service has just started, on a busy host."""
     return httpx2.get(url, timeout=DEADLINE, **options)
 
 

@@ -194,7 +194,7 @@ def _until(condition: Callable[[], bool]) -> None:
 def test_who_does_not_read_is_dropped_and_delays_nobody(
     rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stalled readers and 30 that read, of a curve that is far larger than what a socket holds."""
+    """Stalled readers and 30 that read. The curve is far larger than what a socket holds."""
     monkeypatch.setattr(sse, "STALL_SECONDS", 600.0)
     job_id, attempt = rig.running(steps=100_000)
     path = f"/jobs/{job_id}/metrics/stream"

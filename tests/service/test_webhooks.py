@@ -23,7 +23,7 @@ def register(rig: ServiceHarness, url: str, expect: int = 201, **fields: Any) ->
 
 
 def send(rig: ServiceHarness) -> None:
-    """Rounds until nothing is due. Meanwhile the clock stands: what failed is not due again, however long it took."""
+    """Run rounds until nothing is due. The clock stands meanwhile, so what failed is not due again."""
     with rig.clock.standing():
         while rig.sender.round():
             assert rig.sender.deliver_until_idle(DEADLINE)

@@ -82,7 +82,7 @@ def test_a_submission_whose_answer_is_lost_is_found_and_not_repeated(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     if "sleep" in ending:
-        # Not so short that it is over before the program has taken the job.
+        # Long enough for the program to take the job.
         monkeypatch.setattr(cli, "SUBMIT_SECONDS", 4.0)
     slurm.takes_and(ending)
     with pytest.raises(LauncherUnavailable):
@@ -210,7 +210,7 @@ def test_a_controller_that_hangs_blocks_no_caller_and_ends_nothing(
 def test_what_a_command_prints_before_it_hangs_is_reported(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Not so short that it is over before the program has printed anything.
+    # Long enough for the program to print something.
     monkeypatch.setattr(cli, "QUERY_SECONDS", 4.0)
     slurm.body("squeue", "echo 'squeue: error: Munge encode failed: Failed to access socket' >&2; exec sleep 60")
     assert str(launcher.find(NAME).silence) == (

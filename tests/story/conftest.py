@@ -23,7 +23,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[S
 
 @pytest.fixture
 def free_port() -> str:
-    """A port that no program has, as text."""
+    """A free port, as text."""
     return str(service_process.free_port())
 
 

@@ -25,7 +25,7 @@ _numbers = itertools.count()
 
 
 def free_port() -> int:
-    """Return a port that no program has, and that the kernel gives to none that does not ask for this one.
+    """Return a free port that the kernel gives only to a program that asks for it.
 
     A service that is started again needs its port again. One of those that the kernel gives out, to connections too,
     may belong to another program by then.

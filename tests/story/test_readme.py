@@ -46,7 +46,7 @@ def test_every_command_of_the_story_does_what_is_said(tmp_path: Path, free_port:
     assert '"step":400' in untouched
     assert "torchrun was killed by SIGKILL" in killed
     assert resumed.splitlines()[:2] == ["queued", "succeeded"]
-    # On a busy machine the run is further when it is killed.
+    # On a busy machine the run has made more steps when it is killed.
     assert int(resumed.splitlines()[2]) in (100, 200, 300)
     one, two, *files = compared.splitlines()
     assert one == two

@@ -132,7 +132,7 @@ def hold_port() -> tuple[int, int]:
 
 
 def hold_after(step: int) -> None:
-    """In a rank: let rank 0 wait after ``step`` until it is killed, so that the kill never comes after its end."""
+    """In a rank: let rank 0 wait after ``step`` until it is killed, so that it cannot end before."""
     from trainyard.worker.attempt import StepHeartbeat
 
     beat = StepHeartbeat.beat
