@@ -9,7 +9,7 @@ from trainyard.contract.corpus_report import SourceReport
 from trainyard.contract.spec import JobSpec
 
 SPREAD = 16
-"""Lengths that stand for those of a range in a report."""
+"""A range of lengths in a report is divided into this number of equal parts."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_what_ended_while_the_server_was_away_has_its_true_end_and_time(
     assert job["reason"] == reason
     assert said in job["message"]
     attempt = home.get(f"/jobs/{job_id}/attempts").json()["data"][0]
-    assert datetime.fromisoformat(attempt["ended_at"]) == ended, "and not the time at which the server was told"
+    assert datetime.fromisoformat(attempt["ended_at"]) == ended, "not the time at which the server learned of it"
 
 
 @pytest.mark.parametrize(

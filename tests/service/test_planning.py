@@ -480,7 +480,7 @@ def test_a_run_that_does_not_fit_names_the_settings_with_which_it_does(make_rig:
 @pytest.mark.long
 def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
     spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
-    # In a home of its own: it goes on measuring, and writes its result when it is done.
+    # In a home of its own: it continues to measure, and writes its result when it is done.
     impatient = MatrixSpeed(tmp_path / "other", wait_seconds=0.0)
     assert impatient.estimate(spec, "cpu", 340) is None, "a plan does not wait for it"
     speed = MatrixSpeed(tmp_path, wait_seconds=120.0)

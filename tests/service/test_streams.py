@@ -212,7 +212,7 @@ def test_who_does_not_read_is_dropped_and_delays_nobody(
         assert [reader.take(1)[0]["data"]["step"] for reader in live] == [step] * 30
 
     require_live(step + 1)
-    assert rig.pulse.readers == 50, "nobody had to wait until the stalled ones were dropped"
+    assert rig.pulse.readers == 50, "no reader had to wait until the stalled ones were dropped"
     monkeypatch.setattr(sse, "STALL_SECONDS", 0.5)
     stalled += [open_sqlite(path, small=True) for _ in range(5)]
     _until(lambda: rig.pulse.readers <= 50)

@@ -57,11 +57,11 @@ def test_a_host_without_munge_keeps_a_job_waiting_and_says_why(cluster: Cluster,
     cluster.kill(cluster.munged_processes())
     job_id = submit(home, fake(home, nnodes=1))
 
-    def told() -> str | None:
+    def reported_reason() -> str | None:
         queue = home.job(job_id)["queue"]
         return queue["waiting_for"] if queue is not None and "does not answer" in queue["waiting_for"] else None
 
-    assert str(until(told, SECONDS, "why nothing happens")).startswith("Slurm does not answer: squeue ")
+    assert str(until(reported_reason, SECONDS, "why nothing happens")).startswith("Slurm does not answer: squeue ")
     assert home.job(job_id)["status"] == "starting"
     cluster.start_munge()
     job = home.wait(job_id, "succeeded", seconds=90)

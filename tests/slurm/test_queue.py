@@ -19,11 +19,11 @@ pytestmark = pytest.mark.long
 def waiting(home: Home, job_id: str) -> dict[str, Any]:
     """The job once Slurm has said what it waits for."""
 
-    def told() -> dict[str, Any] | None:
+    def reported_reason() -> dict[str, Any] | None:
         job = home.job(job_id)
         return job if job["queue"] and job["queue"]["waiting_for"].startswith("Slurm: ") else None
 
-    found: dict[str, Any] = until(told, SECONDS, f"Slurm's reason; {home.log()[-2000:]}")
+    found: dict[str, Any] = until(reported_reason, SECONDS, f"Slurm's reason; {home.log()[-2000:]}")
     return found
 
 

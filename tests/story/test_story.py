@@ -197,7 +197,7 @@ def ranks(job_id: str) -> list[ProcessIdentity]:
 
 
 def torchruns(job_id: str) -> list[ProcessIdentity]:
-    """The one torchrun of a run that goes on."""
+    """The only torchrun of a run that continues."""
     return [p for p in all_of(job_id) if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None]
 
 

@@ -75,8 +75,7 @@ export class Actions {
   }
 
   async resumeWith() {
-    const { openResumeDialog } = await loadResumeDialog();
-    await openResumeDialog(this.address, this.job, (job) => (announce(REQUESTED.resume), this.done(job)));
+    await (await loadResumeDialog()).openResumeDialog(this.address, this.job, (job) => (announce(REQUESTED.resume), this.done(job)));
   }
 
   /** A mark that can be taken back: nothing is stopped or deleted. */

@@ -17,10 +17,6 @@ export function startsFrom(checkpoint, page, run) {
   const { job } = page;
   const { step } = checkpoint;
   const weightsOnly = checkpoint.kind === "full" ? null : t("only its weights are stored");
-  const resume = async () => {
-    const { openResumeDialog } = await loadResumeDialog();
-    await openResumeDialog(page.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), step);
-  };
   const item = (label, work, why = null) => ({ label, why: weightsOnly ?? why, press: () => run(work) });
   const resumable = job.resumable || job.status === "succeeded" ? null : (job.allowed_actions.find(({ action }) => action === "resume")?.why_not ?? t("the job cannot be resumed now"));
   const evaluate = async () => {
@@ -32,7 +28,7 @@ export function startsFrom(checkpoint, page, run) {
     item(t("Generate"), () => page.selectCheckpoint("try", step)),
     item(t("Fork from here"), () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${step}`)),
     item(t("Decay from here…"), async () => (await loadDecayDialog()).openDecayDialog(page, checkpoint)),
-    item(t("Resume with…"), resume, resumable),
+    item(t("Resume with…"), async () => (await loadResumeDialog()).openResumeDialog(page.address, job, (changed) => (announce(t("resume requested")), page.draw(changed)), step), resumable),
     item(t("Evaluate"), evaluate, job.spec.evaluation?.tasks.length ? null : t("no tasks in evaluation.tasks")),
   ];
 }
