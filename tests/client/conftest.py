@@ -53,8 +53,8 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 @pytest.fixture
-def unused_port() -> Iterator[int]:
-    """A port of this machine on which no process listens: it is taken, so that none can begin to."""
+def refusing_port() -> Iterator[int]:
+    """A port that refuses connections: the test holds it without listening, so no other process can listen on it."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]

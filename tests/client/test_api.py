@@ -242,17 +242,17 @@ def test_patience_ends(service: FakeService, trainyard: Client) -> None:
     assert len(service.requests) == len(list(QUICK.pauses())) + 1
 
 
-def test_a_real_refused_connection(unused_port: int) -> None:
-    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
+def test_a_real_refused_connection(refusing_port: int) -> None:
+    with Client(f"http://127.0.0.1:{refusing_port}", retries=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
         trainyard.health()
 
 
 def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
-    monkeypatch: pytest.MonkeyPatch, unused_port: int
+    monkeypatch: pytest.MonkeyPatch, refusing_port: int
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
-    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard:
+    with Client(f"http://127.0.0.1:{refusing_port}", retries=QUICK) as trainyard:
         with pytest.raises(ServiceUnreachable, match="refused"):
             trainyard.health()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.conftest import unused_port as unused_port
 from tests.guides.code_blocks import DOCS, blocks
+from tests.story.service_process import free_port
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("client", "contract", "mcp_tools", "migrations", "model", "service", "worker")
@@ -137,13 +137,14 @@ def test_the_command_is_installed(installed: Path, minimind: Path) -> None:
 
 
 @pytest.fixture
-def service_port(unused_port: int, monkeypatch: pytest.MonkeyPatch) -> int:
+def service_port(monkeypatch: pytest.MonkeyPatch) -> int:
     """A port for a service, which the environment names to the service and to its clients."""
-    monkeypatch.setenv("TRAINYARD_PORT", str(unused_port))
-    monkeypatch.setenv("TRAINYARD_URL", f"http://127.0.0.1:{unused_port}")
+    port = free_port()
+    monkeypatch.setenv("TRAINYARD_PORT", str(port))
+    monkeypatch.setenv("TRAINYARD_URL", f"http://127.0.0.1:{port}")
     for name in ("TRAINYARD_TOKEN", "TRAINYARD_HOME", "TRAINYARD_DATA_ROOTS", "PYTHONPATH"):
         monkeypatch.delenv(name, raising=False)
-    return unused_port
+    return port
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ with trainyard.Client(retries=trainyard.RetryPolicy(seconds=120)) as client:
 """
     with serving([command, "serve"], minimind):
         done = subprocess.run([python, "-c", program], cwd=minimind, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.returncode == 0, done.stderr[-2000:] + (minimind / "service.log").read_text()[-2000:]
         file, status, parameters, version = json.loads(done.stdout)
         listed = subprocess.run([command, "list"], cwd=minimind, capture_output=True, text=True, check=False)
         assert listed.returncode == 0, listed.stderr
