@@ -212,6 +212,7 @@ class Plan(TypedDict, total=False):
     learning_rate_after: float | None
     estimated: bool
     warnings: list[str]
+    advice: list[str]
     sources: list[PlanSource]
     queue: Queue
 

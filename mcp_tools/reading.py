@@ -210,7 +210,7 @@ class PlanJob(McpTool):
     async def run(self, api: RestApi) -> Answer:
         """Return the main numbers of the plan."""
         plan = await api.call("POST", "/jobs/plan", body=self.spec)
-        return {**brief_plan(plan), "warnings": plan["warnings"]}
+        return {**brief_plan(plan), "warnings": plan["warnings"], "advice": plan.get("advice", [])}
 
 
 class WaitForJob(McpTool):

@@ -180,6 +180,7 @@ class PlanPreview(Plan):
     suggested_batch_size: int | None = None
     settings_that_fit: dict[str, dict[str, Any]] | None = None
     sources: list[PlanSource] = []
+    advice: list[str] = []
     queue: Queue
 
 

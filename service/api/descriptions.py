@@ -118,6 +118,7 @@ FIELDS = {
     "nonfinite": "Whether a number of this object was not finite, and is therefore null.",
     "kind": "Kind.",
     "warnings": "Warnings, each one sentence.",
+    "advice": "Changes with which the run would be faster, each one sentence.",
     "waiting_for": "What it waits for, as text.",
     "text": "The text.",
     "detail": "More about it, as text.",

@@ -37,7 +37,7 @@ from trainyard.service.planning.estimate import (
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
-from trainyard.service.planning.warnings import HostCapacity, limit_warnings, source_warnings, warnings
+from trainyard.service.planning.warnings import HostCapacity, advice, limit_warnings, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
 from trainyard.service.settings import Settings
 
@@ -214,6 +214,7 @@ def preview(
                 *source_warnings(sample.sources),
                 *limit_warnings(spec, size, throughput.tokens_per_second if throughput else None),
             ],
+            "advice": list(advice(spec, host)),
         }
     )
 

@@ -1,4 +1,4 @@
-"""Warnings about a planned run, one sentence each. Pure."""
+"""Warnings about a planned run, and advice on its speed, one sentence each. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,13 +37,26 @@ class HostCapacity:
 
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
     """Return the warnings, the most serious first."""
-    sentences = [*_memory(host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
+    sentences = [*_memory(host), *_disk(spec, host), *_no_gpu(spec, host), *_unnamed(spec), *_epochs(spec)]
     sentences += _without_effect(spec)
     if size is None and host.other_format is not None:
         return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
         return [*sentences, _no_document(spec.data.text_field, host.names)]
     return [*sentences, *_corpus(spec, size), *_intervals(spec, size)]
+
+
+def advice(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
+    """Yield changes with which the run would be faster. Unlike a warning, advice keeps no run from being launched."""
+    if host.bfloat16_on_cpu is not None and host.bfloat16_on_cpu[0] < host.bfloat16_on_cpu[1]:
+        bfloat16, float32 = host.bfloat16_on_cpu
+        yield (
+            f"this CPU computes a bfloat16 product at {bfloat16 / 1e9:,.0f} GFLOP/s and one in float32 at "
+            f'{float32 / 1e9:,.0f}: with training.dtype "float32" the run is faster, and more exact'
+        )
+    batch_tokens = spec.training.batch_size * spec.data.max_seq_len
+    if host.kind.startswith("cuda") and batch_tokens < FEW_TOKENS:
+        yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"
 
 
 def source_warnings(sources: Sequence[PlannedSource]) -> list[str]:
@@ -99,18 +112,9 @@ def _disk(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
         )
 
 
-def _device(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
+def _no_gpu(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
     if host.kind == "cpu" and spec.resources.device == "auto":
         yield "there is no GPU on this host: this run will use the CPU"
-    if host.bfloat16_on_cpu is not None and host.bfloat16_on_cpu[0] < host.bfloat16_on_cpu[1]:
-        bfloat16, float32 = host.bfloat16_on_cpu
-        yield (
-            f"this CPU computes a bfloat16 product at {bfloat16 / 1e9:,.0f} GFLOP/s and one in float32 at "
-            f'{float32 / 1e9:,.0f}: with training.dtype "float32" the run is faster, and more exact'
-        )
-    batch_tokens = spec.training.batch_size * spec.data.max_seq_len
-    if host.kind.startswith("cuda") and batch_tokens < FEW_TOKENS:
-        yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"
 
 
 def _unnamed(spec: JobSpec) -> Iterator[str]:

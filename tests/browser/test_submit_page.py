@@ -88,6 +88,7 @@ def test_a_button_applies_the_settings_that_fit(tmp_path: Path, page: Page) -> N
         field(page, "batch_size").fill("16")
         page.get_by_role("button", name="Plan").click()
         expect(page.get_by_role("list", name="Warnings")).to_contain_text("it fits with gradient_checkpointing true")
+        expect(page.get_by_role("list", name="Advice")).to_contain_text("gives a GPU 5,440 tokens at once")
         page.get_by_role("button", name="Use gradient_checkpointing true").click()
         expect(page.get_by_role("button", name="Use gradient_checkpointing true")).to_be_hidden()
         expect(page.get_by_role("list", name="Warnings")).not_to_contain_text("of memory")

@@ -142,6 +142,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         "expected_first_loss": 8.764,
         "estimated": True,
         "warnings": [],
+        "advice": [],
         "queue": {"position": 1, "waiting_for": "nothing: it would start immediately"},
     }
     return made | changes

@@ -14,6 +14,7 @@ def test_the_page(run: Run, service: FakeService) -> None:
     service.plan |= plan(
         memory_bytes=service.plan["memory_bytes"],
         warnings=["there is no GPU on this host: this run will use the CPU"],
+        advice=['with training.dtype "float32" the run is faster'],
         bad_lines=3,
     )
     code, out, _ = run("plan", "--data_path", "/d", "--batch_size", "64")
@@ -32,6 +33,7 @@ def test_the_page(run: Run, service: FakeService) -> None:
         "  time     about 2 h 10 min, by 118,240 tokens/s in job_0 on H100",
         "  queue    position 1, would start immediately",
         "  warning  there is no GPU on this host: this run will use the CPU",
+        '  advice   with training.dtype "float32" the run is faster',
     ]
     assert [request.url.path for request in service.requests] == ["/jobs/plan"]
     assert body_of(service.requests[0]) == {"data": {"data_path": "/d"}, "training": {"batch_size": 64}}

@@ -43,6 +43,11 @@ def test_off_a_terminal_warnings_stop_it(run: Run, service: FakeService) -> None
     assert [request.url.path for request in service.requests] == ["/jobs/plan"]
 
 
+def test_off_a_terminal_advice_does_not_stop_it(run: Run, service: FakeService) -> None:
+    service.plan["advice"] = ['with training.dtype "float32" the run is faster']
+    assert run("submit", "--data_path", "/d")[:2] == (0, "job_0\n")
+
+
 def test_off_a_terminal_yes_submits_in_spite_of_warnings(run: Run, service: FakeService) -> None:
     service.plan["warnings"] = [WARNING]
     code, out, _ = run("submit", "--data_path", "/d", "-y")

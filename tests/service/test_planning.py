@@ -31,7 +31,7 @@ from trainyard.service.planning.estimate import RunSize, estimate_size
 from trainyard.service.planning.matrix_speed import EFFICIENCY, MatrixSpeed
 from trainyard.service.planning.preview import sample_corpus
 from trainyard.service.planning.token_count import longest_matches, token_counter
-from trainyard.service.planning.warnings import HostCapacity, warnings
+from trainyard.service.planning.warnings import HostCapacity, advice, warnings
 
 WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
 
@@ -285,7 +285,6 @@ def test_nothing_to_say() -> None:
         (SIZE, replace(HERE, memory_limit=(1 << 30) + 1), {}, "it may not fit"),
         (SIZE, replace(HERE, memory_limit=3 << 30, memory_needed=4 << 30), {}, "4.3 GB"),
         (SIZE, replace(HERE, disk_free=1 << 21), {}, "4 checkpoints (keep_last and the one being written) take 4.2 MB"),
-        (SIZE, replace(HERE, kind="cuda"), {"training": {"batch_size": 1}}, "gives a GPU 340 tokens at once"),
         (replace(SIZE, bad_lines=10), HERE, {}, "9.1 % of the lines cannot be read and max_bad_lines allows 1.0 %"),
         (replace(SIZE, samples=10), HERE, {}, "one step takes 256 rows and the corpus has about 10"),
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
@@ -314,6 +313,13 @@ def test_nothing_to_say() -> None:
 )
 def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], said: str) -> None:
     assert [text for text in sentences(size, here, **groups) if said in text], sentences(size, here, **groups)
+
+
+def test_a_batch_too_small_for_a_gpu_is_advice_and_no_warning() -> None:
+    spec = JobSpec.model_validate({"data": {"data_path": "x"}, "training": {"batch_size": 1}})
+    here = replace(HERE, kind="cuda")
+    assert list(advice(spec, here)) == ["batch_size 1 gives a GPU 340 tokens at once: it could take more"]
+    assert sentences(here=here, training={"batch_size": 1}) == []
 
 
 def test_what_is_not_known_is_not_warned_of() -> None:
@@ -532,23 +538,24 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     assert make_preview(state, spec, host).eta_seconds is None
 
 
-@pytest.mark.parametrize(("float32", "warned"), [(3e11, True), (1e11, False)])
+@pytest.mark.parametrize(("float32", "advised"), [(3e11, True), (1e11, False)])
 def test_the_plan_offers_float32_on_a_cpu_that_is_slow_in_bfloat16(
-    float32: float, warned: bool, rig: ServiceHarness, tmp_path: Path
+    float32: float, advised: bool, rig: ServiceHarness, tmp_path: Path
 ) -> None:
     (tmp_path / "cache").mkdir()
     measured = {"cpu bfloat16": 1.6e11, "cpu float32": float32}
     (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps(measured))
     state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
     host = state.host_limits(LOCAL)
-    texts = make_preview(state, validate_spec(rig.spec(), host), host).warnings
+    found = make_preview(state, validate_spec(rig.spec(), host), host)
     expected = (
         "this CPU computes a bfloat16 product at 160 GFLOP/s and one in float32 at 300: "
         'with training.dtype "float32" the run is faster, and more exact'
     )
-    assert (expected in texts) == warned
+    assert found.advice == ([expected] if advised else [])
+    assert not any("bfloat16" in text for text in found.warnings), "advice stops no submission"
     exact = validate_spec(rig.spec(training={"dtype": "float32"}), host)
-    assert not any("bfloat16" in text for text in make_preview(state, exact, host).warnings)
+    assert make_preview(state, exact, host).advice == []
 
 
 def test_the_shares_of_weights_are_known_without_the_sizes(any_rig: ServiceHarness) -> None:

@@ -121,7 +121,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "queue": _queue(plan.get("queue") or {}),
     }
     lines = ["Plan:", *(f"  {name:<9}{text}" for name, text in facts.items() if text)]
-    return [*lines, *_sources(plan.get("sources") or []), *_warnings(plan)]
+    return [*lines, *_sources(plan.get("sources") or []), *_warnings(plan), *_advice(plan)]
 
 
 def _sources(sources: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -145,6 +145,10 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _warnings(plan: Mapping[str, Any]) -> list[str]:
     return [f"  {'warning':<9}{one_line(str(text), 300)}" for text in plan.get("warnings") or []]
+
+
+def _advice(plan: Mapping[str, Any]) -> list[str]:
+    return [f"  {'advice':<9}{one_line(str(text), 300)}" for text in plan.get("advice") or []]
 
 
 def _model(plan: Mapping[str, Any]) -> str:

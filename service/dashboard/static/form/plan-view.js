@@ -26,12 +26,13 @@ export class PlanView {
     this.none = h("p", { class: "muted" }, none);
     this.state = h("p", { class: "muted", role: "status", hidden: true });
     this.warnings = h("ul", { class: "alerts", "aria-label": t("Warnings") });
+    this.advice = h("ul", { class: "advice muted", "aria-label": t("Advice") });
     this.memory = new MemoryBar(apply);
     this.facts = h("dl", { class: "facts", hidden: true });
     this.sources = new SourcesTable();
     this.curve = new RateCurve();
     this.heading = h("h2", {}, t("Plan"));
-    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": t("Plan") }, this.heading, this.none, this.state, this.warnings, this.memory.node, this.curve.node, this.facts, this.sources.node);
+    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": t("Plan") }, this.heading, this.none, this.state, this.warnings, this.advice, this.memory.node, this.curve.node, this.facts, this.sources.node);
   }
 
   /** Shows a plan, or none if null. `batchSize`: that of its spec. */
@@ -42,6 +43,7 @@ export class PlanView {
     this.stale(false);
     this.curve.show(plan?.learning_rate ?? []);
     updateList(this.warnings, plan?.warnings ?? [], (warning) => warning, () => h("li"), (part, warning) => setText(part, warning));
+    updateList(this.advice, plan?.advice ?? [], (advice) => advice, () => h("li"), (part, advice) => setText(part, advice));
     this.memory.show(plan, batchSize);
     this.sources.show(plan?.sources ?? []);
     if (!plan) return;
