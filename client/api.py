@@ -73,7 +73,8 @@ class ClientBase:
 
     def __init__(self, url: str | None, token: str | None) -> None:
         self.url = normalize_url(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
-        self._token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
+        # A variable that is made from a secret often ends with a newline, which a header cannot have.
+        self._token = os.environ.get("TRAINYARD_TOKEN", "").strip() if token is None else token
 
     @property
     def server_time(self) -> datetime:

@@ -59,7 +59,7 @@ class ProcessIdentity:
     def catches(self, signum: signal.Signals) -> bool:
         """Return whether this process has a handler for the signal."""
         try:
-            status = (PROC / str(self.pid) / "status").read_text()
+            status = (PROC / str(self.pid) / "status").read_text(errors="replace")
         except OSError:
             return False
         caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")

@@ -156,6 +156,7 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
             ready()
         yield
         state.broadcaster.stop()
+        state.exports.shutdown(wait=False, cancel_futures=True)
         maintenance.stop()
         # First: the end of its processes is then not taken for a failure.
         state.evaluations.stop()

@@ -73,6 +73,13 @@ def _validate_token_file(file: Path) -> Path:
     return file
 
 
+def _validate_token(token: str) -> str:
+    # The token in a header has no blanks around it. A variable that is made from a secret often ends with a newline.
+    if not token.strip():
+        raise InvalidSettings("is blank")
+    return token.strip()
+
+
 def _validate_launcher(name: str, info: ValidationInfo) -> str:
     # If the Slurm settings are invalid, "slurm" is missing from `data`; that error has its own line.
     launchers = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
@@ -98,6 +105,10 @@ def _parse_mode(value: str | int) -> int:
 
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(parse_roots)]
+MAX_DAYS = 36_500
+"""As good as for ever. The time before a number of days that is much larger cannot be computed."""
+
+Days = Annotated[WholeNumber, AfterValidator(lambda days: min(days, MAX_DAYS))]
 Switch = Annotated[
     bool, BeforeValidator(lambda text: {"off": False, "on": True}.get(text)), Field(description="must be off or on")
 ]
@@ -145,7 +156,7 @@ class Settings(EnvironmentSettings):
     port: WholeNumber = Field(
         8000, alias="TRAINYARD_PORT", ge=0, le=65535, description="or --port must be 0 to 65535; 0 picks a free one"
     )
-    token: str | None = Field(None, alias="TRAINYARD_TOKEN", repr=False)
+    token: Annotated[str, AfterValidator(_validate_token)] | None = Field(None, alias="TRAINYARD_TOKEN", repr=False)
     token_file: Annotated[Folder, AfterValidator(_validate_token_file)] | None = Field(
         None, alias="TRAINYARD_TOKEN_FILE", description="must be a text file that the service can read"
     )
@@ -160,7 +171,7 @@ class Settings(EnvironmentSettings):
     excluded_devices: Annotated[tuple[str, ...], BeforeValidator(split_commas)] = Field(
         (), alias="TRAINYARD_EXCLUDE_DEVICES"
     )
-    idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
+    idempotency_days: Days = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
     on_stop: Literal["leave", "save"] = Field(
         default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"
     )
@@ -172,7 +183,7 @@ class Settings(EnvironmentSettings):
     log_level: Level = Field("info", alias="TRAINYARD_LOG_LEVEL")
     disk_bytes: WholeNumber = Field(5 << 30, alias="TRAINYARD_DISK_LOW_BYTES")
     disk_percent: WholeNumber = Field(10, alias="TRAINYARD_DISK_LOW_PERCENT")
-    corpus_days: WholeNumber = Field(30, alias="TRAINYARD_CORPUS_DAYS")
+    corpus_days: Days = Field(30, alias="TRAINYARD_CORPUS_DAYS")
     corpus_bytes: WholeNumber = Field(0, alias="TRAINYARD_CORPUS_BYTES")
     webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(split_commas)] = Field(
         (), alias="TRAINYARD_WEBHOOK_NETWORKS", description="must hold networks such as 10.1.0.0/16,fd00::/8"
@@ -193,9 +204,9 @@ class Settings(EnvironmentSettings):
     generation_bytes: WholeNumber = Field(0, alias="TRAINYARD_GENERATION_BYTES")
     generation_idle_seconds: WholeNumber = Field(300, alias="TRAINYARD_GENERATION_IDLE_SECONDS")
     evaluation_processes: WholeNumber = Field(1, alias="TRAINYARD_EVALUATION_PROCESSES")
-    thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
-    metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
-    events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+    thin_metrics_days: Days = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
+    metrics_days: Days = Field(0, alias="TRAINYARD_METRICS_DAYS")
+    events_days: Days = Field(0, alias="TRAINYARD_EVENTS_DAYS")
 
     @property
     def link_url(self) -> str | None:

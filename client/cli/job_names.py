@@ -21,7 +21,7 @@ def jobs() -> Iterator[str]:
     url = os.environ.get("TRAINYARD_URL") or "http://127.0.0.1:8000"
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    token = os.environ.get("TRAINYARD_TOKEN")
+    token = os.environ.get("TRAINYARD_TOKEN", "").strip()
     try:
         with contextlib.closing(kind(parts.hostname or "", parts.port, timeout=SERVICE_SECONDS)) as connection:
             connection.connect()

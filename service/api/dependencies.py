@@ -1,5 +1,6 @@
 """The application state, created once, and the dependency by which routes get it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -28,6 +29,9 @@ from trainyard.service.sidecars.sidecars import Sidecars
 from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.webhooks.sender import Sender
 
+MAX_EXPORTS = 4
+"""Exports that run at once. Each takes minutes, and the memory of a process that has loaded torch."""
+
 
 @dataclass(frozen=True)
 class AppState:
@@ -43,6 +47,11 @@ class AppState:
     rendered_jobs: RenderedJobs = field(default_factory=RenderedJobs)
     line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
     matrix_speed: MatrixSpeed | None = None
+
+    @cached_property
+    def exports(self) -> ThreadPoolExecutor:
+        """Threads of their own: exports must not use up those that serve requests, agents' reports among them."""
+        return ThreadPoolExecutor(MAX_EXPORTS, thread_name_prefix="exports")
 
     @cached_property
     def disks(self) -> DiskMonitor:

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -26,6 +27,7 @@ from trainyard.service.errors import (
     HostNotAllowed,
     Overloaded,
     PathPrefix,
+    ServiceError,
     Unauthorized,
     UrlTooLong,
     error_response,
@@ -35,6 +37,7 @@ from trainyard.service.ids import JOB_ID
 from trainyard.service.observability.logging import bind, log_context
 from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.settings import Settings
+from trainyard.service.storage.range_response import WITHOUT_BODY
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -253,7 +256,13 @@ class _ResponseSender:
         now = time.monotonic()
         if self.reauthenticate is not None and now - checked_at >= TOKEN_RECHECK_SECONDS:
             self._token_checked_at = now
-            await self.reauthenticate()
+            try:
+                await self.reauthenticate()
+            except Unauthorized:
+                raise
+            except (SQLAlchemyError, ServiceError) as error:
+                # Streams wait while the database is unavailable, and the next check decides.
+                log.warning("the token of a stream could not be checked: %s", type(error).__name__)
 
     async def end_stream(self) -> None:
         """End the response without the stream's `end` event: the client connects again and gets a 401."""
@@ -293,7 +302,10 @@ def _with_deadline(receive: Receive, response: _ResponseSender) -> Receive:
 
 
 class HeadMiddleware:
-    """Handles HEAD as GET; the server drops the body. HEAD of a stream gets 405, because it would never end."""
+    """Handles HEAD as GET; the server drops the body. HEAD of a stream gets 405, because it would never end.
+
+    A response that is expensive to send need not send its body if the scope has WITHOUT_BODY.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -302,7 +314,7 @@ class HeadMiddleware:
         if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].endswith(STREAM):
             await self._app(scope, receive, send)
             return
-        as_get = {**scope, "method": "GET"}
+        as_get = {**scope, "method": "GET", WITHOUT_BODY: True}
         try:
             await self._app(as_get, receive, send)
         finally:

@@ -2,8 +2,7 @@
 
 import contextlib
 import time
-from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
@@ -13,7 +12,7 @@ from trainyard.service.auth.api_keys import ApiKey
 from trainyard.service.auth.principal import ADMIN, LOCAL, Principal
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
-from trainyard.service.errors import Unauthorized
+from trainyard.service.errors import ServiceError, Unauthorized
 from trainyard.service.settings import Settings
 from trainyard.service.static_tokens import TokenFile
 
@@ -32,6 +31,8 @@ class Authenticator:
         self._database = database
         self._cache: dict[str, tuple[ApiKey, float]] = {}
         self._changes = 0
+        # When a use of a token was last written, or could not be written.
+        self._recorded_at: dict[str, datetime] = {}
 
     async def authenticate(self, token: str) -> Principal:
         """Return the owner of the token. Raises Unauthorized."""
@@ -56,8 +57,11 @@ class Authenticator:
         reason = api_keys.rejection_reason(key, token, now)
         if reason is not None or key is None:
             raise Unauthorized(reason)
-        if key.last_used_at is None or now - key.last_used_at >= LAST_USED_INTERVAL:
-            await run_in_threadpool(self._record_use, key)
+        recorded = [at for at in (key.last_used_at, self._recorded_at.get(key.id)) if at is not None]
+        if not recorded or now - max(recorded) >= LAST_USED_INTERVAL:
+            # Before the attempt: while no one can write, it takes half a minute, and only one request may wait for it.
+            self._recorded_at[key.id] = now
+            await run_in_threadpool(self._record_use, key.id, now)
         return Principal(key.name, key.scope, key.id)
 
     def _cached(self, token_id: str) -> ApiKey | None:
@@ -73,11 +77,7 @@ class Authenticator:
             self._cache[token_id] = key, now
         return key
 
-    def _record_use(self, key: ApiKey) -> None:
-        now = utc_now()
-        cached = self._cache.get(key.id)
-        if cached is not None:
-            self._cache[key.id] = replace(cached[0], last_used_at=now), cached[1]
+    def _record_use(self, token_id: str, now: datetime) -> None:
         # The request continues even if the time of use cannot be written.
-        with contextlib.suppress(SQLAlchemyError), self._database.write() as session:
-            api_keys.record_use(session, key.id, now)
+        with contextlib.suppress(SQLAlchemyError, ServiceError), self._database.write() as session:
+            api_keys.record_use(session, token_id, now)

@@ -6,8 +6,10 @@ SQLite with the driver of the standard library, Postgres with psycopg 3. A read 
 import contextlib
 import functools
 import json
+import math
 import select
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,12 @@ if TYPE_CHECKING:
     import alembic.config
 
 BUSY_SECONDS = 30
+STUCK_SECONDS = 2.0
+"""A writer that takes longer is stuck: another program has the SQLite file, or the disk does not answer."""
+
+MAX_WAITING = 16
+"""Threads that wait for a stuck writer: half of those that serve requests."""
+
 EXCLUSIVE_SECONDS = 3
 IDLE_SECONDS = 10
 PAUSE_SECONDS = 600
@@ -56,17 +64,41 @@ class UnknownSchemaVersion(Exception):
 
 
 class WriteLock:
-    """One writer at a time. A waiter gives up after a while, so that one stuck writer does not block all requests."""
+    """One writer at a time. A waiter gives up after a while, so that one stuck writer does not block all requests.
+
+    If the writer is stuck, only MAX_WAITING threads wait for it: each report of an agent would occupy another thread,
+    until none is left for those who only read.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._counting = threading.Lock()
+        self._waiting = 0
+        self._taken_at = math.inf
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(timeout=BUSY_SECONDS):
-            raise DatabaseUnavailable()
+        deadline = time.monotonic() + BUSY_SECONDS
+        with self._counting:
+            self._waiting += 1
+        while not self._gives_up(deadline):
+            if self._lock.acquire(timeout=min(STUCK_SECONDS, max(0.0, deadline - time.monotonic()))):
+                with self._counting:
+                    self._waiting -= 1
+                self._taken_at = time.monotonic()
+                return
+        raise DatabaseUnavailable()
 
     def __exit__(self, *_: object) -> None:
+        self._taken_at = math.inf
         self._lock.release()
+
+    def _gives_up(self, deadline: float) -> bool:
+        now = time.monotonic()
+        with self._counting:
+            is_crowded = self._waiting > MAX_WAITING and now - self._taken_at > STUCK_SECONDS
+            if gives_up := is_crowded or now >= deadline:
+                self._waiting -= 1
+        return gives_up
 
 
 class SqliteFileGuard:

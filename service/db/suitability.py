@@ -4,6 +4,7 @@ A server is judged by its behaviour: a pooler, for example, is recognised by wha
 """
 
 import contextlib
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -72,7 +73,9 @@ def require_local_file(file: Path) -> None:
 def _file_system(path: Path) -> str | None:
     """Return the type of the file system that has this absolute path, or None if it is unknown."""
     try:
-        mounts = [_parse_mount(line) for line in MOUNTS.read_text().splitlines()]
+        # A mount point is bytes: one with a name in another encoding is no reason not to start.
+        text = os.fsdecode(MOUNTS.read_bytes())
+        mounts = [_parse_mount(line) for line in text.splitlines()]
     except OSError:
         return None
     above = [mount for mount in mounts if path.is_relative_to(mount.point)]

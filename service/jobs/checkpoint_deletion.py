@@ -78,6 +78,15 @@ def _rename_away(path: Path, roots: Sequence[Path]) -> Path:
     return removing
 
 
+def restore(removing: Path, roots: Sequence[Path] = ()) -> None:
+    """Rename an unpublished checkpoint back, because the transaction that took it off the list failed."""
+    try:
+        with directory_inside(removing.parent, roots) as folder:
+            (folder / removing.name).rename(folder / removing.name.removeprefix(REMOVING_PREFIX))
+    except OSError as error:
+        log.warning("could not restore a checkpoint whose deletion failed: %s: %s", removing, error.strerror)
+
+
 def delete_files(removing: Path, roots: Sequence[Path] = ()) -> None:
     """Delete an unpublished checkpoint. The job's next attempt deletes what remains, by its REMOVING_PREFIX."""
     with contextlib.suppress(OSError), directory_inside(removing.parent, roots) as folder:

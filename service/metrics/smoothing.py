@@ -21,6 +21,9 @@ from trainyard.service.metrics.downsampling import Aggregate
 REACH = 4.0
 """Points that are farther away than so many widths have no weight."""
 
+MIN_WIDTH = 1e-3
+"""A narrower kernel has the same values: those of single steps. Its square would not be a finite number."""
+
 CELLS_PER_WIDTH = 3
 MAX_AUTO_WIDTH = 1000
 
@@ -94,7 +97,7 @@ def smooth(cells: Sequence[Cell], steps: Iterable[int], width: float, last_step:
     sums = [cell.loss_sum for cell in cells]
     values: list[float | None] = []
     for step in steps:
-        own = width_at(step, last_step, width)
+        own = max(MIN_WIDTH, width_at(step, last_step, width))
         first, end = bisect_left(middles, step - REACH * own), bisect_right(middles, step + REACH * own)
         if first == end:
             values.append(None)

@@ -127,14 +127,16 @@ def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
     """Add ``fields`` of its last point to each bucket, except those that the bucket has already.
 
-    The queries are per attempt and are sorted here: with ORDER BY, SQLite does not use the index on (job, attempt,
-    step) and reads the whole curve.
+    They are None if that point was removed when the curve was thinned. The queries are per attempt and are sorted here:
+    with ORDER BY, SQLite does not use the index on (job, attempt, step) and reads the whole curve.
     """
     extra = [name for name in fields if name not in ("step", "attempt", "loss")]
     columns = [getattr(MetricRow, name) for name in ("seq", "step", *extra)]
     by_attempt: dict[int, dict[int, dict[str, Any]]] = {}
     for row in buckets:
         by_attempt.setdefault(row["attempt"], {})[row["step"]] = row
+        for name in extra:
+            row.setdefault(name, None)
     for attempt, named in by_attempt.items():
         for some in _batched(named, MAX_NONFINITE_STEPS):
             of_job = (MetricRow.job_id == job_id, MetricRow.attempt == attempt, MetricRow.step.in_(some))

@@ -11,6 +11,9 @@ from trainyard.service.storage.checkpoint_files import ByteRange, parse_range
 
 CHUNK = 1 << 20
 
+WITHOUT_BODY = "trainyard.without_body"
+"""Key in the ASGI scope of a HEAD request, which is handled as GET. Only the headers are sent."""
+
 
 class FileRangeResponse(StreamingResponse):
     """Streams ``file``, or the range of a Range ``header``, and closes it, also if the client disconnects.
@@ -39,7 +42,12 @@ class FileRangeResponse(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if scope.get(WITHOUT_BODY):
+                # Reading the file would delay the next request on the connection, by minutes if it is large.
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                await super().__call__(scope, receive, send)
         finally:
             self._file.close()
 

@@ -32,7 +32,8 @@ class Host:
     def write(self, membership: str, kind: str, options: str, folder: str) -> Path:
         (self.proc / "self/cgroup").write_text(membership)
         mount = MOUNT.format(point=self.cgroups, kind=kind, options=options)
-        (self.proc / "self/mountinfo").write_text(f"20 1 8:1 / / rw - ext4 /dev/sda rw\n{mount}")
+        others = b"20 1 8:1 / / rw - ext4 /dev/sda rw\n21 20 8:2 / /mnt/B\xfccher rw - ext4 /dev/sdb rw\n"
+        (self.proc / "self/mountinfo").write_bytes(others + mount.encode())
         made = self.cgroups / folder
         made.mkdir(parents=True)
         return made

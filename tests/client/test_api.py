@@ -38,7 +38,7 @@ def test_settings_come_from_arguments_then_the_environment(monkeypatch: pytest.M
 
 
 def test_the_token_is_sent_as_bearer(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRAINYARD_TOKEN", "from-env")
+    monkeypatch.setenv("TRAINYARD_TOKEN", "from-env\n")
     for token, sent in ((None, "Bearer from-env"), ("given", "Bearer given"), ("", None)):
         Client(URL, token, transport=service.transport).version()
         assert service.requests[-1].headers.get("Authorization") == sent

@@ -62,6 +62,26 @@ def test_a_zombie_is_not_alive(sleeper: subprocess.Popen[bytes]) -> None:
     assert ProcessIdentity.of(sleeper.pid) is None
 
 
+NAMED = """
+import signal, time
+signal.signal(signal.SIGUSR2, lambda *_: None)
+open("/proc/self/comm", "wb").write(b"B\\xfccher")
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_may_have_a_name_in_another_encoding() -> None:
+    with subprocess.Popen([sys.executable, "-c", NAMED], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        identity = ProcessIdentity.of(process.pid)
+        assert identity is not None
+        assert identity.catches(signal.SIGUSR2)
+        assert not identity.catches(signal.SIGUSR1)
+        process.kill()
+
+
 def test_identity_survives_json() -> None:
     identity = ProcessIdentity.of(os.getpid())
     assert identity is not None

@@ -22,7 +22,7 @@ def firsts(got: Sequence[Got], job_id: str) -> list[str]:
 
 def happened(home: Home, job_id: str) -> list[str]:
     data = home.get(f"/jobs/{job_id}/events?limit=100").json()["data"]
-    return [f"evt_{event['id']}" for event in data if event["kind"] in EVENTS]
+    return [f"evt_{event['id']}_{job_id.removeprefix('job_')}" for event in data if event["kind"] in EVENTS]
 
 
 @pytest.mark.soak

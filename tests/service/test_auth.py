@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from sqlalchemy import event, select
+from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
@@ -30,7 +31,7 @@ from trainyard.service.auth.permissions import ADMIN, READ, scopes_of
 from trainyard.service.auth.principal import RESERVED, Principal
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import TokenRow
-from trainyard.service.errors import Unauthorized
+from trainyard.service.errors import DatabaseUnavailable, Unauthorized
 
 ADMIN_TOKEN = "the-operator's-own"
 WHEN = "2026-01-01T00:00:00Z"
@@ -275,6 +276,26 @@ def test_uses_are_written_now_and_then(guarded: ServiceHarness, monkeypatch: pyt
     assert listed(guarded)["ci"]["last_used_at"] > first
 
 
+def test_a_reader_does_not_need_a_writer(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of a use is not written while no one can write, and each request tried and failed with 503."""
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
+    token = created(guarded)
+    tried: list[str] = []
+
+    def refuse() -> NoReturn:
+        tried.append("write")
+        raise DatabaseUnavailable()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guarded.database, "write", refuse)
+        assert [status(guarded, token) for _ in range(3)] == [200, 200, 200]
+    assert tried == ["write"], "one request waits for the writer, and no other one does"
+    assert listed(guarded)["ci"]["last_used_at"] is None
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.LAST_USED_INTERVAL)
+    assert status(guarded, token) == 200
+    assert listed(guarded)["ci"]["last_used_at"] is not None
+
+
 NO_TOKENS: list[Any] = [
     None,
     {},
@@ -329,6 +350,32 @@ def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, mo
         reader.close()
         with contextlib.closing(Reader(address, path, Authorization=f"Bearer {token}")) as refused:
             assert refused.status == 401
+
+
+@pytest.mark.parametrize("error", [OperationalError("SELECT", {}, OSError("gone")), DatabaseUnavailable()])
+def test_a_stream_waits_while_its_token_cannot_be_checked(
+    guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(middleware, "TOKEN_RECHECK_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
+    token = created(guarded)
+    job_id, attempt = guarded.running()
+
+    def away(_: str) -> NoReturn:
+        raise error
+
+    with served(guarded) as address:
+        reader = Reader(address, f"/jobs/{job_id}/metrics/stream", Authorization=f"Bearer {token}")
+        with monkeypatch.context() as patched:
+            patched.setattr(guarded.app.state.app_state.authenticator, "_load", away)
+            attempt.metric(1)
+            guarded.ship(attempt)
+            assert reader.take(1)[0]["data"]["step"] == 1
+        guarded.client.delete("/tokens/ci")
+        attempt.metric(2)
+        guarded.ship(attempt)
+        assert [event["event"] for event in reader.iterator] == [], "cut, once it can be checked"
+        reader.close()
 
 
 # A service without a token of its own

@@ -1,6 +1,8 @@
 """Files of checkpoints: only those of the manifest, also in ranges. The last valid checkpoint is never deleted."""
 
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -79,6 +81,24 @@ def test_a_file_whole_and_in_pieces(any_rig: ServiceHarness) -> None:
     manifest = any_rig.client.get(url(job_id, 20, "manifest.json"))
     assert set(manifest.json()["files"]) == {"model.safetensors", *OTHERS}
     assert "etag" not in manifest.headers
+
+
+def test_head_of_a_file_does_not_read_it(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10)
+    path = rig.home / "runs" / job_id / "checkpoints" / "step-00000010" / "model.safetensors"
+    os.truncate(path, 1 << 40)  # sparse; to read all of it would take minutes
+    with (
+        served(rig) as (host, port),
+        contextlib.closing(http.client.HTTPConnection(host, port, timeout=DEADLINE)) as line,
+    ):
+        for asked, status, length in (({}, 200, 1 << 40), ({"Range": "bytes=5-"}, 206, (1 << 40) - 5)):
+            line.request("HEAD", url(job_id, 10), headers=asked)
+            answer = line.getresponse()
+            assert (answer.status, answer.headers["content-length"], answer.read()) == (status, str(length), b"")
+            assert answer.headers["etag"]
+            # The next request on the connection is answered once the response to this one is complete.
+            line.request("GET", "/health")
+            assert json.loads(line.getresponse().read())["status"] == "ok"
 
 
 def test_a_file_is_not_read_on_when_the_client_has_left(rig: ServiceHarness) -> None:

@@ -13,7 +13,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
+from tests.faults.service_home import until
 from tests.service.harness import ServiceHarness, in_threads
+from tests.service.live_server import DEADLINE
 from trainyard.service.clock import utc_now
 from trainyard.service.db import engine
 from trainyard.service.db.engine import (
@@ -28,6 +30,7 @@ from trainyard.service.db.models import (
     EventRow,
     JobRow,
 )
+from trainyard.service.errors import DatabaseUnavailable
 from trainyard.service.jobs import repository
 
 
@@ -147,6 +150,51 @@ def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
     assert in_threads(8, write) == [1] * 8
     with any_rig.database.read() as session:
         assert repository.find(session, job_id).restarts == 80
+
+
+def test_a_stuck_writer_leaves_threads_to_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 runs whose agents retry after 10 s had all 32 threads within half a minute: nobody could read any more."""
+    monkeypatch.setattr(engine, "STUCK_SECONDS", 0.02)
+    lock = engine.WriteLock()
+    held, let_go = threading.Event(), threading.Event()
+    outcomes: list[str] = []
+
+    def write() -> None:
+        try:
+            with lock:
+                outcomes.append("written")
+        except DatabaseUnavailable:
+            outcomes.append("rejected")
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            let_go.wait(DEADLINE)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(DEADLINE)
+    writers = [threading.Thread(target=write) for _ in range(40)]
+    for writer in writers:
+        writer.start()
+    until(lambda: len(outcomes) == len(writers) - engine.MAX_WAITING)
+    assert set(outcomes) == {"rejected"}
+    let_go.set()
+    for thread in (holder, *writers):
+        thread.join(DEADLINE)
+    assert outcomes.count("written") == engine.MAX_WAITING, "the others waited, and had their turn"
+    write()
+    assert outcomes[-1] == "written"
+
+
+def test_any_number_of_writers_waits_for_quick_ones() -> None:
+    lock = engine.WriteLock()
+
+    def write(index: int) -> int:
+        with lock:
+            return index
+
+    assert in_threads(100, write) == list(range(100))
 
 
 def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:

@@ -12,9 +12,12 @@ from unittest import mock
 import pytest
 
 from tests.faults.service_home import until
+from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.locks import FileLock
+from trainyard.service import app
+from trainyard.service.api.dependencies import MAX_EXPORTS
 from trainyard.service.exports import subprocess as child
 
 EXPORTER = """
@@ -165,6 +168,45 @@ def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarne
         children[0].kill()
         first.join(60)
     assert export(rig, job_id, 20)[0] == 201
+
+
+WAITS_FOR_GO = """
+import pathlib, sys, time
+home = pathlib.Path(sys.argv[1]).parents[3]
+open(home / "begun", "a").write("x")
+while not (home / "go").exists():
+    time.sleep(0.01)
+pathlib.Path(sys.argv[5]).mkdir()
+"""
+
+
+def test_long_exports_leave_other_requests_their_threads(
+    make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 exports at once took all threads: no page, and no report of an agent, was answered for minutes."""
+    monkeypatch.setattr(app, "REQUEST_THREADS", 3)
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAITS_FOR_GO))
+    rig = make_rig(sqlite_url)
+    jobs = []
+    for _ in range(6):
+        job_id, attempt = saved(rig, 10)
+        rig.exit(attempt, "completed", step=10)
+        jobs.append(job_id)
+    begun = rig.home / "begun"
+
+    def act(index: int) -> int:
+        if index < len(jobs):
+            return export(rig, jobs[index], 10)[0]
+        try:
+            until(lambda: begun.exists() and len(begun.read_text()) == MAX_EXPORTS)
+            status: int = rig.client.get("/jobs").status_code
+            return status
+        finally:
+            (rig.home / "go").touch()
+
+    *exported, listed = in_threads(len(jobs) + 1, act)
+    assert listed == 200
+    assert exported == [201] * len(jobs)
 
 
 def test_without_torch_it_says_so_at_once(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:

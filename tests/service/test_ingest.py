@@ -288,6 +288,10 @@ def test_progress_between_two_points(rig: ServiceHarness) -> None:
     assert progress["eta_seconds"] == pytest.approx(100.0)
     rig.heartbeat(attempt, step=3)
     assert rig.job(job_id)["progress"]["step"] == 50
+    with rig.database.write() as session:
+        session.connection().exec_driver_sql("UPDATE attempts SET heard_at = '2099-01-01 00:00:00.000000'")
+    rig.heartbeat(attempt, step=60)
+    assert rig.job(job_id)["progress"]["step"] == 60, "the clock was set back"
 
 
 def test_phases_are_told(rig: ServiceHarness) -> None:

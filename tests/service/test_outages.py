@@ -26,12 +26,13 @@ from tests.service.commit_fault_proxy import CommitFaultProxy, When, commit_faul
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads, path_of
 from tests.service.live_server import served
+from tests.service.test_checkpoints import saved
 from tests.soak_report import SoakReport
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import JobStatus
 from trainyard.service.db import engine
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import JobRow
+from trainyard.service.db.models import EvaluationRow, JobRow
 from trainyard.service.errors import from_exception
 from trainyard.worker.agent.uploader import EventUploader, ReportEndpoint, Unreachable
 
@@ -132,6 +133,23 @@ def test_a_full_disk_is_507_and_nothing_is_changed(
     assert "Free some space" in answer.json()["detail"]
     assert jobs_in(rig.database) == 1
     assert submit(rig, "again").status_code == 201
+
+
+def test_a_checkpoint_stays_if_its_deletion_cannot_be_stored(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full is what people delete checkpoints for."""
+    job_id, attempt = saved(rig, 4, 8)
+    rig.exit(attempt, "completed", step=10)
+    directory = rig.home / "runs" / job_id / "checkpoints"
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.database.engine.dialect, "do_commit", full_disk)
+        answer = rig.client.delete(f"/jobs/{job_id}/checkpoints/4")
+    assert (answer.status_code, answer.json()["code"]) == (507, "disk_trouble"), answer.text
+    assert sorted(path.name for path in directory.iterdir()) == ["step-00000004", "step-00000008"]
+    assert [one["step"] for one in rig.data(job_id, "checkpoints")] == [8, 4], "nothing was changed"
+    assert rig.client.delete(f"/jobs/{job_id}/checkpoints/4").status_code == 204
+    assert [path.name for path in directory.iterdir()] == ["step-00000008"]
 
 
 @pytest.mark.parametrize(
@@ -268,6 +286,62 @@ def test_a_launch_whose_commit_was_lost_happens_once(
     rig.ship(attempt)
     assert rig.status(job_id) == "running"
     path_of(rig.data(job_id, "events"))
+
+
+@only_postgres
+@pytest.mark.parametrize("when", ENDS)
+def test_a_fork_whose_commit_was_lost_keeps_its_checkpoint(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str, when: When
+) -> None:
+    rig, cutter = cut
+    parent, attempt = saved(rig, 4)
+    rig.exit(attempt, "completed", step=10)
+    cutter.cut(when)
+    lost = rig.client.post(f"/jobs/{parent}/fork", headers={"Idempotency-Key": "lost"})
+    require_503(lost)
+    again = rig.client.post(f"/jobs/{parent}/fork", headers={"Idempotency-Key": "lost"})
+    assert again.status_code == (200 if when == "after" else 201), again.text
+    origin = RunDir(rig.home / "runs" / again.json()["id"]).artifacts(None).origin
+    assert (origin / "model.safetensors").is_file(), "it cannot start without its parent's checkpoint"
+    later = rig.restart()
+    assert (origin / "model.safetensors").is_file()
+    kept = {parent, again.json()["id"]}
+    assert {path.name for path in (later.home / "runs").iterdir()} == kept, "files without a record are removed"
+
+
+@only_postgres
+@pytest.mark.parametrize("when", ENDS)
+def test_a_deletion_whose_commit_was_lost_is_finished_by_the_next_service(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str, when: When
+) -> None:
+    rig, cutter = cut
+    job_id, attempt = saved(rig, 4)
+    rig.exit(attempt, "completed", step=10)
+    cutter.cut(when)
+    require_503(rig.client.delete(f"/jobs/{job_id}"))
+    run = rig.home / "runs" / job_id
+    assert run.is_dir()
+    later = rig.restart()
+    assert later.client.get(f"/jobs/{job_id}").status_code == (404 if when == "after" else 200)
+    assert run.exists() == (when == "before"), "the files go with the record"
+    assert list(later.settings.trash.iterdir()) == []
+
+
+@only_postgres
+def test_an_evaluation_whose_commit_was_lost_keeps_its_weights(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str
+) -> None:
+    rig, cutter = cut
+    job_id, _ = saved(rig, 4)
+    (rig.home / "task.jsonl").write_text('{"context": "a", "choices": ["b", "c"], "answer": 0}\n')
+    body = {"tasks": [{"name": "t", "path": str(rig.home / "task.jsonl"), "kind": "choice"}]}
+    cutter.cut("after")
+    require_503(rig.client.post(f"/jobs/{job_id}/checkpoints/4/evaluate", json=body))
+    with rig.database.read() as session:
+        evaluation_id = session.scalars(select(EvaluationRow.evaluation_id)).one()
+    assert evaluation_id is not None
+    weights = RunDir(rig.home / "runs" / job_id).artifacts(None).evaluation(evaluation_id)
+    assert (weights / "model.safetensors").is_file()
 
 
 @only_postgres

@@ -122,6 +122,27 @@ def test_a_thinned_curve_keeps_its_outline(any_rig: ServiceHarness) -> None:
     assert again.removed["metrics"] == 0, "it remembers what it did, also in the next service"
 
 
+def test_a_part_of_a_thinned_curve_has_null_where_a_point_is_gone(
+    any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a part are narrower than what was kept: the sums are there, and the last point may not be."""
+    monkeypatch.setattr(retention, "KEPT_BUCKETS", 6)
+    job_id = long_run(any_rig, 1500)
+    wanted: dict[str, Any] = {"max_points": 20, "fields": "eval_loss,eval,learning_rate,at"}
+    before = any_rig.get(f"/jobs/{job_id}/metrics", **wanted)["data"]
+    any_rig.clock.forward(31 * DAY)
+    keeper = Keeper(any_rig, thin_metrics=30)
+    keeper.whole_pass()
+    assert keeper.removed["metrics"] > 0
+    after = any_rig.get(f"/jobs/{job_id}/metrics", **wanted)["data"]
+    assert [list(row) for row in after] == [list(row) for row in before]
+    assert [row["loss_mean"] for row in after] == [row["loss_mean"] for row in before]
+    assert {row["learning_rate"] for row in after} == {1e-3, None}
+    for accept in ("text/csv", "application/x-ndjson"):
+        answer = any_rig.client.get(f"/jobs/{job_id}/metrics", params=wanted, headers={"Accept": accept})
+        assert answer.status_code == 200, answer.text
+
+
 def test_a_job_that_ran_again_is_thinned_again(rig: ServiceHarness) -> None:
     job_id = long_run(rig, 3000)
     with rig.database.write() as session:

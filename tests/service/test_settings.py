@@ -1,5 +1,6 @@
 """Settings of the service: defaults, environment, command line, and what is rejected."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from trainyard.contract.allowed_paths import format_roots, parse_roots
+from trainyard.service.clock import utc_now
 from trainyard.service.db.cli import database_url
 from trainyard.service.db.engine import Database
 from trainyard.service.settings import InvalidSettings, Settings, is_loopback
+from trainyard.service.static_tokens import TokenFile
 
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +61,29 @@ def test_others_may_reach_it_only_with_a_token(host: str) -> None:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
 def test_loopback_needs_none(host: str) -> None:
     assert Settings.read({}, host=host).token is None
+
+
+@pytest.mark.parametrize("text", ["abc", " abc", "abc\n", "\tabc\r\n"])
+def test_blanks_around_a_token_are_none_of_it(text: str) -> None:
+    """No header can have them: nobody could use the service, and its log did not say why."""
+    settings = Settings.read({"TRAINYARD_TOKEN": text})
+    assert settings.token == "abc"
+    TokenFile(settings.token, None).require("abc")
+
+
+@pytest.mark.parametrize("text", [" ", "\n", " \t "])
+def test_a_blank_token_protects_nothing(text: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"^TRAINYARD_TOKEN is blank$"):
+        Settings.read({"TRAINYARD_TOKEN": text}, host="0.0.0.0")
+
+
+@pytest.mark.parametrize("days", ["36500", "1000000", "9" * 30])
+def test_any_number_of_days_can_be_counted_back(days: str) -> None:
+    names = ("IDEMPOTENCY", "CORPUS", "THIN_METRICS", "METRICS", "EVENTS")
+    settings = Settings.read({f"TRAINYARD_{name}_DAYS": days for name in names})
+    for name in names:
+        age = timedelta(days=getattr(settings, f"{name.lower()}_days"))
+        assert utc_now() - age < utc_now() - timedelta(days=36_000)
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "²"])

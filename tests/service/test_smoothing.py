@@ -90,6 +90,12 @@ def test_values_that_are_not_finite_are_skipped() -> None:
     assert last == pytest.approx(4.0), "the line is not continued beyond the finite points"
 
 
+@pytest.mark.parametrize("width", [5e-324, 1e-200, 1e-155, 1e-9, 0.1])
+def test_a_kernel_narrower_than_a_step_changes_nothing(width: float) -> None:
+    points = [aggregate_of(step, loss, 1) for step, loss in ((1, 5.0), (2, 4.0), (3, 4.5), (9, 3.0))]
+    assert smooth(to_cells(points, width), [1, 2, 3, 9], width, 9) == [5.0, 4.0, 4.5, 3.0]
+
+
 def test_widths() -> None:
     assert [auto_width(last) for last in (0, 80, 250, 1000, 4_999, 40_000, 10**6, 10**9)] == [
         1, 1, 2, 10, 20, 200, 1000, 1000,
@@ -142,6 +148,8 @@ def test_smoothed_loss_over_the_api(any_rig: ServiceHarness) -> None:
     assert by_step[200]["loss_smooth"] == pytest.approx(3.0)
     none = any_rig.get(address, max_points=1000, smooth_width=0)["data"]
     assert all(row["loss_smooth"] == row["loss"] for row in none)
+    tiny = any_rig.get(address, max_points=1000, smooth_width=1e-200)["data"]
+    assert [row["loss_smooth"] for row in tiny] == [row["loss"] for row in none]
     asked: dict[str, Any] = {"params": {"max_points": 9, "smooth_width": 7}, "headers": {"Accept": "text/csv"}}
     assert any_rig.client.get(address, **asked).text.split("\r\n")[0].endswith(",nonfinite,loss_smooth")
     for wrong in ("wide", "-1", "nan", "inf"):

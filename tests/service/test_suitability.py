@@ -213,7 +213,7 @@ def test_sqlite_on_a_network_file_system_is_refused(
     file: str, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts = tmp_path / "mountinfo"
-    mounts.write_text(MOUNTS.strip())
+    mounts.write_bytes(MOUNTS.strip().encode() + b"\n35 22 254:4 / /mnt/B\xfccher rw - ext4 /dev/vdd rw\n")
     monkeypatch.setattr(suitability, "MOUNTS", mounts)
     if kind is None:
         require_local_file(Path(file))

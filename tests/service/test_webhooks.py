@@ -47,12 +47,25 @@ def test_a_job_is_told_from_birth_to_death_in_order_and_signed(any_rig: ServiceH
     last = receiver.got[-1].payload
     job, event = any_rig.job(job_id), any_rig.data(job_id, "events")[-1]
     assert last["data"]["event"] in any_rig.data(job_id, "events")
-    assert last["id"] == f"evt_{last['data']['event']['id']}" == receiver.got[-1].id
+    assert last["id"] == f"evt_{event['id']}_{job_id.removeprefix('job_')}" == receiver.got[-1].id
     assert last["data"]["webhook_id"] == webhook["id"]
     told = last["data"]["job"]
     assert told["error"] == job["error"]
     assert told["error"] is not None, "the failure card is the API's"
     assert {name: job[name] for name in told} == told, (job, event)
+
+
+def test_an_event_never_has_the_id_of_one_of_a_deleted_job(any_rig: ServiceHarness, receiver: Receiver) -> None:
+    """Receivers ignore duplicates by the id. SQLite gives the numbers of deleted rows again."""
+    register(any_rig, receiver.url, events=["*"])
+    for _ in range(3):
+        job_id = any_rig.submit()
+        any_rig.post_action(job_id, "cancel")
+        assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
+    send(any_rig)
+    ids = [got.id for got in receiver.got]
+    assert len(ids) == 6
+    assert len(set(ids)) == 6, ids
 
 
 def test_the_log_of_deliveries(any_rig: ServiceHarness, receiver: Receiver) -> None:

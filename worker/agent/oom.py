@@ -67,8 +67,9 @@ def own_cgroup(proc: Path = PROC) -> Cgroup | None:
 
 def _cgroups(proc: Path) -> Iterator[Cgroup]:
     try:
-        mounts = [line.split() for line in (proc / "self/mountinfo").read_text().splitlines()]
-        memberships = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+        # Names are bytes, in any encoding.
+        mounts = [line.split() for line in os.fsdecode((proc / "self/mountinfo").read_bytes()).splitlines()]
+        memberships = [line.split(":", 2) for line in os.fsdecode((proc / "self/cgroup").read_bytes()).splitlines()]
     except OSError:
         return
     for _, controllers, path in memberships:
@@ -136,7 +137,7 @@ def resident_bytes_of_descendants(ancestor: int, proc: Path = PROC) -> int:
 
 def _peak_resident_bytes(status: Path) -> int:
     try:
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        line = next(line for line in status.read_text(errors="replace").splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
     except (OSError, ValueError, StopIteration, IndexError):
         return 0

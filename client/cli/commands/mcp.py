@@ -77,7 +77,7 @@ def _as_tool_errors() -> Iterator[None]:
 def serve(args: SimpleNamespace, console: Console) -> int:
     """Answer the requests on stdin until it ends."""
     url = normalize_url(args.url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
-    token = os.environ.get("TRAINYARD_TOKEN") if args.token is None else args.token
+    token = os.environ.get("TRAINYARD_TOKEN", "").strip() if args.token is None else args.token
     if sys.stdin.isatty():
         console.error(f"tools for {url}; an AI agent starts this command and talks to it on stdin. Ctrl-C ends it.")
     # A thread waits for the next line. Python could end only after that.

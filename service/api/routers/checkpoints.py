@@ -16,7 +16,7 @@ from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import CheckpointRow, JobRow
-from trainyard.service.errors import CheckpointNotFound
+from trainyard.service.errors import CheckpointNotFound, OutcomeUnknown
 from trainyard.service.jobs import checkpoint_deletion, repository
 from trainyard.service.storage.checkpoint_files import checkpoint_directory, open_listed
 from trainyard.service.storage.range_response import FileRangeResponse
@@ -76,6 +76,14 @@ def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:
 @router.delete("", status_code=204, dependencies=[SUBMIT, OWN_JOB])
 def delete_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
     """Delete a full checkpoint and its files. The last valid one, and one that a live run may need, is not deleted."""
-    with state.database.write() as session:
-        unpublished = checkpoint_deletion.unpublish(session, state.settings, job_id, step, caller, utc_now())
-    checkpoint_deletion.delete_files(unpublished, state.settings.writable_roots)
+    roots, unpublished = state.settings.writable_roots, None
+    try:
+        with state.database.write() as session:
+            unpublished = checkpoint_deletion.unpublish(session, state.settings, job_id, step, caller, utc_now())
+    except OutcomeUnknown:
+        raise  # It may be off the list already. The job's next attempt deletes the files.
+    except Exception:
+        if unpublished is not None:
+            checkpoint_deletion.restore(unpublished, roots)
+        raise
+    checkpoint_deletion.delete_files(unpublished, roots)

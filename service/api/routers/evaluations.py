@@ -18,7 +18,7 @@ from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import OptionalBody
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow
-from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.errors import OutcomeUnknown, RequestInvalid, with_problems
 from trainyard.service.evaluations import requests, store
 from trainyard.service.jobs.submission import check_tasks
 from trainyard.service.schemas import Evaluation, Page, TaskScore
@@ -84,6 +84,8 @@ def evaluate_checkpoint(
     try:
         with state.database.write() as session:
             requests.create(session, job_id, evaluation_id, found, tasks, caller.name, utc_now())
+    except OutcomeUnknown:
+        raise  # The evaluation may have been stored, and then it needs the weights.
     except BaseException:
         requests.release_weights(artifacts.evaluation(evaluation_id), roots)
         raise

@@ -1,5 +1,8 @@
 """Routes that export a checkpoint, list the exports, and download their files."""
 
+import asyncio
+from contextvars import copy_context
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Response
@@ -34,13 +37,21 @@ class ExportBody(OptionalBody):
 
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT, OWN_JOB], response_model=Export)
-def export_checkpoint(
+async def export_checkpoint(
     state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:
     """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
 
-    Responds after the export: 201, or 200 if the same weights were exported before. A job has one export at a time.
+    Responds after the export: 201, or 200 if the same weights were exported before. A job has one export at a time, and
+    the service a few; others wait.
     """
+    request, exists = await asyncio.to_thread(_find, state, job_id, step, body.format)
+    work = partial(copy_context().run, _export, state, caller, job_id, request, exists)
+    return await asyncio.get_running_loop().run_in_executor(None if exists else state.exports, work)
+
+
+def _find(state: AppState, job_id: str, step: int, form: Format) -> tuple[exporter.ExportRequest, bool]:
+    """Return the request, and whether exactly this was exported before."""
     job = find_job(state, job_id)
     tokenizer, stem = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
     checkpoint = find_directory(state, job_id, step)
@@ -48,18 +59,21 @@ def export_checkpoint(
         artifact_dir(state, job),
         checkpoint,
         step,
-        body.format,
+        form,
         tokenizer,
         stem,
         state.settings.readable_roots,
         state.settings.writable_roots,
     )
-    exists = exporter.is_exported(request)
+    return request, exporter.is_exported(request)
+
+
+def _export(state: AppState, caller: Principal, job_id: str, request: exporter.ExportRequest, exists: bool) -> Response:
     try:
         if not exists:
             exporter.run_export(request)
             _record_event(state, job_id, request, caller)
-        exported = exporter.describe_export(request.artifacts, step, body.format)
+        exported = exporter.describe_export(request.artifacts, request.step, request.format)
     except (ServiceError, OSError):
         # If the job was deleted meanwhile, its files are missing: the 404 says so, and the error would show a path.
         find_job(state, job_id)
