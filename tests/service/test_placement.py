@@ -16,7 +16,7 @@ from trainyard.service.devices import inventory, xids
 from trainyard.service.devices.inventory import Device, HostInventory, same_pci_address
 from trainyard.service.devices.placement import choose
 from trainyard.service.devices.xids import XidError, XidWatcher, kernel_log_errors
-from trainyard.service.scheduler.plan import Start, plan
+from trainyard.service.scheduler.plan import BACKFILL_PATIENCE, Start, plan
 from trainyard.service.scheduler.snapshot import QueuedJob, Snapshot
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -164,6 +164,25 @@ def test_only_devices_whose_errors_change_are_copied() -> None:
 )
 def test_a_gpu_with_an_error_is_not_leased(queued: QueuedJob, expected: tuple[str, ...] | str) -> None:
     devices = (Device("cuda:0", "cuda", uuid="a", xid_errors=(79,)), Device("cuda:1", "cuda"))
+    require_plan(queued, devices, expected)
+
+
+@pytest.mark.parametrize(
+    ("queued", "expected"),
+    [
+        (job(), ("cuda:1",)),
+        (job(ranks=2), "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"),
+        (job("cuda:0"), "cuda:0, for which the driver does not answer (GPU is lost)"),
+    ],
+)
+def test_a_gpu_for_which_the_driver_does_not_answer_is_not_leased(
+    queued: QueuedJob, expected: tuple[str, ...] | str
+) -> None:
+    devices = (Device("cuda:0", "cuda", uuid="a", fault="GPU is lost"), Device("cuda:1", "cuda"))
+    require_plan(queued, devices, expected)
+
+
+def require_plan(queued: QueuedJob, devices: Sequence[Device], expected: tuple[str, ...] | str) -> None:
     decision = plan(Snapshot(queued=[queued], devices=devices), NOW)
     if isinstance(expected, str):
         assert decision.waiting == {"job": expected}
@@ -193,6 +212,19 @@ def test_an_error_keeps_a_gpu_from_being_leased_until_it_is_cleared(make_rig: Ma
         xids.store(session, [XidError("GPU-a", 79, at)])  # a cleared one is not counted again
     rig.reconcile()
     assert rig.status(job_id) == "starting"
+
+
+def test_a_lost_gpu_is_shown_and_stops_no_other_job(make_rig: MakeHarness, sqlite_url: str) -> None:
+    lost = Device("cuda:0", "cuda", uuid="GPU-a", fault="GPU is lost")
+    rig = make_rig(sqlite_url, devices=(lost, Device("cuda:1", "cuda", uuid="GPU-b")))
+    rig.reconcile()
+    assert [device["fault"] for device in rig.get("/devices")["data"]] == ["GPU is lost", None]
+    on_both = rig.submit(resources={"device": "cuda", "nproc_per_node": 2})
+    rig.clock.forward(BACKFILL_PATIENCE.total_seconds() + 1)
+    on_one = rig.submit(resources={"device": "cuda"})
+    rig.reconcile()
+    assert (rig.status(on_both), rig.status(on_one)) == ("queued", "starting")
+    assert rig.job(on_both)["queue"]["waiting_for"] == "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"
 
 
 def test_an_error_counts_for_a_day(make_rig: MakeHarness, sqlite_url: str) -> None:

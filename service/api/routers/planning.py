@@ -112,6 +112,6 @@ def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequenc
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
     marked = xids.marked(devices, xids.uncleared(session, utc_now()))
-    usable = [d for d in marked if not d.processes and not d.xid_errors]
+    usable = [d for d in marked if not d.processes and d.works]
     free = [d for d in usable if kind in (d.kind, d.id) and d.id not in leased]
     return QueuePosition(ahead, len(free))
