@@ -13,7 +13,7 @@ from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import JsonBody
 from trainyard.service.clock import utc_now
-from trainyard.service.errors import KeyReused, QuotaExceeded, ServiceError, StorageError
+from trainyard.service.errors import KeyReused, OutcomeUnknown, QuotaExceeded, ServiceError, StorageError
 from trainyard.service.forks import service
 from trainyard.service.forks.request import ForkRequest, forked_spec, parse_fork_request
 from trainyard.service.ids import new_id
@@ -102,6 +102,8 @@ def _create(
                 if key is not None and not repository.save_key(session, key, caller, digest, job, utc_now()):
                     # A concurrent request with the same key was first; its job is returned below.
                     raise KeyReused()
+        except OutcomeUnknown:
+            raise  # The record may exist: the note stays, and the next start deletes the files if it does not.
         except (ServiceError, OSError) as error:
             pending_deletion.delete_files()
             earlier = find_replay(state, caller, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None

@@ -25,6 +25,7 @@ from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import (
     KeyReused,
+    OutcomeUnknown,
     QuotaExceeded,
     RequestInvalid,
     ServiceError,
@@ -335,6 +336,8 @@ def delete_job(state: StateDep, job_id: str) -> None:
         try:
             with state.database.write() as session:
                 actions.remove(session, job_id)
+        except OutcomeUnknown:
+            raise  # The record may be gone: the note stays, and the next start deletes the files if it is.
         except ServiceError:
             pending_deletion.cancel()
             raise
