@@ -121,7 +121,7 @@ def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Schedu
     live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     preparing = plan_live_preparations(snapshot.preparations, snapshot.waiting_jobs, now, timing)
-    placed, waiting = _place(snapshot, now)
+    placed, waiting = _place(snapshot, now, timing)
     return SchedulingPlan((*live_actions, *restarts, *preparing, *placed), waiting)
 
 
@@ -234,7 +234,9 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
+def _place(
+    snapshot: Snapshot, now: datetime, timing: Timing
+) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
     """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted.
 
     A job whose corpus is not ready takes no part. Corpora are prepared with the CPU slots that are left.
@@ -273,7 +275,7 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Re
             # Free devices are kept meanwhile: else the preempted job would take them and be preempted again.
             pools.reserve(kind)
     prepared, before = plan_new_preparations(
-        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now
+        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now, timing
     )
     for job in snapshot.queued:
         if job.corpus_id is not None:
