@@ -107,6 +107,7 @@ class PreparationExecutor:
         except Exception as error:
             if not isinstance(error, LaunchRefused):
                 log.exception("the launcher failed", extra=_fields(launch.name))
+                self._launcher.kill(launch.name)  # it may have started the agent
             hint = error.hint if isinstance(error, LaunchRefused) else None
             message = f"the preparation of the corpus could not be launched: {error}"
             self._close_crashed(launch.name, ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint))

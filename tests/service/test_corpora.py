@@ -229,7 +229,7 @@ def test_an_orphaned_process_is_ended_before_the_next_one(preparing: ServiceHarn
     assert process(rig, corpus_id, 2).state is AttemptState.ALIVE
 
 
-@pytest.mark.parametrize("point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse"])
+@pytest.mark.parametrize("point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse", "break"])
 def test_every_failed_launch_is_found(preparing: ServiceHarness, point: Any) -> None:
     rig = preparing
     job_id = rig.submit()
