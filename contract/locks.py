@@ -19,6 +19,16 @@ class FileLock:
         # The file is never deleted: a lock on a file that another process has replaced would protect nothing.
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
+    @classmethod
+    def acquire(cls, path: Path, *, seconds: float = 0.0) -> Self:
+        """Return the exclusive lock on ``path``. Raises LockBusy after ``seconds``, and then leaves nothing open."""
+        lock = cls(path)
+        try:
+            return lock.take(seconds=seconds)
+        except LockBusy:
+            lock.release()
+            raise
+
     def take(self, *, shared: bool = False, seconds: float = 0.0) -> Self:
         """Acquire the lock, or change it between shared and exclusive, within ``seconds``.
 

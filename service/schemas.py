@@ -791,6 +791,7 @@ class DeviceResponse(ResponseModel):
     link: Literal["nvlink", "pcie"] | None = None
     nvlink_peers: list[str] = Field(default_factory=list)
     xid_errors: list[XidErrorResponse] = Field(default_factory=list)
+    fault: str | None = None
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = Field(default_factory=list)

@@ -1,7 +1,7 @@
 """Waits and timeouts of the service. A service in use has the defaults; tests shorten them."""
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,7 @@ class Timing:
     def max_restart_wait(self) -> float:
         """The longest possible wait before a restart, in seconds."""
         return max(*self.backoff_seconds, *self.setback_seconds)
+
+    def is_due(self, restart_at: datetime, now: datetime) -> bool:
+        """Whether the back-off is over. A time further away than any back-off means that the clock was set back."""
+        return restart_at <= now or restart_at - now > timedelta(seconds=self.max_restart_wait)

@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +22,11 @@ NODE_SET_WORDS = 2
 
 PCI_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})(?:\.[0-7])?")
 
+UNSUPPORTED = frozenset(
+    {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}
+)
+"""Answers of a GPU that works, to a query that its card, driver or partition does not know."""
+
 T = TypeVar("T")
 
 log = logging.getLogger("trainyard")
@@ -34,7 +39,7 @@ class Device:
     ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
     ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
     None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
-    being leased.
+    being leased. ``fault``: the driver's error if it no longer answers for this GPU, which is then not leased either.
     """
 
     id: str
@@ -51,6 +56,12 @@ class Device:
     link: str | None = None
     nvlink_peers: tuple[str, ...] = ()
     xid_errors: tuple[int, ...] = ()
+    fault: str | None = None
+
+    @property
+    def works(self) -> bool:
+        """Whether it may be leased, as far as errors are known."""
+        return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
         """Return whether ``name`` is its id, its UUID or its PCI address. The latter in any of the usual spellings."""
@@ -90,17 +101,23 @@ class GpuFacts:
     nvlink_peers: tuple[str, ...]
 
 
+NO_FACTS = GpuFacts(uuid=None, pci_bus_id=None, numa_node=None, link=None, nvlink_peers=())
+
+
 class HostInventory:
     """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
 
-    ``excluded``: ids, UUIDs or PCI addresses of devices that are left out.
+    A GPU for which the driver no longer answers stays in the list, with its ``fault``: all others can be used, and a
+    job with the device "auto" does not start on the CPU. ``excluded``: ids, UUIDs or PCI addresses of devices that are
+    left out.
     """
 
     def __init__(self, slots: int, visible: str | None = None, excluded: Sequence[str] = ()) -> None:
         self._cpu = _without(cpu_slots(slots, cpu_model()), excluded)
         self._visible = visible
         self._excluded = excluded
-        self._facts: tuple[GpuFacts, ...] = ()
+        self._facts: tuple[GpuFacts | None, ...] = ()
+        self._last: dict[int, Device] = {}
         self._nvml = _init_nvml()
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
@@ -121,12 +138,37 @@ class HostInventory:
             return (*self._cuda, *self._cpu)
 
     def _cuda_devices(self) -> Iterator[Device]:
-        count = pynvml.nvmlDeviceGetCount()
-        if len(self._facts) != count:
+        try:
+            count = pynvml.nvmlDeviceGetCount()
+        except pynvml.NVMLError as error:
+            yield from [self._failed(index, error) for index in self._last]
+            return
+        if len(self._facts) != count or None in self._facts:
             self._facts = tuple(_gpu_facts(count))
         for index, facts in enumerate(self._facts):
             if self._visible is None or str(index) in self._visible.split(","):
-                yield _cuda_device(index, facts)
+                yield self._cuda_device(index, facts)
+
+    def _cuda_device(self, index: int, facts: GpuFacts | None) -> Device:
+        before = self._last.get(index)
+        try:
+            device = _cuda_device(index, facts or NO_FACTS)
+        except pynvml.NVMLError as error:
+            return self._failed(index, error)
+        if before is not None and before.fault is not None:
+            log.info("the driver answers for a GPU again", extra={"devices": device.id})
+        self._last[index] = device
+        return device
+
+    def _failed(self, index: int, error: pynvml.NVMLError) -> Device:
+        """Return the GPU as it was when the driver answered last, without what may have changed."""
+        before = self._last.get(index) or Device(f"cuda:{index}", "cuda")
+        unknown: dict[str, Any] = {"memory_used_bytes": None, "temperature_celsius": None}
+        device = replace(before, **unknown, processes=(), strangers=(), fault=str(error))
+        if before.fault != device.fault:
+            log.warning("the driver does not answer for a GPU: %s", error, extra={"devices": device.id})
+        self._last[index] = device
+        return device
 
 
 def _without(devices: Iterable[Device], excluded: Sequence[str]) -> tuple[Device, ...]:
@@ -165,14 +207,16 @@ def _init_nvml() -> bool:
 
 def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    running = tuple(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    # A GPU that shares the host's memory reports no memory, and one in a virtual machine no processes.
+    memory = _if_supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+    processes = _if_supported(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    running = tuple(process.pid for process in processes or ())
     return Device(
         id=f"cuda:{index}",
         kind="cuda",
-        model=str(pynvml.nvmlDeviceGetName(handle)),
-        memory_bytes=int(memory.total),
-        memory_used_bytes=int(memory.used),
+        model=_if_supported(lambda: str(pynvml.nvmlDeviceGetName(handle))),
+        memory_bytes=int(memory.total) if memory is not None else None,
+        memory_used_bytes=int(memory.used) if memory is not None else None,
         temperature_celsius=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         processes=running,
         # Our processes have a marker in their environment, which is unreadable for other users' processes.
@@ -181,11 +225,17 @@ def _cuda_device(index: int, facts: GpuFacts) -> Device:
     )
 
 
-def _gpu_facts(count: int) -> Iterator[GpuFacts]:
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    for handle in handles:
+def _gpu_facts(count: int) -> Iterator[GpuFacts | None]:
+    """Yield the facts of each GPU, or None if the driver does not answer for it."""
+    handles = [_or_none(lambda: pynvml.nvmlDeviceGetHandleByIndex(index)) for index in range(count)]  # noqa: B023
+    for own, handle in enumerate(handles):
+        if handle is None:
+            yield None
+            continue
         peers = tuple(
-            f"cuda:{index}" for index, other in enumerate(handles) if other != handle and _has_nvlink(handle, other)
+            f"cuda:{index}"
+            for index, other in enumerate(handles)
+            if index != own and other is not None and _has_nvlink(handle, other)
         )
         yield GpuFacts(
             uuid=_or_none(lambda: str(pynvml.nvmlDeviceGetUUID(handle))),  # noqa: B023 - called at once
@@ -211,6 +261,16 @@ def _numa_node(handle: Any) -> int | None:
 
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
+
+
+def _if_supported(query: Callable[[], T]) -> T | None:
+    """Return the answer of NVML, or None if the GPU has none. Raises NVMLError if the GPU does not work."""
+    try:
+        return query()
+    except pynvml.NVMLError as error:
+        if error.value not in UNSUPPORTED:
+            raise
+        return None
 
 
 def _or_none(query: Callable[[], T]) -> T | None:

@@ -49,7 +49,7 @@ class XidError:
 
 
 class XidWatcher:
-    """Collects the errors of this host's GPUs in a thread. `drain` returns them once."""
+    """Collects the errors of this host's GPUs in a thread, until they are stored."""
 
     def __init__(self, kmsg: Path = KMSG) -> None:
         self._kmsg = kmsg
@@ -73,11 +73,15 @@ class XidWatcher:
         if self._thread is not None:
             self._thread.join(5)
 
-    def drain(self) -> list[XidError]:
-        """Return the errors since the last call."""
+    def pending(self) -> tuple[XidError, ...]:
+        """Return the errors that are not stored yet, see `forget`."""
         with self._lock:
-            errors, self._errors = self._errors, []
-        return errors
+            return tuple(self._errors)
+
+    def forget(self, stored: Sequence[XidError]) -> None:
+        """Remove the first errors, which are stored now."""
+        with self._lock:
+            del self._errors[: len(stored)]
 
     def _run(self) -> None:
         try:
@@ -93,10 +97,16 @@ class XidWatcher:
             # A card that cannot report them, such as a virtual one, is left out.
             registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
             while registered and not self._stopping.is_set():
-                event = _next_event(events)
-                if event is not None:
-                    uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
-                    self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
+                try:
+                    event = _next_event(events)
+                    if event is not None:
+                        uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
+                        self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
+                except pynvml.NVMLError as error:
+                    if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
+                        raise
+                    # One GPU has fallen off the bus. The inventory shows it, and the errors of the others count.
+                    self._stopping.wait(WAIT_MILLISECONDS / 1000)
         finally:
             pynvml.nvmlEventSetFree(events)
 
@@ -109,12 +119,15 @@ class XidWatcher:
 
 
 def _gpus() -> "list[tuple[str, str, Any]]":
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    pairs = [(pynvml.nvmlDeviceGetPciInfo(handle).busId, handle) for handle in handles]
-    return [
-        (bus.decode() if isinstance(bus, bytes) else str(bus), str(pynvml.nvmlDeviceGetUUID(handle)), handle)
-        for bus, handle in pairs
-    ]
+    """Return PCI address, UUID and handle of each GPU for which the driver answers."""
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            bus = pynvml.nvmlDeviceGetPciInfo(handle).busId
+            pci = bus.decode() if isinstance(bus, bytes) else str(bus)
+            found.append((pci, str(pynvml.nvmlDeviceGetUUID(handle)), handle))
+    return found
 
 
 def _register(handle: Any, events: Any) -> bool:

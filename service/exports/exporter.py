@@ -55,7 +55,7 @@ def run_export(request: ExportRequest) -> None:
     try:
         with directory_inside(request.artifacts.exports, request.save_roots, create=True) as folder:
             try:
-                lock = FileLock(folder / ".lock").take()
+                lock = FileLock.acquire(folder / ".lock")
             except LockBusy:
                 raise ExportInProgress() from None
             with lock:

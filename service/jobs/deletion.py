@@ -38,7 +38,7 @@ class PendingDeletion:
     def __init__(self, settings: Settings, note: Path, seconds: float = 0.0) -> None:
         self._settings = settings
         self._note = note
-        self._lock = FileLock(note).take(seconds=seconds)
+        self._lock = FileLock.acquire(note, seconds=seconds)
 
     @property
     def job_id(self) -> str:

@@ -69,17 +69,19 @@ class LocalLauncher:
         try:
             self._files.write(launch)
             pid = self._spawn(launch, attempt)
-            threading.Thread(target=_reap, args=(pid,), daemon=True).start()
-            log.info("the agent was started", extra={**launch.name.fields, "pid": pid})
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
+        # From here on there is an agent: an error must not be taken for a launch that was refused.
+        _wait_until_visible(pid, str(launch.name))
+        threading.Thread(target=_reap, args=(pid,), daemon=True).start()
+        log.info("the agent was started", extra={**launch.name.fields, "pid": pid})
 
     @failpoint("launch.local.spawn")
     def _spawn(self, launch: Launch, attempt: AttemptDir) -> int:
         cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        pid = os.posix_spawn(
+        return os.posix_spawn(
             command[0],
             command,
             # NVML, which numbers the leased devices, uses the PCI order. CUDA alone would put the fastest card first.
@@ -96,8 +98,6 @@ class LocalLauncher:
             # With a pipe or a shared session the run would end with the service or the terminal.
             setsid=True,
         )
-        _wait_until_visible(pid, str(launch.name))
-        return pid
 
     def find(self, name: AttemptRef) -> AttemptStatus:
         """Return the attempt's state from its files and the process table."""

@@ -1,5 +1,6 @@
 """Expected throughput before any run was made: the speed of a matrix product, measured once on this host."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -46,14 +47,17 @@ class MatrixSpeed:
     _failed: set[str] = field(default_factory=set)
     _threads: dict[str, threading.Thread] = field(default_factory=dict)
 
-    def estimate(self, spec: JobSpec, kind: str, attention_length: float) -> MatrixEstimate | None:
+    def estimate(
+        self, spec: JobSpec, kind: str, attention_length: float, device: str | None = None
+    ) -> MatrixEstimate | None:
         """Return the expected throughput on devices of a kind, or None if their speed is not known, or not yet.
 
-        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`.
+        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`. ``device``: the id of
+        the one to measure, which no run uses.
 
         The first call for a kind takes up to ``wait_seconds``. Do not call it in a transaction.
         """
-        flops = self._flops(kind, spec.training.dtype)
+        flops = self._flops(kind, spec.training.dtype, device)
         if flops is None:
             return None
         # A product on the CPU uses all cores, which the ranks share.
@@ -69,10 +73,10 @@ class MatrixSpeed:
         if kind != "cpu" or spec.training.dtype != "bfloat16":
             return None
         # Without waiting: the plan has waited for its own type already, and the next one has the warning.
-        own, other = (self._flops(kind, dtype, wait_seconds=0.0) for dtype in ("bfloat16", "float32"))
+        own, other = (self._flops(kind, dtype, None, wait_seconds=0.0) for dtype in ("bfloat16", "float32"))
         return (own, other) if own is not None and other is not None else None
 
-    def _flops(self, kind: str, dtype: str, wait_seconds: float | None = None) -> float | None:
+    def _flops(self, kind: str, dtype: str, device: str | None, wait_seconds: float | None = None) -> float | None:
         name, file = f"{kind} {dtype}", self.home / "cache" / "matrix-speed.json"
         with self._lock:
             known = self._known(file)
@@ -80,16 +84,16 @@ class MatrixSpeed:
                 return known.get(name)
             thread = self._threads.get(name)
             if thread is None:
-                thread = threading.Thread(target=self._measure, args=(kind, dtype, name, file), daemon=True)
+                thread = threading.Thread(target=self._measure, args=(device or kind, dtype, name, file), daemon=True)
                 self._threads[name] = thread
                 thread.start()
         thread.join(self.wait_seconds if wait_seconds is None else wait_seconds)
         return self._known(file).get(name)
 
-    def _measure(self, kind: str, dtype: str, name: str, file: Path) -> None:
+    def _measure(self, device: str, dtype: str, name: str, file: Path) -> None:
         try:
             with self._measuring:  # two at once would slow each other down
-                measured = _measure(kind, dtype)
+                measured = _measure(device, dtype)
         except subprocess.TimeoutExpired:
             with self._lock:
                 del self._threads[name]  # the host was busy: a later plan measures again
@@ -111,10 +115,15 @@ class MatrixSpeed:
         return {name: float(flops) for name, flops in entries if isinstance(flops, int | float) and flops > 0}
 
 
-def _measure(kind: str, dtype: str) -> float | None:
+def _measure(device: str, dtype: str) -> float | None:
+    kind, _, index = device.partition(":")
+    environment = dict(os.environ)
+    if kind == "cuda" and index:
+        # CUDA's own first device may be one that a run has filled to its last bytes.
+        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}
     command = [sys.executable, "-m", MODULE, kind, dtype]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=True)
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS, check=True)
         return float(done.stdout)
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None  # without torch, for example

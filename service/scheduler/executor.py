@@ -132,6 +132,7 @@ class PlanExecutor:
         except Exception as error:
             if not isinstance(error, LaunchRefused):
                 log.exception("the launcher failed", extra=launch.name.fields)
+                self._launcher.kill(launch.name)  # it may have started the agent
             self._launch_refused(launch, error)
             return True
         with self.write() as session:

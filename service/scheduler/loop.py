@@ -184,10 +184,11 @@ class Scheduler:
         return any(outcomes)
 
     def _store_xid_errors(self) -> None:
-        errors = self._xid_watcher.drain() if self._xid_watcher is not None else []
-        if errors:
+        errors = self._xid_watcher.pending() if self._xid_watcher is not None else ()
+        if self._xid_watcher is not None and errors:
             with self._executor.write() as session:
                 xids.store(session, errors)
+            self._xid_watcher.forget(errors)  # Not before: the database may be away just now.
 
     def _publish(self, inventory: InventorySnapshot) -> None:
         if not self._publish_tracker.differs(inventory):

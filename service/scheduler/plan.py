@@ -1,5 +1,6 @@
 """The scheduling decision: a pure function of the snapshot and the time."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -120,7 +121,7 @@ def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Schedu
     live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     preparing = plan_live_preparations(snapshot.preparations, snapshot.waiting_jobs, now, timing)
-    placed, waiting = _place(snapshot, now)
+    placed, waiting = _place(snapshot, now, timing)
     return SchedulingPlan((*live_actions, *restarts, *preparing, *placed), waiting)
 
 
@@ -148,23 +149,28 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind. A device with XID errors is not free. ``lent``: those that side processes have."""
+    """Free devices by kind. A faulty device is not free. ``lent``: those that side processes have."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.leases = dict(snapshot.leases)
         self.total: dict[str, int] = {}
         self.free: dict[str, dict[str, Device]] = {"cpu": {}, "cuda": {}}
         self.lent: dict[str, None] = {}
-        self.faulty = [device.id for device in snapshot.devices if device.xid_errors]
+        self.faulty = {device.id: device for device in snapshot.devices if not device.works}
+        self.failing = Counter(device.kind for device in self.faulty.values())
         self.has_places = any(map(has_neighbours, snapshot.devices))
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
-            if device.xid_errors:
+            if device.id in self.faulty:
                 continue
             if device.id in snapshot.lent:
                 self.lent[device.id] = None
             elif device.id not in snapshot.leases and not device.processes:
                 self.free[device.kind][device.id] = device
+
+    def may_ever_fit(self, kind: str, ranks: int) -> bool:
+        """Return whether the host has so many devices of a kind or a name that work, be they free or not."""
+        return kind not in self.free or ranks <= self.total.get(kind, 0) - self.failing[kind]
 
     def fits(self, kind: str, ranks: int) -> bool:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
@@ -201,12 +207,17 @@ class _Pools:
     def waiting_reason(self, kind: str, ranks: int) -> str:
         if kind not in DEVICE_NAMES:
             holder = self.leases.get(kind)
-            if holder is None and kind in self.faulty:
+            if holder is None and (device := self.faulty.get(kind)) is not None:
+                if device.fault is not None:
+                    return f"{kind}, for which the driver does not answer ({device.fault})"
                 return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
-        faulty = [device for device in self.faulty if _pool(device) == kind]
-        errors = f", and {', '.join(faulty)} with XID errors" if faulty else ""
+        faulty = [device for device in self.faulty.values() if device.kind == kind]
+        lost = ", ".join(device.id for device in faulty if device.fault is not None)
+        failing = ", ".join(device.id for device in faulty if device.fault is None)
+        errors = f", and {failing} with XID errors" if failing else ""
+        errors += f", and the driver does not answer for {lost}" if lost else ""
         return (
             f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
         )
@@ -223,7 +234,9 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
+def _place(
+    snapshot: Snapshot, now: datetime, timing: Timing
+) -> tuple[list[Start | Preempt | Reclaim | Prepare], dict[str, str]]:
     """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted.
 
     A job whose corpus is not ready takes no part. Corpora are prepared with the CPU slots that are left.
@@ -242,6 +255,8 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Re
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
         waiting[job.id] = pools.waiting_reason(kind, job.ranks)
+        if not pools.may_ever_fit(kind, job.ranks):
+            continue  # a GPU has failed since its submission: to keep the others free for it would stop the whole queue
         lent = pools.lent_to_sidecars(kind, job.ranks)
         room = pools.count(kind) + len(lent)
         if room >= job.ranks:
@@ -260,7 +275,7 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt | Re
             # Free devices are kept meanwhile: else the preempted job would take them and be preempted again.
             pools.reserve(kind)
     prepared, before = plan_new_preparations(
-        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now
+        snapshot.preparations, len(pools.free["cpu"]), pools.total.get("cpu", 0), now, timing
     )
     for job in snapshot.queued:
         if job.corpus_id is not None:

@@ -31,7 +31,7 @@ class PreemptionBudget:
     """Devices of attempts that stop or can be asked to. A device promised to one job is not offered to the next."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        usable = {d.id: d.kind for d in snapshot.devices if not d.strangers and not d.xid_errors}
+        usable = {d.id: d.kind for d in snapshot.devices if not d.strangers and d.works}
         self._kinds = usable
         self._freeing: dict[str, LiveAttempt | None] = _devices_being_freed(snapshot)
         self._running: list[LiveAttempt] = []

@@ -41,6 +41,7 @@ from trainyard.service.scheduler.preparations import (
     PreparationAction,
     Prepare,
     StopPreparation,
+    was_unobserved,
 )
 from trainyard.service.scheduler.snapshot import SchedulerMemory
 from trainyard.service.timing import Timing
@@ -106,6 +107,7 @@ class PreparationExecutor:
         except Exception as error:
             if not isinstance(error, LaunchRefused):
                 log.exception("the launcher failed", extra=_fields(launch.name))
+                self._launcher.kill(launch.name)  # it may have started the agent
             hint = error.hint if isinstance(error, LaunchRefused) else None
             message = f"the preparation of the corpus could not be launched: {error}"
             self._close_crashed(launch.name, ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint))
@@ -128,6 +130,8 @@ class PreparationExecutor:
                 row.heard_at = now if name.launcher == LOCAL else None
 
     def _inspect(self, preparation: Preparation) -> bool:
+        if was_unobserved(preparation, self._clock()):
+            self._restart_stall(preparation.name)
         self._memory.inspected_at[preparation.id] = self._clock()
         acked = self._read_progress(preparation.name, preparation.acked_seq)
         status = self._launcher.find(preparation.name)
@@ -150,6 +154,13 @@ class PreparationExecutor:
                 return self._handle_absent(preparation, acked)
             case _:
                 assert_never(status.state)
+
+    def _restart_stall(self, name: AttemptRef) -> None:
+        """Count the time without a report from now on."""
+        with self._write() as session:
+            row = _locked(session, name)
+            if row is not None and row.heard_at is not None:
+                row.heard_at = self._clock()
 
     def _read_progress(self, name: AttemptRef, acked: int) -> int:
         """Store the lines of the outbox after ``acked``, and return the number of the last one."""

@@ -18,7 +18,9 @@ MAX_LOCAL = 4
 
 INSPECT_AFTER = timedelta(seconds=0.5)
 STALL_MARGIN = timedelta(seconds=60)
-"""The agent ends a stalled preparation itself. After this the launcher does it, because the agent is stopped."""
+"""The agent ends a stalled preparation itself. After this the launcher does it, because the agent is stopped.
+
+Also the longest time without an inspection: what was reported in a longer one is not known, so it is no silence."""
 
 OrderKey = tuple[int, datetime, int]
 """Order of the queue: minus the priority, the time, and the number of the job."""
@@ -122,6 +124,11 @@ def plan_live_preparations(
             yield MoveWaitingJob(job.job_id, job.corpus_id, JobStatus.QUEUED)
 
 
+def was_unobserved(preparation: Preparation, now: datetime) -> bool:
+    """Return whether its reports were not read for long: the service was down or suspended, or the clock changed."""
+    return preparation.inspected_at is None or abs(now - preparation.inspected_at) > STALL_MARGIN
+
+
 def _attend(preparation: Preparation, now: datetime, timing: Timing) -> Iterator[PreparationAction]:
     # A time in the future was written before the clock was set back: it counts as old.
     if preparation.inspected_at is None or abs(now - preparation.inspected_at) > INSPECT_AFTER:
@@ -131,12 +138,14 @@ def _attend(preparation: Preparation, now: datetime, timing: Timing) -> Iterator
             yield KillPreparation(preparation, Reason.USER)
     elif preparation.order is None:
         yield StopPreparation(preparation)
-    elif preparation.heard_at is not None and abs(now - preparation.heard_at) > preparation.stall + STALL_MARGIN:
+    elif was_unobserved(preparation, now) or preparation.heard_at is None:
+        return
+    elif abs(now - preparation.heard_at) > preparation.stall + STALL_MARGIN:
         yield KillPreparation(preparation, Reason.HUNG)
 
 
 def plan_new_preparations(
-    preparations: Sequence[Preparation], free_slots: int, total_slots: int, now: datetime
+    preparations: Sequence[Preparation], free_slots: int, total_slots: int, now: datetime, timing: Timing = Timing()
 ) -> tuple[list[Prepare], dict[str, int]]:
     """Return the preparations to start, in the order of the queue, and how many come before each of the others.
 
@@ -148,7 +157,7 @@ def plan_new_preparations(
     waiting: dict[str, int] = {}
     idle = [p for p in preparations if p.order is not None and p.status is not CorpusStatus.PREPARING]
     for preparation in sorted(idle, key=_order):
-        if preparation.restart_at is not None and preparation.restart_at > now:
+        if preparation.restart_at is not None and not timing.is_due(preparation.restart_at, now):
             waiting[preparation.id] = 0
         elif preparation.name.launcher != LOCAL:
             started.append(Prepare(preparation.id, None))

@@ -135,11 +135,6 @@ class SchedulerMemory:
         self.notified = {k: v for k, v in self.notified.items() if k in ids}
 
 
-def is_due(restart_at: datetime, now: datetime, timing: Timing = Timing()) -> bool:
-    """Whether the back-off is over. A time further away than any back-off means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=timing.max_restart_wait)
-
-
 def load_snapshot(
     session: Session,
     devices: Sequence[Device],
@@ -155,7 +150,7 @@ def load_snapshot(
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
-        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
+        restarts_due=[row.id for row in restarts if timing.is_due(row.restart_at, now)],
         leases={device: job_id for device, job_id, _ in leases if job_id is not None},
         lent=frozenset(device for device, _, sidecar in leases if sidecar is not None),
         devices=xids.marked(devices, xids.uncleared(session, now)),

@@ -101,6 +101,7 @@ class Sidecars:
         self._roots = roots_environment(data_roots, save_roots)
         self._schedules = schedules
         self._live: set[Sidecar] = set()
+        self._starting = 0  # processes that may have leased a device, and are not in `_live` yet
         self._lock = threading.Lock()
         self._closing = False
 
@@ -109,12 +110,18 @@ class Sidecars:
 
         ``command``: the arguments of `python`, such as ``-m trainyard.worker.generation``.
         """
-        device = (self._lease_gpu() if use_gpu else None) or CPU
+        with self._lock:
+            self._starting += 1
         try:
-            return self._spawn(name, command, device)
-        except BaseException:
-            self._release(device)
-            raise
+            device = (self._lease_gpu() if use_gpu else None) or CPU
+            try:
+                return self._spawn(name, command, device)
+            except BaseException:
+                self._release(device, own_identity())
+                raise
+        finally:
+            with self._lock:
+                self._starting -= 1
 
     def _spawn(self, name: str, command: Sequence[str], device: str) -> Sidecar:
         ours, theirs = socket.socketpair()
@@ -151,6 +158,8 @@ class Sidecars:
             **inherited(dict(os.environ)),
             **self._roots,
             "PYTHONPATH": IMPORT_ROOT,
+            # As for runs: NVML, which numbers the leased devices, uses the PCI order.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:") if device != CPU else "",
             "OMP_NUM_THREADS": threads,
             "TRAINYARD_THREADS": threads,
@@ -167,25 +176,28 @@ class Sidecars:
         with self._lock:
             self._live.discard(sidecar)
         # Only now: the process may have had memory of the device until its end.
-        self._release(sidecar.device)
+        self._release(sidecar.device, own_identity())
         sidecar.ended.set()
 
     def reclaim(self, device: str) -> None:
         """End the side process that has ``device``, which a job needs. Return when the device is free."""
         with self._lock:
             holder = next((sidecar for sidecar in self._live if sidecar.device == device), None)
+            is_starting = self._starting > 0
         if holder is not None:
             holder.reclaimed = True
             holder.kill()
             holder.ended.wait(KILL_SECONDS)
             return
-        # The lease of another service, which may be dead, or no longer the leader.
         with self._database.read() as session:
             row = session.get(DeviceLeaseRow, device)
             owner = row.sidecar if row is not None else None
-        if owner is not None:
+        if owner is None or (owner == own_identity() and is_starting):
+            return  # The process may be about to start: the next round finds it.
+        if owner != own_identity():
+            # The lease of another service, which may be dead, or no longer the leader.
             _kill_all(find_by_variable(SIDECAR, owner))
-            self._release(device)
+        self._release(device, owner)
 
     def end_orphans(self) -> None:
         """End the side processes of services that have ended, and release their devices. Call it once, at the start."""
@@ -220,21 +232,20 @@ class Sidecars:
         with contextlib.suppress(IntegrityError), self._database.write() as session:
             leased = set(session.scalars(select(DeviceLeaseRow.device)))
             waits = session.scalar(select(JobRow.id).where(JobRow.status == JobStatus.QUEUED).limit(1))
-            usable = [
-                device for device in xids.marked(gpus, xids.uncleared(session, utc_now())) if not device.xid_errors
-            ]
+            usable = [device for device in xids.marked(gpus, xids.uncleared(session, utc_now())) if device.works]
             free = next((device.id for device in usable if device.id not in leased), None)
             if waits is None and free is not None:
                 session.add(DeviceLeaseRow(device=free, sidecar=own_identity()))
                 return free
         return None
 
-    def _release(self, device: str) -> None:
+    def _release(self, device: str, owner: str) -> None:
+        """Delete the lease of a side process of the service ``owner``. Another service may have leased it since."""
         if device == CPU:
             return
         try:
             with self._database.write() as session:
-                held = (DeviceLeaseRow.device == device, DeviceLeaseRow.sidecar.is_not(None))
+                held = (DeviceLeaseRow.device == device, DeviceLeaseRow.sidecar == owner)
                 session.execute(delete(DeviceLeaseRow).where(*held))
         except Exception:
             # The scheduler takes the device back when a job needs it.

@@ -1,5 +1,6 @@
 """One attempt from launch to report, with every way it can end. The agent is real, the ranks are fake and quick."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from trainyard.contract.processes import MARKER, ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired, Reason
+from trainyard.service.launch import local
 from trainyard.service.launch.base import AttemptState
 from trainyard.service.launch.local import LocalLauncher
 
@@ -329,6 +331,21 @@ def test_an_attempt_is_seen_once_its_start_has_returned(
         patch.setattr(os, "posix_spawn", show_late)
         launcher.start(launch(steps="30"))
     assert launcher.find(NAME).state is AttemptState.ALIVE
+    assert ended(launcher).outcome == "completed"
+
+
+def test_a_launch_is_not_called_refused_once_there_is_an_agent(
+    launcher: LocalLauncher, service: FakeIngest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The service has used up its file descriptors, say. A refused launch has no process, and its devices are free."""
+
+    def fail(_pid: int, _mark: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "_wait_until_visible", fail)
+        with pytest.raises(OSError, match="Too many open files"):
+            launcher.start(launch(steps="30"))
     assert ended(launcher).outcome == "completed"
 
 

@@ -27,6 +27,7 @@ class NvmlHost:
     NVML_P2P_STATUS_OK = pynvml.NVML_P2P_STATUS_OK
     NVML_AFFINITY_SCOPE_NODE = pynvml.NVML_AFFINITY_SCOPE_NODE
     NVML_ERROR_TIMEOUT = pynvml.NVML_ERROR_TIMEOUT
+    NVML_ERROR_GPU_IS_LOST = pynvml.NVML_ERROR_GPU_IS_LOST
     nvmlEventTypeXidCriticalError = pynvml.nvmlEventTypeXidCriticalError  # noqa: N815 - NVML's names
 
     def nvmlInit(self) -> None:  # noqa: N802
@@ -80,7 +81,10 @@ class NvmlHost:
     def nvmlEventSetWait_v2(self, _: str, __: int) -> Any:  # noqa: N802
         if not self.events:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_TIMEOUT)
-        return self.events.pop(0)
+        event = self.events.pop(0)
+        if isinstance(event, pynvml.NVMLError):
+            raise event
+        return event
 
 
 def dgx_h100() -> NvmlHost:

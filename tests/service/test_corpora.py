@@ -229,7 +229,7 @@ def test_an_orphaned_process_is_ended_before_the_next_one(preparing: ServiceHarn
     assert process(rig, corpus_id, 2).state is AttemptState.ALIVE
 
 
-@pytest.mark.parametrize("point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse"])
+@pytest.mark.parametrize("point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse", "break"])
 def test_every_failed_launch_is_found(preparing: ServiceHarness, point: Any) -> None:
     rig = preparing
     job_id = rig.submit()
@@ -265,6 +265,34 @@ def test_a_restarted_service_finds_the_process_and_what_it_did(preparing: Servic
     attempt.end("completed")
     look(rig)
     assert rig.status(job_id) is JobStatus.STARTING
+
+
+@pytest.mark.parametrize("reports", [True, False])
+@pytest.mark.parametrize("restarts", [True, False])
+def test_a_process_that_went_on_for_days_without_the_service_is_not_killed(
+    preparing: ServiceHarness, restarts: bool, reports: bool
+) -> None:
+    """The service was stopped over a weekend, or the whole host was suspended, so that the process was too."""
+    rig = preparing
+    job_id = rig.submit(resources={"timeouts": {"preparing": 100}})
+    rig.reconcile()
+    corpus_id = corpus_of(rig, job_id)
+    attempt = process(rig, corpus_id)
+    progress(attempt, 100)
+    look(rig)
+    rig.clock.forward(3 * 86400)
+    if reports:
+        progress(attempt, 900)
+    rig = rig.restart() if restarts else rig
+    for _ in range(3):
+        look(rig)
+    found = rig.get(f"/corpora/{corpus_id}")
+    assert (found["status"], found["attempt"]) == ("preparing", 1)
+    assert found["progress"]["done_bytes"] == (900 if reports else 100)
+    for _ in range(6):  # Now its silence is observed.
+        rig.clock.forward(30)
+        rig.reconcile()
+    assert rig.get(f"/corpora/{corpus_id}")["attempt"] == 2
 
 
 def test_the_second_job_is_prepared_while_the_first_trains(make_rig: MakeRig, any_url: str) -> None:

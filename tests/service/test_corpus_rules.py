@@ -195,6 +195,9 @@ def test_a_cluster_has_its_own_queue() -> None:
 def test_one_that_waits_after_a_crash_is_not_started() -> None:
     waits = preparation("c1", restart_at=NOW + timedelta(seconds=5))
     assert actions(Snapshot(devices=cpu_slots(2), preparations=[waits]), Prepare) == []
+    # No back-off is so long: the clock was set back.
+    waits = preparation("c1", restart_at=NOW + timedelta(hours=1))
+    assert actions(Snapshot(devices=cpu_slots(2), preparations=[waits]), Prepare) == [Prepare("c1", 2)]
 
 
 def test_a_live_one_is_inspected_but_not_all_the_time() -> None:
@@ -219,6 +222,18 @@ def test_one_that_is_silent_for_too_long_is_killed() -> None:
             "c1", CorpusStatus.PREPARING, inspected_at=NOW, stall=stall, heard_at=NOW - timedelta(seconds=silent)
         )
         assert len(actions(Snapshot(preparations=[live]), KillPreparation)) == expected
+
+
+@pytest.mark.parametrize("inspected", [None, timedelta(days=2), timedelta(days=-2)])
+def test_silence_that_no_service_has_observed_is_none(inspected: timedelta | None) -> None:
+    """The service was down or suspended, or the clock was changed, while the process went on."""
+    live = preparation(
+        "c1",
+        CorpusStatus.PREPARING,
+        inspected_at=NOW - inspected if inspected is not None else None,
+        heard_at=NOW - (inspected or timedelta(days=2)),
+    )
+    assert plan(Snapshot(preparations=[live]), NOW).actions == (InspectPreparation(live),)
 
 
 def test_jobs_get_the_status_of_their_corpus() -> None:

@@ -1,13 +1,16 @@
 """Forks: what they may change, what they share with the parent, and their lineage."""
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+from sqlalchemy.orm import Session
 
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
@@ -15,6 +18,7 @@ from trainyard.contract import recipes
 from trainyard.contract.failpoints import armed
 from trainyard.contract.messages import Fork
 from trainyard.contract.rundir import RunDir
+from trainyard.service.errors import Conflict, OutcomeUnknown
 from trainyard.service.jobs import deletion
 
 LONG: dict[str, Any] = {"training": {"max_steps": 1000}}
@@ -415,6 +419,65 @@ def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: ServiceHa
     assert len(list((any_rig.home / "runs").iterdir())) == 2
     deletion.sweep(any_rig.settings, any_rig.database)
     assert [path.name for path in (any_rig.home / "runs").iterdir()] == [job_id]
+
+
+@contextlib.contextmanager
+def lost_commit(rig: ServiceHarness, is_stored: bool) -> Iterator[None]:
+    """The database goes away while it commits the next transaction, before or after it is stored."""
+    write = rig.database.write
+
+    @contextlib.contextmanager
+    def lose() -> Iterator[Session]:
+        with contextlib.suppress(ZeroDivisionError), write() as session:
+            yield session
+            if not is_stored:
+                raise ZeroDivisionError
+        raise OutcomeUnknown()
+
+    with mock.patch.object(rig.database, "write", lose):
+        yield
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_fork_whose_commit_was_lost_keeps_its_files_if_it_exists(any_rig: ServiceHarness, is_stored: bool) -> None:
+    job_id = ready(any_rig)
+    with lost_commit(any_rig, is_stored):
+        assert fork(any_rig, job_id, {"step": 400}, 503, "key")["code"] == "outcome_unknown"
+    deletion.sweep(any_rig.settings, any_rig.database)  # as the next start
+    assert list(any_rig.settings.trash.iterdir()) == []
+    directories = {path.name for path in (any_rig.home / "runs").iterdir()}
+    jobs = {job["id"] for job in any_rig.get("/jobs")["data"]}
+    assert (directories == jobs, len(jobs)) == (True, 1 + is_stored)
+    again = fork(any_rig, job_id, {"step": 400}, 200 if is_stored else 201, "key")
+    run = RunDir(any_rig.home / "runs" / again["id"])
+    assert run.fork.exists(), "without it the fork would train from scratch"
+    assert run.artifacts(None).origin.is_dir()
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_deletion_whose_commit_was_lost_keeps_the_files_of_a_job_that_exists(
+    any_rig: ServiceHarness, is_stored: bool
+) -> None:
+    job_id, attempt = saved(any_rig, 400)
+    any_rig.exit(attempt, "completed", step=1000)
+    with lost_commit(any_rig, is_stored):
+        assert any_rig.client.delete(f"/jobs/{job_id}").json()["code"] == "outcome_unknown"
+    any_rig.get(f"/jobs/{job_id}", 404 if is_stored else 200)
+    deletion.sweep(any_rig.settings, any_rig.database)
+    assert list(any_rig.settings.trash.iterdir()) == []
+    assert (any_rig.home / "runs" / job_id).exists() is not is_stored
+
+
+def test_a_deletion_that_waits_in_vain_for_another_leaves_nothing_open(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deletion, "LOCK_SECONDS", 0.0)
+    with deletion.mark_for_deletion(rig.settings, "job_abc", None):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(Conflict), deletion.mark_for_deletion(rig.settings, "job_abc", None):
+                pass
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(

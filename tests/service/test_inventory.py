@@ -80,6 +80,93 @@ def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> N
     assert kind_for("auto", HostInventory(2).devices()) == "cpu"
 
 
+class FailingNvml(NvmlHost):
+    """Three cards. ``failing``: the answers of the driver for some of them."""
+
+    def __init__(self) -> None:
+        pci = [f"00000000:{bus}:00.0" for bus in ("1B", "43", "52")]
+        super().__init__("NVIDIA Test", pci, [1, 1, 1], [[1, 2], [0, 2], [0, 1]])
+        self.failing: dict[tuple[str, int], int] = {}
+        self.counts = True
+
+    def answer(self, query: str, index: int) -> None:
+        if (query, index) in self.failing:
+            raise pynvml.NVMLError(self.failing[query, index])
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        if not self.counts:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)
+        return super().nvmlDeviceGetCount()
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        self.answer("handle", index)
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, index: int) -> Any:  # noqa: N802
+        self.answer("memory", index)
+        return super().nvmlDeviceGetMemoryInfo(index)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, index: int) -> list[Any]:  # noqa: N802
+        self.answer("processes", index)
+        return []
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> FailingNvml:
+    nvml = FailingNvml()
+    monkeypatch.setattr(inventory, "pynvml", nvml)
+    monkeypatch.setattr(inventory, "CACHE_SECONDS", -1.0)
+    return nvml
+
+
+@pytest.mark.parametrize("query", ["handle", "memory", "processes"])
+@pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN])
+def test_a_gpu_that_fails_does_not_take_the_others_along(failing: FailingNvml, query: str, code: int) -> None:
+    host = HostInventory(slots=1)
+    before = host.devices()
+    failing.failing[query, 1] = code
+    now = host.devices()
+    assert [device.id for device in now] == ["cuda:0", "cuda:1", "cuda:2", "cpu:0"]
+    assert [device.works for device in now] == [True, False, True, True]
+    assert (now[1].fault, now[1].uuid, now[1].memory_used_bytes) == (str(pynvml.NVMLError(code)), before[1].uuid, None)
+    failing.failing.clear()
+    assert host.devices() == before, "it was reset"
+
+
+def test_a_gpu_that_has_failed_before_the_start_is_listed_and_can_come_back(failing: FailingNvml) -> None:
+    failing.failing["handle", 1] = pynvml.NVML_ERROR_GPU_IS_LOST
+    host = HostInventory(slots=0)
+    assert [(device.id, device.fault, device.uuid) for device in host.devices()] == [
+        ("cuda:0", None, "GPU-00000000"),
+        ("cuda:1", "GPU is lost", None),
+        ("cuda:2", None, "GPU-00000002"),
+    ]
+    failing.failing.clear()
+    assert (host.devices()[1].fault, host.devices()[1].uuid) == (None, "GPU-00000001")
+    assert host.devices()[0].nvlink_peers == ("cuda:1", "cuda:2")
+
+
+def test_gpus_stay_listed_if_the_driver_does_not_answer_at_all(failing: FailingNvml) -> None:
+    host = HostInventory(slots=1)
+    host.devices()
+    failing.counts = False
+    assert [(device.id, device.works) for device in host.devices()] == [
+        ("cuda:0", False),
+        ("cuda:1", False),
+        ("cuda:2", False),
+        ("cpu:0", True),
+    ]
+    assert kind_for("auto", host.devices()) == "cuda", "a queued job must not start on the CPU"
+
+
+@pytest.mark.parametrize("code", sorted(inventory.UNSUPPORTED))
+def test_what_a_gpu_does_not_report_is_no_fault(failing: FailingNvml, code: int) -> None:
+    """A GPU that shares the host's memory, such as a GB10, reports no memory."""
+    failing.failing = {("memory", 0): code, ("processes", 0): code}
+    device = HostInventory(slots=0).devices()[0]
+    assert (device.works, device.memory_bytes, device.memory_used_bytes, device.processes) == (True, None, None, ())
+
+
 @pytest.mark.parametrize(("text", "expected"), [(None, None), ("0,2", "0,2"), ("", ""), ("GPU-abc", None)])
 def test_which_cards_the_service_may_see(
     monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str | None

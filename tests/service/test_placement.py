@@ -5,18 +5,25 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import pynvml
 import pytest
+from sqlalchemy import select
 
 from tests.fakes import nvml
+from tests.fakes.inventory import FixedInventory
 from tests.fakes.nvml import NvmlHost
 from tests.service.conftest import Command, MakeHarness
 from tests.work import count_calls
+from trainyard.service.db.models import XidErrorRow
 from trainyard.service.devices import inventory, xids
-from trainyard.service.devices.inventory import Device, HostInventory, same_pci_address
+from trainyard.service.devices.inventory import Device, HostInventory, cpu_slots, same_pci_address
 from trainyard.service.devices.placement import choose
 from trainyard.service.devices.xids import XidError, XidWatcher, kernel_log_errors
-from trainyard.service.scheduler.plan import Start, plan
+from trainyard.service.errors import DatabaseUnavailable
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.scheduler.plan import BACKFILL_PATIENCE, Start, plan
 from trainyard.service.scheduler.snapshot import QueuedJob, Snapshot
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -121,7 +128,7 @@ def test_errors_in_the_kernel_log(tmp_path: Path) -> None:
 def watched(watcher: XidWatcher) -> list[tuple[str, int]]:
     watcher.start()
     watcher.stop()
-    return [(error.gpu_uuid, error.xid) for error in watcher.drain()]
+    return [(error.gpu_uuid, error.xid) for error in watcher.pending()]
 
 
 def test_events_and_the_kernel_log_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,8 +144,54 @@ def test_events_and_the_kernel_log_are_watched(tmp_path: Path, monkeypatch: pyte
     while host.events:
         pass
     watcher.stop()
-    assert [(error.gpu_uuid, error.xid) for error in watcher.drain()] == [("GPU-00000001", 48), ("GPU-00000001", 95)]
-    assert watcher.drain() == []
+    assert [(error.gpu_uuid, error.xid) for error in watcher.pending()] == [("GPU-00000001", 48), ("GPU-00000001", 95)]
+    watcher.forget(watcher.pending()[:1])
+    assert [error.xid for error in watcher.pending()] == [95]
+
+
+def test_a_gpu_that_is_lost_does_not_end_the_watch_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = nvml.bridged_pairs()
+    monkeypatch.setattr(xids, "pynvml", host)
+    monkeypatch.setattr(xids, "WAIT_MILLISECONDS", 0)
+    lost = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    def handle_of(index: int) -> int:
+        if index == 0:
+            raise lost
+        return index
+
+    monkeypatch.setattr(host, "nvmlDeviceGetHandleByIndex", handle_of)
+    host.events = [lost, lost, SimpleNamespace(device=2, eventData=48)]
+    watcher = XidWatcher(tmp_path / "none")
+    watcher.start()
+    while host.events:
+        pass
+    watcher.stop()
+    assert [(error.gpu_uuid, error.xid) for error in watcher.pending()] == [("GPU-00000002", 48)]
+
+
+def test_an_error_is_not_lost_if_the_database_is_away(
+    make_rig: MakeHarness, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kmsg").write_text(KERNEL_LOG)
+    monkeypatch.setattr(xids, "pynvml", nvml.old_driver())
+    rig = make_rig(sqlite_url)
+    watcher = XidWatcher(tmp_path / "kmsg")
+    watcher.start()
+    watcher.stop()
+    scheduler = Scheduler(rig.database, rig.launcher, FixedInventory(cpu_slots(1)), rig.clock, xid_watcher=watcher)
+    with (
+        mock.patch.object(rig.database, "write", side_effect=DatabaseUnavailable),
+        pytest.raises(DatabaseUnavailable),
+    ):
+        scheduler.reconcile()
+    for _ in range(2):
+        scheduler.reconcile()
+        with rig.database.read() as session:
+            assert [(row.gpu_uuid, row.xid) for row in session.scalars(select(XidErrorRow))] == [("GPU-00000000", 79)]
+    assert watcher.pending() == ()
 
 
 def job(device: str = "cuda", ranks: int = 1) -> QueuedJob:
@@ -164,6 +217,25 @@ def test_only_devices_whose_errors_change_are_copied() -> None:
 )
 def test_a_gpu_with_an_error_is_not_leased(queued: QueuedJob, expected: tuple[str, ...] | str) -> None:
     devices = (Device("cuda:0", "cuda", uuid="a", xid_errors=(79,)), Device("cuda:1", "cuda"))
+    require_plan(queued, devices, expected)
+
+
+@pytest.mark.parametrize(
+    ("queued", "expected"),
+    [
+        (job(), ("cuda:1",)),
+        (job(ranks=2), "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"),
+        (job("cuda:0"), "cuda:0, for which the driver does not answer (GPU is lost)"),
+    ],
+)
+def test_a_gpu_for_which_the_driver_does_not_answer_is_not_leased(
+    queued: QueuedJob, expected: tuple[str, ...] | str
+) -> None:
+    devices = (Device("cuda:0", "cuda", uuid="a", fault="GPU is lost"), Device("cuda:1", "cuda"))
+    require_plan(queued, devices, expected)
+
+
+def require_plan(queued: QueuedJob, devices: Sequence[Device], expected: tuple[str, ...] | str) -> None:
     decision = plan(Snapshot(queued=[queued], devices=devices), NOW)
     if isinstance(expected, str):
         assert decision.waiting == {"job": expected}
@@ -193,6 +265,19 @@ def test_an_error_keeps_a_gpu_from_being_leased_until_it_is_cleared(make_rig: Ma
         xids.store(session, [XidError("GPU-a", 79, at)])  # a cleared one is not counted again
     rig.reconcile()
     assert rig.status(job_id) == "starting"
+
+
+def test_a_lost_gpu_is_shown_and_stops_no_other_job(make_rig: MakeHarness, sqlite_url: str) -> None:
+    lost = Device("cuda:0", "cuda", uuid="GPU-a", fault="GPU is lost")
+    rig = make_rig(sqlite_url, devices=(lost, Device("cuda:1", "cuda", uuid="GPU-b")))
+    rig.reconcile()
+    assert [device["fault"] for device in rig.get("/devices")["data"]] == ["GPU is lost", None]
+    on_both = rig.submit(resources={"device": "cuda", "nproc_per_node": 2})
+    rig.clock.forward(BACKFILL_PATIENCE.total_seconds() + 1)
+    on_one = rig.submit(resources={"device": "cuda"})
+    rig.reconcile()
+    assert (rig.status(on_both), rig.status(on_one)) == ("queued", "starting")
+    assert rig.job(on_both)["queue"]["waiting_for"] == "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"
 
 
 def test_an_error_counts_for_a_day(make_rig: MakeHarness, sqlite_url: str) -> None:

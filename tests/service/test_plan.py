@@ -76,6 +76,23 @@ def test_what_has_waited_long_is_not_overtaken_any_more() -> None:
     assert starts(Snapshot(queued=snapshot.queued, devices=cpu_slots(2))) == {"big": ("cpu:0", "cpu:1")}
 
 
+@pytest.mark.parametrize("lent", [(), ("cuda:0",)])
+@pytest.mark.parametrize("preempts", [False, True])
+def test_nothing_is_kept_free_for_a_job_that_needs_more_devices_than_work(preempts: bool, lent: tuple[str]) -> None:
+    """A GPU has failed since its submission, or the service was restarted with fewer CPU slots."""
+    old = BACKFILL_PATIENCE.total_seconds() + 1
+    devices = (*gpus(2), Device("cuda:2", "cuda", xid_errors=(79,)), *cpu_slots(2))
+    queue = [
+        job("gpus", 3, "cuda", age=old, priority=1),
+        job("slots", 3, "cpu", age=old, priority=1),
+        job("small", 1, "cuda", age=2),
+        job("on cpu", 1, "cpu", age=1),
+    ]
+    snapshot = Snapshot(queued=queue, devices=devices, preempts=preempts, lent=frozenset(lent))
+    assert starts(snapshot) == {"small": ("cuda:1" if lent else "cuda:0",), "on cpu": ("cpu:0",)}
+    assert not [action for action in plan(snapshot, NOW).actions if isinstance(action, Reclaim)]
+
+
 def test_a_reservation_keeps_only_its_own_kind_of_device() -> None:
     old = BACKFILL_PATIENCE.total_seconds() + 1
     queue = [job("big", 2, "cuda", age=old), job("small", 1, "cuda"), job("cpu", 1, "cpu")]

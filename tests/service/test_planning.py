@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -536,6 +537,25 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     busy = rig.spec(resources={"nproc_per_node": 2})
     rig.running(resources=busy["resources"])
     assert make_preview(state, spec, host).eta_seconds is None
+
+
+def test_a_gpu_that_a_run_uses_is_not_measured(
+    make_rig: MakeHarness, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process on it costs hundreds of megabytes, and the run may need all."""
+    ran: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        ran.append((command[-2:], {name: env[name] for name in ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES")}))
+        return SimpleNamespace(stdout=b"1e15")
+
+    monkeypatch.setattr("trainyard.service.planning.matrix_speed.subprocess.run", run)
+    rig = make_rig(sqlite_url, devices=(Device("cuda:0", "cuda"), Device("cuda:1", "cuda")))
+    rig.running(resources={"device": "cuda"})
+    state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path, wait_seconds=60.0))
+    host = state.host_limits(LOCAL)
+    assert make_preview(state, validate_spec(rig.spec(), host), host).eta_seconds is not None
+    assert ran == [(["cuda", "bfloat16"], {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"})]
 
 
 @pytest.mark.parametrize(("float32", "advised"), [(3e11, True), (1e11, False)])

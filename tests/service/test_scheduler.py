@@ -201,6 +201,18 @@ def test_a_refused_launch_is_tried_again_and_then_fails(any_rig: ServiceHarness)
     assert all(d["job_id"] is None for d in rig.get("/devices")["data"])
 
 
+def test_a_launcher_that_breaks_after_its_start_leaves_no_process(any_rig: ServiceHarness) -> None:
+    """Its devices are free then: the agent must not go on to use them."""
+    rig = any_rig
+    job_id = rig.submit()
+    rig.launcher.fail_next = "break"
+    rig.scheduler.reconcile()
+    assert rig.launcher.of(job_id).ended_by_launcher == 1
+    job = rig.job(job_id)
+    assert (job["status"], job["reason"]) == ("interrupted", "launch_failed")
+    assert job["message"].startswith("the launch failed: can't start new thread")
+
+
 def test_a_launcher_that_breaks_does_not_stop_the_others(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     broken, whole = rig.submit(), rig.submit()
     start = rig.launcher.start

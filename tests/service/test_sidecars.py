@@ -29,7 +29,8 @@ lower_priority()
 link = ServiceLink.from_environment()
 while True:
     message = link.receive(wait=True)
-    link.send({**message, "pid": os.getpid(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"], "nice": os.nice(0)})
+    link.send({**message, "pid": os.getpid(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"], "nice": os.nice(0),
+               "order": os.environ.get("CUDA_DEVICE_ORDER")})
 """
 
 GPUS = (Device("cuda:0", "cuda"), Device("cuda:1", "cuda"), *cpu_slots(1))
@@ -168,7 +169,10 @@ def test_it_leases_a_free_gpu_and_gives_it_back_for_a_job(gpus: ServiceHarness) 
     sidecars = Started(gpus)
     gpus.scheduler.reclaim_devices_by(sidecars.reclaim)
     first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
-    assert (first.device, ask(first)["cuda"], leased(gpus)) == ("cuda:0", "0", ["cuda:0"])
+    answer = ask(first)
+    # Without the order, CUDA's device 0 is the fastest card, which may be the one of a job.
+    assert (first.device, answer["cuda"], answer["order"]) == ("cuda:0", "0", "PCI_BUS_ID")
+    assert leased(gpus) == ["cuda:0"]
     cpu = sidecars.start("echo", ["-c", ECHO])
     job_id = gpus.submit(resources={"device": "cuda"})
     gpus.reconcile()
@@ -193,6 +197,39 @@ def test_it_takes_no_gpu_that_a_queued_job_waits_for(gpus: ServiceHarness) -> No
 def test_a_gpu_is_not_taken_by_a_service_that_does_not_schedule(gpus: ServiceHarness) -> None:
     sidecars = Started(gpus, schedules=False)
     assert sidecars.start("echo", ["-c", ECHO], use_gpu=True).device == "cpu"
+    sidecars.close()
+
+
+class ReclaimedAtStart(Started):
+    """A job needs the device after it is leased, and before its process is started."""
+
+    def _spawn(self, name: str, command: Sequence[str], device: str) -> Sidecar:
+        if device != "cpu":
+            self.reclaim(device)
+        return super()._spawn(name, command, device)
+
+
+def test_a_device_that_is_reclaimed_while_its_process_starts_costs_no_other_process(gpus: ServiceHarness) -> None:
+    sidecars = ReclaimedAtStart(gpus)
+    other = sidecars.start("echo", ["-c", ECHO])
+    starting = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
+    assert leased(gpus) == ["cuda:0"], "it is not free: the process has started"
+    assert ask(other)["nice"] == ask(starting)["nice"], "both are alive"
+    sidecars.reclaim("cuda:0")  # the next round
+    assert (starting.reclaimed, other.ended.is_set(), leased(gpus)) == (True, False, [])
+    sidecars.close()
+
+
+def test_a_late_end_frees_no_device_that_another_service_has_leased_since(gpus: ServiceHarness) -> None:
+    sidecars = Started(gpus)
+    first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
+    with gpus.database.write() as session:
+        row = session.get(DeviceLeaseRow, "cuda:0")
+        assert row is not None
+        row.sidecar = "another service's identity"  # it leads now, and has reclaimed and leased the device
+    first.kill()
+    assert first.ended.wait(60)
+    assert leased(gpus) == ["cuda:0"]
     sidecars.close()
 
 

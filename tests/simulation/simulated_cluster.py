@@ -22,7 +22,7 @@ from trainyard.service.jobs import lifecycle
 from trainyard.service.jobs.lifecycle import InProgress, Rejected, Transition
 from trainyard.service.launch.base import AttemptRef
 from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start, plan
-from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from trainyard.service.timing import Timing
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -363,7 +363,7 @@ class SimulatedCluster:
         )
 
     def is_due(self, job: Job) -> bool:
-        return job.restart_at is not None and is_due(job.restart_at, self.now)
+        return job.restart_at is not None and Timing().is_due(job.restart_at, self.now)
 
     def live(self, job: Job) -> LiveAttempt:
         name, attempt = AttemptRef(job.id, job.latest.number), job.latest

@@ -226,9 +226,10 @@ def _lease(device: Any) -> str:
     foreign = ", ".join(map(str, device.get("processes") or []))
     xids = ", ".join(str(error.get("xid")) for error in device.get("xid_errors") or [])
     # A job that had the GPU before the error keeps it.
-    fault = f"XID {xids}: not leased until `trainyard devices --clear {device['id']}`" if xids else ""
+    errors = f"XID {xids}: not leased until `trainyard devices --clear {device['id']}`" if xids else ""
+    fault = f"not leased, the driver does not answer: {device['fault']}" if device.get("fault") else ""
     holder = device.get("job_id") or (f"no job, but used by process {foreign}" if foreign else "")
-    return "; ".join(part for part in (str(holder), fault) if part) or "free"
+    return "; ".join(part for part in (str(holder), errors, fault) if part) or "free"
 
 
 def version(args: SimpleNamespace, console: Console) -> int:

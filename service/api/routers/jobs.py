@@ -337,8 +337,7 @@ def delete_job(state: StateDep, job_id: str) -> None:
             with state.database.write() as session:
                 actions.remove(session, job_id)
         except OutcomeUnknown:
-            # The record may be gone: the note stays, and the next start deletes the files if it is.
-            raise
+            raise  # The record may be gone: the note stays, and the next start deletes the files if it is.
         except ServiceError:
             pending_deletion.cancel()
             raise

@@ -97,21 +97,24 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
     sample = sample_corpus(spec, state.settings.readable_roots, state.settings.corpus_cache)
     with state.database.read() as session:
         throughput = find_throughput(session, spec, kind)
-        position = _queue_position(session, spec, kind, devices)
+        position, free = _queue_position(session, spec, kind, devices)
     speed: Throughput | MatrixEstimate | None = throughput
     # Only on a free device: a measurement must not slow a run down.
-    measures = state.matrix_speed if position.free else None
+    measures = state.matrix_speed if free else None
     if speed is None and sample.size is not None and measures is not None:
-        speed = measures.estimate(spec, kind, sample.size.attention_length)
+        speed = measures.estimate(spec, kind, sample.size.attention_length, free[0])
     products = measures.bfloat16_on_cpu(spec, kind) if measures is not None else None
     return preview(spec, kind, sample, devices, speed, position, state.settings, products)
 
 
-def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:
+def _queue_position(
+    session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]
+) -> tuple[QueuePosition, list[str]]:
+    """Return the place in the queue, and the ids of the free devices of this kind."""
     is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
     marked = xids.marked(devices, xids.uncleared(session, utc_now()))
-    usable = [d for d in marked if not d.processes and not d.xid_errors]
-    free = [d for d in usable if kind in (d.kind, d.id) and d.id not in leased]
-    return QueuePosition(ahead, len(free))
+    usable = [d for d in marked if not d.processes and d.works]
+    free = [d.id for d in usable if kind in (d.kind, d.id) and d.id not in leased]
+    return QueuePosition(ahead, len(free)), free

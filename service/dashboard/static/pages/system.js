@@ -56,7 +56,7 @@ function draw(view, { devices, waiting, more, names, version, status }) {
     setText(part.firstChild, `${component.ok ? "✓" : "✗"} ${component.name}`);
     setText(part.lastChild, ` ${component.detail}`);
   });
-  const free = devices.filter((device) => device.job_id === null && !device.processes.length && !device.xid_errors.length).length;
+  const free = devices.filter((device) => device.job_id === null && !device.processes.length && !device.xid_errors.length && !device.fault).length;
   setText(view.free, t("{n} of {all} free", { n: count(free), all: count(devices.length) }));
   const known = (name) => devices.some((device) => device[name] !== null && device[name] !== undefined);
   view.devices.node.classList.toggle("no-memory", !known("memory_bytes"));
@@ -117,8 +117,10 @@ function updateDevice(row, device, names) {
   const unknown = device.processes.length;
   const faults = device.xid_errors.map((error) => error.xid);
   cells.device = device;
-  setText(cells.free, device.job_id || faults.length ? "" : unknown ? t("not leased: in use") : t("free"));
-  setText(cells.fault, faults.length ? ` ${t("XID {errors}: not leased until it is cleared", { errors: faults.join(", ") })}` : "");
+  setText(cells.free, device.job_id || faults.length || device.fault ? "" : unknown ? t("not leased: in use") : t("free"));
+  const xids = faults.length ? ` ${t("XID {errors}: not leased until it is cleared", { errors: faults.join(", ") })}` : "";
+  const lost = device.fault ? ` ${t("not leased, the driver does not answer: {error}", { error: device.fault })}` : "";
+  setText(cells.fault, xids + lost);
   setVisible(cells.clear, faults.length);
   setText(cells.unknown, unknown ? device.processes.map((pid) => t("pid {pid}", { pid })).join(", ") : NONE);
   setAttr(cells.unknown, "class", unknown ? "error" : null);
