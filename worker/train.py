@@ -128,7 +128,7 @@ def train(
             ),
             emit,
             from_step,
-            ranks.world,
+            _batch_ranks(spec, ranks),
             shapes,
         )
     )
@@ -243,14 +243,20 @@ def _restore(
 ) -> tuple[TrainProgress, MetricsWindow, int, RunState | None]:
     """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step, and the saved state."""
     if resume_from is None:
-        # The first attempt fixes the size of a step, by the number of ranks that torchrun has started. With a range of
-        # nodes the spec's largest number of ranks counts: the size must not depend on how many nodes were free.
-        world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
-        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * world
+        # The first attempt fixes the size of a step.
+        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * _batch_ranks(spec, ranks)
         return TrainProgress(), MetricsWindow(), rows_per_step, None
     saved = state.load(resume_from.checkpoint)
     window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved
+
+
+def _batch_ranks(spec: JobSpec, ranks: DistributedContext) -> int:
+    """Return the number of ranks by which the size of a step is fixed: those that torchrun has started.
+
+    With a range of nodes it is the spec's largest number: the size must not depend on how many nodes were free.
+    """
+    return spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
 
 
 @dataclass(frozen=True)
