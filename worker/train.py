@@ -16,7 +16,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.smoothing import Ema
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker.attempt import AttemptContext, StepHeartbeat, scored_tasks, was_evaluated
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat, evaluated_loss, scored_tasks
 from trainyard.worker.checkpoint.files import RunState, TensorShapes
 from trainyard.worker.checkpoint.fork import read_fork
 from trainyard.worker.checkpoint.relocate import move_artifacts
@@ -141,8 +141,10 @@ def train(
     state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved = _restore(resume_from, state, spec, ranks)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved and saved.unevaluated is not None else None
-    if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
-        unevaluated = None
+    evaluated = None
+    if saved is not None and (unevaluated is not None or spec.limits.target_loss is not None):
+        evaluated = ranks.broadcast_from_rank0(lambda: evaluated_loss(attempt.run, progress.step))
+        unevaluated = unevaluated if evaluated is None else None
     scored = ranks.broadcast_from_rank0(lambda: scored_tasks(attempt.run, progress.step)) if tasks else frozenset()
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
@@ -204,6 +206,7 @@ def train(
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
         tasks=tasks,
+        evaluated_at_start=evaluated if data.eval_sets else None,
         scored_at_start=(progress.step, scored),
         straggler_monitor=StragglerMonitor(places),
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
@@ -316,6 +319,8 @@ class Trainer:
     """The limit that has ended the run, as a message."""
     _ends_next_step: bool = False
     tasks: list[Task] = field(default_factory=list)
+    evaluated_at_start: float | None = None
+    """The ``eval_loss`` of the step that this attempt starts from, if an earlier attempt has evaluated it."""
     scored_at_start: tuple[int, frozenset[str]] = (0, frozenset())
     """The step that this attempt starts from, and the tasks that an earlier attempt has scored there."""
 
@@ -374,7 +379,7 @@ class Trainer:
 
     def _end_at_start(self, progress: TrainProgress) -> None:
         """End the run if earlier attempts have reached a limit. Raises TrainingError if they have saved nothing."""
-        minutes, smoothed = self.limits.spec.max_minutes, self.metrics.smoothed
+        minutes, smoothed, evaluated = self.limits.spec.max_minutes, self.metrics.smoothed, self.evaluated_at_start
         if minutes is not None and self.limits.earlier_seconds >= 60 * minutes:
             if progress.step == self.limits.first_step:
                 message = (
@@ -383,6 +388,8 @@ class Trainer:
                 hint = "Resume with more max_minutes. With checkpoint.save_minutes a crash loses less."
                 raise TrainingError(Reason.LIMIT, message, hint)
             self._end_at(progress.step, self.limits.time_message(progress.step))
+        elif self.limits.is_reached(evaluated):
+            self._end_at(progress.step, self.limits.loss_message("eval_loss", evaluated, progress.step))
         elif not self.data.eval_sets and smoothed.weight and self.limits.is_reached(smoothed.value):
             self._end_at(progress.step, self.limits.loss_message("smoothed loss", smoothed.value, progress.step))
 
