@@ -1,6 +1,7 @@
 """One attempt of a run, from its data to its last checkpoint. Read it from top to bottom."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from trainyard.worker.training.control import (
     ControlSync,
     LiveSettings,
     settings_changed_event,
+    take_request,
     with_settings,
 )
 from trainyard.worker.training.device_setup import set_up_device
@@ -460,9 +462,7 @@ class Trainer:
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
-        requested = self.save_request.exists()
-        if requested:
-            self.save_request.unlink(missing_ok=True)
+        requested = take_request(self.save_request)
         requested, self.save_is_owed = requested or self.save_is_owed, False
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
@@ -702,7 +702,7 @@ class Trainer:
         artifacts = self.checkpointer.artifacts
         with self.phases.during(Phase.SAVING):
             self.checkpointer.wait()
-            if not self.ranks.broadcast_from_rank0(lambda: artifacts.checkpoint(progress.step).exists()):
+            if not self.ranks.broadcast_from_rank0(lambda: os.path.exists(artifacts.checkpoint(progress.step))):
                 self.checkpointer.save(self.state, progress, self.metrics, required=True)
 
     def _save(self, progress: TrainProgress, *, required: bool) -> None:
