@@ -183,7 +183,7 @@ def _resume_earlier_job(
         problem = _incompatibility(path, identity, is_finished)
         adopted = _adopt(path, artifacts, identity, is_finished, shapes) if problem is None else problem
         if isinstance(adopted, CheckpointInfo):
-            emit(adopted.saved_event())
+            emit(adopted.saved_event(loss=files.read_state(adopted.path).loss))
             return ResumePoint(path, adopted.path)
         rejected.append(f"{path}: {adopted}")
     reasons = f" ({'; '.join(rejected[:5])})" if rejected else ""
