@@ -32,6 +32,9 @@ FORMS_TEXT = (
 BLOCKS_PER_FILE = 4
 """Blocks of each file that `files_fingerprint` reads."""
 
+MAX_STORED_FILES = 4 << 20
+"""Bytes of JSON of the ``files`` of a fingerprint that a checkpoint stores: some 50,000 files."""
+
 
 class CorpusFilesInvalid(ValueError):
     """The path names no usable file. ``reason`` says why and what to do; the message also has the path."""
@@ -199,6 +202,14 @@ def files_fingerprint(names: Sequence[str], sizes: Sequence[int], sketches: Sequ
     """Return the ``corpus_file`` of a run identity: {"bytes", "sha256", "files": [[name, bytes, sketch], ...]}."""
     entries = [list(entry) for entry in zip(names, sizes, sketches, strict=True)]
     return {"bytes": sum(sizes), "sha256": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), "files": entries}
+
+
+def stored_fingerprint(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """Return a `files_fingerprint` as a checkpoint stores it: {}, which means unknown, if it has too many files.
+
+    Every save writes the list, and readers reject a state.json of more than 16 MiB.
+    """
+    return fingerprint if len(json.dumps(fingerprint["files"])) <= MAX_STORED_FILES else {}
 
 
 def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[Any]]) -> list[str]:

@@ -153,8 +153,8 @@ class RunSettings(Message):
     log_interval: Annotated[int, Field(ge=1, le=2**53 - 1)] | None
     save_interval: int = Field(ge=1, le=2**53 - 1)
     keep_last: int = Field(ge=1, le=100_000)
-    max_minutes: Annotated[float, Field(gt=0)] | None = None
-    target_loss: Annotated[float, Field(gt=0)] | None = None
+    max_minutes: Annotated[float, Field(gt=0, le=1e7)] | None = None
+    target_loss: Annotated[float, Field(gt=0, le=1e3)] | None = None
 
     @classmethod
     def of(cls, spec: Mapping[str, Any]) -> Self:

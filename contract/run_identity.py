@@ -18,9 +18,9 @@ class RunIdentity:
     """What must be the same in a resumed run.
 
     ``tokenizer``, ``corpus``: fingerprints, which decide. ``corpus_file``: `contract.file_identity.FileFingerprint` of
-    a corpus of one file, `contract.corpus_files.files_fingerprint` of any other, or {} if unknown. ``vocabulary``: size
-    of the tokenizer, or None if unknown. The last two are for quick checks by the service; here ``corpus_file`` is used
-    only to name the files that differ.
+    a corpus of one file, `contract.corpus_files.stored_fingerprint` of any other, or {} if unknown. ``vocabulary``:
+    size of the tokenizer, or None if unknown. The last two are for quick checks by the service; here ``corpus_file`` is
+    used only to name the files that differ.
     """
 
     model: dict[str, Any]

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,29 +108,33 @@ def _create_attempt(run: RunDir, spec: JobSpec, from_step: int | None, locks: li
     return number
 
 
-def was_evaluated(run: RunDir, step: int) -> bool:
-    """Return whether an attempt of this run has emitted the metric line of ``step`` with its evaluation."""
-    for attempt in run.attempts():
-        with contextlib.suppress(OSError), attempt.outbox.open("rb") as lines:
-            for line in lines:
-                if f'"step":{step},'.encode() not in line or b'"kind":"metric"' not in line:
-                    continue
-                with contextlib.suppress(ValueError):
-                    if json.loads(line).get("eval_loss") is not None:
-                        return True
-    return False
+def evaluated_loss(run: RunDir, step: int) -> float | None:
+    """Return the ``eval_loss`` of the metric line of ``step``, or None if no attempt has emitted one."""
+    losses = (line.get("eval_loss") for line in _lines_of_step(run, step, "metric"))
+    return next((float(loss) for loss in losses if loss is not None), None)
 
 
 def scored_tasks(run: RunDir, step: int) -> frozenset[str]:
     """Return the names of the tasks that an attempt of this run has scored at ``step``."""
-    names: set[str] = set()
-    for attempt in run.attempts():
+    return frozenset(line["task"] for line in _lines_of_step(run, step, "task"))
+
+
+def _lines_of_step(run: RunDir, step: int, kind: str) -> Iterator[dict[str, Any]]:
+    """Yield the events of ``kind`` at ``step``, the newest first.
+
+    What was done at ``step`` before an attempt went back to an earlier one is left out: the weights were others.
+    """
+    for attempt in reversed(list(run.attempts())):
+        found: list[dict[str, Any]] = []
         with contextlib.suppress(OSError), attempt.outbox.open("rb") as lines:
             for line in lines:
-                if f'"step":{step},'.encode() in line and b'"kind":"task"' in line:
+                if f'"step":{step},'.encode() in line and f'"kind":"{kind}"'.encode() in line:
                     with contextlib.suppress(ValueError):
-                        names.add(json.loads(line)["task"])
-    return frozenset(names)
+                        found.append(json.loads(line))
+        yield from reversed(found)
+        from_step = attempt.read_resume_from()
+        if from_step is not None and from_step < step:
+            return
 
 
 def spec_changes(attempt: AttemptContext, spec: JobSpec) -> list[str]:

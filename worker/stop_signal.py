@@ -1,6 +1,7 @@
 """The request to stop: a file that the agent writes, or a signal."""
 
 import faulthandler
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -30,4 +31,5 @@ class StopSignal:
         self._signalled = True
 
     def requested(self) -> bool:
-        return self._signalled or (self._file is not None and self._file.exists())
+        # os.path and not pathlib, which raises the error of a file system that does not answer for a moment.
+        return self._signalled or (self._file is not None and os.path.exists(self._file))

@@ -1,6 +1,7 @@
 """One attempt of a run, from its data to its last checkpoint. Read it from top to bottom."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.smoothing import Ema
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker.attempt import AttemptContext, StepHeartbeat, scored_tasks, was_evaluated
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat, evaluated_loss, scored_tasks
 from trainyard.worker.checkpoint.files import RunState, TensorShapes
 from trainyard.worker.checkpoint.fork import read_fork
 from trainyard.worker.checkpoint.relocate import move_artifacts
@@ -39,6 +40,7 @@ from trainyard.worker.training.control import (
     ControlSync,
     LiveSettings,
     settings_changed_event,
+    take_request,
     with_settings,
 )
 from trainyard.worker.training.device_setup import set_up_device
@@ -128,7 +130,7 @@ def train(
             ),
             emit,
             from_step,
-            ranks.world,
+            _batch_ranks(spec, ranks),
             shapes,
         )
     )
@@ -141,8 +143,10 @@ def train(
     state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved = _restore(resume_from, state, spec, ranks)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved and saved.unevaluated is not None else None
-    if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
-        unevaluated = None
+    evaluated = None
+    if saved is not None and (unevaluated is not None or spec.limits.target_loss is not None):
+        evaluated = ranks.broadcast_from_rank0(lambda: evaluated_loss(attempt.run, progress.step))
+        unevaluated = unevaluated if evaluated is None else None
     scored = ranks.broadcast_from_rank0(lambda: scored_tasks(attempt.run, progress.step)) if tasks else frozenset()
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
@@ -204,6 +208,7 @@ def train(
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
         tasks=tasks,
+        evaluated_at_start=evaluated if data.eval_sets else None,
         scored_at_start=(progress.step, scored),
         straggler_monitor=StragglerMonitor(places),
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
@@ -243,14 +248,20 @@ def _restore(
 ) -> tuple[TrainProgress, MetricsWindow, int, RunState | None]:
     """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step, and the saved state."""
     if resume_from is None:
-        # The first attempt fixes the size of a step, by the number of ranks that torchrun has started. With a range of
-        # nodes the spec's largest number of ranks counts: the size must not depend on how many nodes were free.
-        world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
-        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * world
+        # The first attempt fixes the size of a step.
+        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * _batch_ranks(spec, ranks)
         return TrainProgress(), MetricsWindow(), rows_per_step, None
     saved = state.load(resume_from.checkpoint)
     window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved
+
+
+def _batch_ranks(spec: JobSpec, ranks: DistributedContext) -> int:
+    """Return the number of ranks by which the size of a step is fixed: those that torchrun has started.
+
+    With a range of nodes it is the spec's largest number: the size must not depend on how many nodes were free.
+    """
+    return spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
 
 
 @dataclass(frozen=True)
@@ -310,6 +321,8 @@ class Trainer:
     """The limit that has ended the run, as a message."""
     _ends_next_step: bool = False
     tasks: list[Task] = field(default_factory=list)
+    evaluated_at_start: float | None = None
+    """The ``eval_loss`` of the step that this attempt starts from, if an earlier attempt has evaluated it."""
     scored_at_start: tuple[int, frozenset[str]] = (0, frozenset())
     """The step that this attempt starts from, and the tasks that an earlier attempt has scored there."""
 
@@ -368,7 +381,7 @@ class Trainer:
 
     def _end_at_start(self, progress: TrainProgress) -> None:
         """End the run if earlier attempts have reached a limit. Raises TrainingError if they have saved nothing."""
-        minutes, smoothed = self.limits.spec.max_minutes, self.metrics.smoothed
+        minutes, smoothed, evaluated = self.limits.spec.max_minutes, self.metrics.smoothed, self.evaluated_at_start
         if minutes is not None and self.limits.earlier_seconds >= 60 * minutes:
             if progress.step == self.limits.first_step:
                 message = (
@@ -377,6 +390,8 @@ class Trainer:
                 hint = "Resume with more max_minutes. With checkpoint.save_minutes a crash loses less."
                 raise TrainingError(Reason.LIMIT, message, hint)
             self._end_at(progress.step, self.limits.time_message(progress.step))
+        elif self.limits.is_reached(evaluated):
+            self._end_at(progress.step, self.limits.loss_message("eval_loss", evaluated, progress.step))
         elif not self.data.eval_sets and smoothed.weight and self.limits.is_reached(smoothed.value):
             self._end_at(progress.step, self.limits.loss_message("smoothed loss", smoothed.value, progress.step))
 
@@ -447,9 +462,7 @@ class Trainer:
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
-        requested = self.save_request.exists()
-        if requested:
-            self.save_request.unlink(missing_ok=True)
+        requested = take_request(self.save_request)
         requested, self.save_is_owed = requested or self.save_is_owed, False
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
@@ -689,7 +702,7 @@ class Trainer:
         artifacts = self.checkpointer.artifacts
         with self.phases.during(Phase.SAVING):
             self.checkpointer.wait()
-            if not self.ranks.broadcast_from_rank0(lambda: artifacts.checkpoint(progress.step).exists()):
+            if not self.ranks.broadcast_from_rank0(lambda: os.path.exists(artifacts.checkpoint(progress.step))):
                 self.checkpointer.save(self.state, progress, self.metrics, required=True)
 
     def _save(self, progress: TrainProgress, *, required: bool) -> None:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from trainyard.contract import corpus_files
-from trainyard.contract.corpus_files import CorpusFilesInvalid, describe_changes, expand, is_single_file, shown
+from trainyard.contract.corpus_files import (
+    CorpusFilesInvalid,
+    describe_changes,
+    expand,
+    files_fingerprint,
+    is_single_file,
+    shown,
+    stored_fingerprint,
+)
 
 
 def make(root: Path, *names: str) -> None:
@@ -141,3 +149,10 @@ def test_a_reason_names_the_file_that_it_is_about() -> None:
     error = CorpusFilesInvalid("/data/a\nb", "cannot be read")
     assert error.reason_for("/data") == "holds '/data/a\\nb', which cannot be read"
     assert error.reason_for("/data/a\nb") == "cannot be read"
+
+
+def test_a_fingerprint_of_too_many_files_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = files_fingerprint(["a", "b"], [1, 2], ["x", "y"])
+    assert stored_fingerprint(small) == small
+    monkeypatch.setattr(corpus_files, "MAX_STORED_FILES", len('[["a", 1, "x"], ["b", 2, "y"]]') - 1)
+    assert stored_fingerprint(small) == {}

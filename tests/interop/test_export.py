@@ -1,6 +1,7 @@
 """What an export writes, without transformers: config.json, keys, shapes, tokenizer, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,27 @@ def test_an_export_replaces_nothing(make: Make, tmp_path: Path, capsys: pytest.C
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert export(run.path, tmp_path / "again") == 0
     assert {file.name: file.read_bytes() for file in (tmp_path / "again").iterdir()} == before
+
+
+def test_an_export_is_on_disk_before_it_has_its_name(
+    make: Make, tmp_path: Path, tokenizer_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = make(str(tokenizer_directory))
+    fsync, rename, synced = os.fsync, Path.rename, set[str]()
+
+    def recorded_fsync(descriptor: int) -> None:
+        synced.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def checked_rename(path: Path, target: Path) -> Path:
+        if target.name == "out":
+            assert {file.name for file in path.iterdir()} <= synced
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", checked_rename)
+    assert export(run.path, tmp_path / "out") == 0
+    assert "model.safetensors" in synced
 
 
 def test_another_tokenizer_is_refused(

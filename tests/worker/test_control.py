@@ -1,10 +1,14 @@
-"""A stop that is requested by a file or by a signal."""
+"""A stop or a save that is requested by a file or by a signal."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trainyard.worker.stop_signal import StopSignal
+from trainyard.worker.training.control import take_request
 
 
 def test_a_stop_by_file_and_by_signal(tmp_path: Path) -> None:
@@ -19,3 +23,24 @@ def test_a_stop_by_file_and_by_signal(tmp_path: Path) -> None:
     assert by_signal.requested()
     with pytest.raises(KeyboardInterrupt):
         by_signal.on_signal(signal.SIGINT, None)
+
+
+def test_a_disk_that_does_not_answer_for_a_moment_requests_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a network whose client was evicted. The request is seen when the disk is back."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    stop, save = StopSignal(tmp_path / "stop"), tmp_path / "save"
+    for file in (tmp_path / "stop", save):
+        file.touch()
+    for call in ("stat", "unlink"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os, call, fail)
+            assert stop.requested() == (call != "stat")
+            assert not take_request(save)
+    assert stop.requested()
+    assert take_request(save)
+    assert not take_request(save)

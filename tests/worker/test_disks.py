@@ -13,9 +13,12 @@ import pytest
 
 from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
+from tests.worker.test_resume_start import Yard, publish
 from tests.worker.test_saver import Bench, train_on
 from trainyard.contract.events import CheckpointSaved, WarningEvent
+from trainyard.contract.rundir import ArtifactDir
 from trainyard.worker.checkpoint import files, saver
+from trainyard.worker.checkpoint.resume import saved_corpora
 
 CLONE_NEWNS = 0x20000
 
@@ -139,6 +142,20 @@ def gone(path: Path) -> None:
     assert [event.code for event in bench.of(WarningEvent)][-1] == "save_failed"
 
 
+def locked(path: Path) -> None:
+    """A directory in save_dir that only root may enter, such as lost+found at the root of a disk."""
+    yard = Yard(path, save_dir=True)
+    (path / "lost+found").mkdir(mode=0o700)
+    earlier = publish(ArtifactDir(path / "earlier"), 5)
+    yard.artifacts.path.mkdir(parents=True, exist_ok=True)
+    for folder in (yard.artifacts.path, earlier.parent):
+        os.chown(folder, NOBODY, NOBODY)
+    os.seteuid(NOBODY)
+    assert list(saved_corpora(yard.spec, yard.run, yard.artifacts)) == ["c"]
+    assert yard.begin() == earlier
+    os.seteuid(0)
+
+
 @needs_mounts
 def test_a_full_disk(tmp_path: Path) -> None:
     of_its_own(full, tmp_path)
@@ -161,3 +178,9 @@ def test_a_directory_that_was_closed() -> None:
 
 def test_a_directory_that_is_gone(tmp_path: Path) -> None:
     of_its_own(gone, tmp_path)
+
+
+@needs_root
+def test_a_directory_of_another_user_is_no_earlier_job() -> None:
+    with public_tmp_dir() as folder:
+        of_its_own(locked, folder)

@@ -12,7 +12,7 @@ import pytest
 from tests.worker import rank_runner
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
-from trainyard.worker.attempt import was_evaluated
+from trainyard.worker.attempt import evaluated_loss, scored_tasks
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def test_all_ranks_give_an_evaluation_up_together(described: dict[str, Any], tmp
 
 def test_what_was_evaluated_is_read_from_the_outboxes_of_all_attempts(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    assert not was_evaluated(run, 4)
+    assert evaluated_loss(run, 4) is None
     lines = (
         '{"kind":"metric","step":4,"eval_loss":null}',
         '{"kind":"metric","step":8,"eval_loss":2.5}',
@@ -108,4 +108,20 @@ def test_what_was_evaluated_is_read_from_the_outboxes_of_all_attempts(tmp_path: 
     for attempt in (run.attempt(1), run.attempt(2)):
         attempt.path.mkdir()
     run.attempt(2).outbox.write_text("\n".join(lines))
-    assert [was_evaluated(run, step) for step in (4, 8, 80)] == [False, True, False]
+    assert [evaluated_loss(run, step) for step in (4, 8, 80)] == [None, 2.5, None]
+
+
+def test_what_was_evaluated_before_the_run_went_back_does_not_count(tmp_path: Path) -> None:
+    """Otherwise the step that a stop or a crash left unevaluated on the new way was never evaluated."""
+    run = RunDir(tmp_path)
+    for attempt in (run.attempt(1), run.attempt(2), run.attempt(3)):
+        attempt.path.mkdir()
+    lines = [f'{{"kind":"metric","step":{step},"eval_loss":{loss}}}' for step, loss in ((8, 2.5), (12, 2.0))]
+    run.attempt(1).outbox.write_text("\n".join([*lines, '{"kind":"task","step":12,"task":"sums"}']))
+    run.attempt(2).resume_from.write_text("8\n")
+    assert [evaluated_loss(run, step) for step in (8, 12)] == [2.5, None]
+    assert scored_tasks(run, 12) == frozenset()
+    run.attempt(2).outbox.write_text('{"kind":"metric","step":12,"eval_loss":3.0}\n')
+    assert evaluated_loss(run, 12) == 3.0
+    run.attempt(3).resume_from.write_text("12\n")
+    assert [evaluated_loss(run, step) for step in (8, 12)] == [2.5, 3.0]

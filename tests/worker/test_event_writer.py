@@ -3,6 +3,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,28 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: 
     outbox.emit(WarningEvent(code="b", message="second"))
     outbox.close()
     assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b")]
+
+
+@pytest.mark.parametrize("call", ["fstat", "write", "ftruncate"])
+def test_a_disk_that_does_not_answer_for_a_moment_loses_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a network whose client was evicted."""
+    path, real_write = tmp_path / "events.jsonl", os.write
+    outbox = EventWriter(path)
+    outbox.emit(WarningEvent(code="a", message="first"))
+
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "write", lambda descriptor, data: real_write(descriptor, data[:20]))
+        broken.setattr(os, call, fail)
+        outbox.emit(WarningEvent(code="b", message="second"))
+        outbox.emit(WarningEvent(code="c", message="third"))
+    outbox.emit(WarningEvent(code="d", message="fourth"))
+    outbox.close()
+    assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b"), (3, "c"), (4, "d")]
 
 
 def test_other_ranks_say_nothing() -> None:

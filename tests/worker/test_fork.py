@@ -16,6 +16,7 @@ from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.messages import Fork
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir, write_json
+from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint import files, fork
 from trainyard.worker.checkpoint.retention import keep_weights
 from trainyard.worker.errors import TrainingError
@@ -134,6 +135,19 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     last = {name: data for name, data in rank_runner.outputs(untouched) if final in name}
     assert last == {name: data for name, data in rank_runner.outputs(broken) if final in name}
     assert len(last) == 2
+
+
+def test_restarted_it_has_the_step_and_the_loss_of_a_new_run(parent: RunDir, tmp_path: Path) -> None:
+    """Its steps are as large as if all nodes of the range were there, and only its own losses can reach a target."""
+    run = forked(parent, tmp_path / "run", "restart", training={"max_steps": 4}, reporting={"log_interval": 1})
+    described = json.loads(run.spec.read_text())
+    described["resources"]["nnodes"] = {"min": 1, "max": 2}
+    described["limits"] = {"target_loss": 100.0}
+    run.spec.write_text(json.dumps(described))
+    outcome = rank_runner.run_to_end(run)
+    begun = next(event for event in rank_runner.events(run) if isinstance(event, Started))
+    assert begun.global_batch == 4 * 2 * 2
+    assert (outcome.step, outcome.reason) == (STEP + 1, Reason.LIMIT)
 
 
 @pytest.mark.slow

@@ -285,3 +285,30 @@ def limit_after(run: RunDir, step: int) -> None:
             write_json(run.attempt(1).settings, settings.model_dump())
 
     mock.patch.object(StepHeartbeat, "beat", request_at).start()
+
+
+def die_instead_of_ending() -> None:
+    """SIGKILL this rank after the evaluation that reaches the target."""
+    import os
+
+    from trainyard.worker.train import Trainer
+
+    def killing(self: Trainer, _: object) -> bool:
+        if self.limit is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+    mock.patch.object(Trainer, "_score_tasks", killing).start()
+
+
+def test_a_target_that_was_reached_before_a_crash_ends_the_next_attempt(text: Path, tmp_path: Path) -> None:
+    """The evaluation is not repeated, so its loss is read from the outbox."""
+    run = limited(text, tmp_path / "run", target_loss=100.0)
+    described = json.loads(run.spec.read_text())
+    described["data"]["eval_fraction"] = 0.2
+    run.spec.write_text(json.dumps(described))
+    assert rank_runner.start(run, 1, die_instead_of_ending).wait() == [-signal.SIGKILL]
+    outcome = rank_runner.run_to_end(run)
+    assert (outcome.outcome, outcome.reason, outcome.step) == ("completed", Reason.LIMIT, 2)
+    assert "target_loss 100 is reached at step 2: the eval_loss is " in str(outcome.message)
+    assert rank_runner.metrics(run, 2) == {}, "nothing is evaluated twice"

@@ -12,10 +12,10 @@ from tests.worker import rank_runner
 from tests.worker.rank_runner import corpus, new_run, run_to_end
 from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, MetricEvent
 from trainyard.contract.failpoints import armed
-from trainyard.contract.rundir import RunDir
+from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.checkpoint.files import verify
+from trainyard.worker.checkpoint.files import read_state, verify
 from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.errors import TrainingError, save_error
 
@@ -93,6 +93,13 @@ def test_everything_is_moved_and_reported(moved_from: Path, links: bool, monkeyp
     removed = {event.path for event in events if isinstance(event, CheckpointRemoved)}
     assert saved == {str(path) for path in (new / "checkpoints").iterdir()}
     assert removed == {path.replace("/new/", "/old/") for path in saved}
+    listed = [event for event in events if isinstance(event, CheckpointSaved)]
+    kinds = {event.step: (event.checkpoint_kind, event.loss) for event in listed}
+    losses = {
+        step: read_state(path).loss for step, path in (*ArtifactDir(new).published(), *ArtifactDir(new).milestones())
+    }
+    assert losses[12] is not None
+    assert kinds == {4: ("weights", losses[4]), 8: ("full", losses[8]), 12: ("full", losses[12])}
     assert move(moved_from, moved_from / "new") == []
     [attempt] = RunDir(moved_from / "runs/job_a").attempts()
     attempt.spec.write_text(attempt.spec.read_text().replace("/copy/old", "/copy/new"))

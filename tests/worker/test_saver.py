@@ -243,6 +243,16 @@ def test_what_was_allocated_of_a_copy_without_room_is_given_back(
     assert len(bench.train_state.optimizer._optimizer_step_pre_hooks) == 0
 
 
+def test_the_moments_that_a_rollback_replaces_are_freed(tmp_path: Path) -> None:
+    """The copies of a save kept them until the next save: twice the optimizer state in the memory of a GPU."""
+    bench = Bench(tmp_path)
+    train_on(bench.train_state)
+    bench.save(1)
+    moments = [m for state in bench.train_state.optimizer.state.values() for m in state.values()]
+    shared = [torch._C._storage_Use_Count(m.untyped_storage()._cdata) for m in moments]
+    assert set(shared) == {2}, "the tensor, and the storage object of this line"
+
+
 def test_staging_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)

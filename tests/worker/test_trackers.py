@@ -205,6 +205,17 @@ def test_one_that_hangs_does_not_hold_up_a_step(tmp_path: Path, fakes: Path, mon
         process.close()
 
 
+def test_a_spec_that_names_many_files_is_no_sign_that_it_hangs(tmp_path: Path) -> None:
+    described = wanted().model_dump(mode="json")
+    described["data"]["data_path"] = [f"/data/{number:0200}.jsonl" for number in range(8000)]
+    idle = (sys.executable, "-c", "import time; time.sleep(600)")
+    process = TrackerProcess("json", JobSpec.model_validate_json(json.dumps(described)), tmp_path / "job_1", idle)
+    try:
+        process.log(metric(1))
+    finally:
+        process.abandon()
+
+
 def test_one_that_is_missing_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("wandb", "swanlab", "trackio"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -4,13 +4,21 @@ import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.events import CheckpointRemoved, Event
 from trainyard.contract.failpoints import hit
-from trainyard.contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, ArtifactDir, RunDir, atomic_directory
+from trainyard.contract.rundir import (
+    CHECKPOINT_FILES,
+    REMOVING_PREFIX,
+    SAVING_PREFIX,
+    ArtifactDir,
+    RunDir,
+    atomic_directory,
+)
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.checkpoint.files import CheckpointInfo, checkpoint_info, saving_directory
+from trainyard.worker.checkpoint.files import checkpoint_info, read_state, saving_directory
 from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
 from trainyard.worker.errors import save_error
 from trainyard.worker.paths import check_allowed_paths, save_roots
@@ -59,18 +67,19 @@ def _move(old: ArtifactDir, new: ArtifactDir, emit: Callable[[Event], None]) -> 
 def _move_checkpoint(step: int, path: Path, final: Path, emit: Callable[[Event], None]) -> None:
     _copy(path, final)
     hit("relocate.copied")
+    kind: Literal["full", "weights"] = "weights" if final.name.endswith("-weights") else "full"
     # A damaged one is moved as well; the resume finds the damage.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        emit(_info(step, final).saved_event())
+        moved = checkpoint_info(step, final, MILESTONE_FILES if kind == "weights" else CHECKPOINT_FILES)
+        emit(moved.saved_event(checkpoint_kind=kind, loss=_loss(final)))
     remove(path)
-    kind = "weights" if final.name.endswith("-weights") else "full"
     emit(CheckpointRemoved(step=step, path=str(path), checkpoint_kind=kind, why=f"moved to {final}"))
 
 
-def _info(step: int, path: Path) -> CheckpointInfo:
-    return (
-        checkpoint_info(step, path, MILESTONE_FILES) if path.name.endswith("-weights") else checkpoint_info(step, path)
-    )
+def _loss(path: Path) -> float | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return read_state(path).loss
+    return None
 
 
 def _move_entry(path: Path, target: Path) -> None:

@@ -53,8 +53,9 @@ def find_resume_point(
     """Return the checkpoint to resume from, every byte verified, or None to start at step 0. For rank 0 only.
 
     ``is_finished(state)``: whether nothing is left to train. ``from_step``: the step to go back to, if any. A fork
-    without a checkpoint of its own starts with its parent's, on ``world`` ranks. ``shapes``: of the model. Raises
-    TrainingError if the job's own checkpoints cannot be used: to start at step 0 silently would throw work away.
+    without a checkpoint of its own starts with its parent's; if its data restart, its steps have the rows of ``world``
+    ranks. ``shapes``: of the model. Raises TrainingError if the job's own checkpoints cannot be used: to start at step
+    0 silently would throw work away.
     """
     hit("resume.find")
     delete_leftovers(artifacts)
@@ -182,7 +183,7 @@ def _resume_earlier_job(
         problem = _incompatibility(path, identity, is_finished)
         adopted = _adopt(path, artifacts, identity, is_finished, shapes) if problem is None else problem
         if isinstance(adopted, CheckpointInfo):
-            emit(adopted.saved_event())
+            emit(adopted.saved_event(loss=files.read_state(adopted.path).loss))
             return ResumePoint(path, adopted.path)
         rejected.append(f"{path}: {adopted}")
     reasons = f" ({'; '.join(rejected[:5])})" if rejected else ""
@@ -195,9 +196,17 @@ def _resume_earlier_job(
 def _newest_first(folder: Path, own: ArtifactDir) -> Iterator[Path]:
     """Yield the published checkpoints of other jobs, the last written first."""
     jobs = [ArtifactDir(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
-    paths = [path for job in jobs if job.path.resolve() != own.path.resolve() for _, path in job.published()]
+    paths = [path for job in jobs if job.path.resolve() != own.path.resolve() for path in _readable(job)]
     dated = [(written, path) for path in paths if (written := _written_at(path)) is not None]
     yield from (path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True))
+
+
+def _readable(job: ArtifactDir) -> list[Path]:
+    """Return the published checkpoints of ``job``; none if its directory is closed to this user, as lost+found is."""
+    try:
+        return [path for _, path in job.published()]
+    except PermissionError:
+        return []
 
 
 @failpoint("resume.written_at")

@@ -95,14 +95,15 @@ class StagingBuffers:
 
     def fill(self) -> None:
         """Complete the copies. Called by the writer thread."""
-        if self._copy_event is not None:
-            self._copy_event.synchronize()
-            return
         try:
-            for buffer, tensor in self._pairs:
-                # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
-                np.copyto(_bytes(buffer), _bytes(tensor))
+            if self._copy_event is not None:
+                self._copy_event.synchronize()
+            else:
+                for buffer, tensor in self._pairs:
+                    # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
+                    np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
+            self._pairs = []  # a rollback replaces the moments, and the old ones must be freed
             self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from trainyard.contract.corpus_files import (
     files_fingerprint,
     is_single_file,
     shown,
+    stored_fingerprint,
 )
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
@@ -163,7 +164,7 @@ class TrainingData:
         return self.spec.data.sources is None and is_single_file(paths_of(self.spec))
 
     def _corpus_file(self) -> dict[str, Any]:
-        """Return the fingerprint of the corpus as it is now, or {} if it is not what was read."""
+        """Return the fingerprint of the corpus as it is now, or {} if it is not what was read or has too many files."""
         try:
             if self.is_one_file:
                 fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))), self.roots)
@@ -171,9 +172,8 @@ class TrainingData:
             named = [(source, file) for source in self.sources for file in source.files]
             names = [f"{source.name}/{file.name}" for source, file in named]
             sizes = [file.path.stat().st_size for _, file in named]
-            return files_fingerprint(
-                names, sizes, [s for source in self.sources for s in _sketches(source, self.roots)]
-            )
+            sketches = [sketch for source in self.sources for sketch in _sketches(source, self.roots)]
+            return stored_fingerprint(files_fingerprint(names, sizes, sketches))
         except OSError:
             return {}
 

@@ -127,7 +127,10 @@ class TrackerProcess:
         self._points, self._failure = self._process.stdin, self._process.stdout
         os.set_blocking(self._points.fileno(), False)
         os.set_blocking(self._failure.fileno(), False)
-        self._send({"spec": spec.model_dump(mode="json")})
+        # It may name thousands of files, and a tracker that is still being imported reads nothing.
+        described = {"spec": spec.model_dump(mode="json")}
+        self._max_unsent = MAX_UNSENT + len(json.dumps(described))
+        self._send(described)
 
     def start_at(self, step: int) -> None:  # noqa: ARG002 - a tracker knows its own last step
         self._send({"rewind": True})
@@ -176,7 +179,7 @@ class TrackerProcess:
             raise TrackerFailed(failure)
         self._unsent += json.dumps(message).encode() + b"\n"
         self._write()
-        if len(self._unsent) > MAX_UNSENT:
+        if len(self._unsent) > self._max_unsent:
             raise TrackerFailed("it does not read its points: it hangs, or its server does not answer")
 
     def _write(self) -> None:

@@ -22,10 +22,11 @@ class EventWriter:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._buffer: deque[bytes] = deque(maxlen=MAX_BUFFERED_LINES)
         self._lock = threading.Lock()
+        self._torn_at: int | None = None
         self.seq = _truncate_torn_line(self._descriptor)
 
     def emit(self, event: Event) -> None:
-        """Append ``event`` with the next ``seq``. Never raises if the disk is full."""
+        """Append ``event`` with the next ``seq``. Never raises if the disk is full or does not answer."""
         with self._lock:
             self.seq += 1
             line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)
@@ -39,8 +40,23 @@ class EventWriter:
             os.close(self._descriptor)
 
     def _drain(self) -> None:
-        while self._buffer and _append(self._descriptor, self._buffer[0]):
+        while self._buffer and self._append(self._buffer[0]):
             self._buffer.popleft()
+
+    def _append(self, line: bytes) -> bool:
+        """Append the whole line or nothing; return False if the disk rejected it."""
+        try:
+            if self._torn_at is not None:
+                # Half a line has no newline yet, so no reader has used it.
+                os.ftruncate(self._descriptor, self._torn_at)
+            self._torn_at = os.fstat(self._descriptor).st_size
+            if os.write(self._descriptor, line) < len(line):
+                os.ftruncate(self._descriptor, self._torn_at)
+                return False
+        except OSError:
+            return False
+        self._torn_at = None
+        return True
 
     def __enter__(self) -> Self:
         return self
@@ -62,19 +78,6 @@ class NullEventWriter:
 
 
 AnyEventWriter = EventWriter | NullEventWriter
-
-
-def _append(descriptor: int, line: bytes) -> bool:
-    """Append the whole line or nothing; return False if the disk rejected it."""
-    before = os.fstat(descriptor).st_size
-    try:
-        if os.write(descriptor, line) == len(line):
-            return True
-    except OSError:
-        pass
-    # Half a line has no newline yet, so no reader has used it.
-    os.ftruncate(descriptor, before)
-    return False
 
 
 def _truncate_torn_line(descriptor: int) -> int:

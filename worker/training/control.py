@@ -5,6 +5,7 @@ makes all ranks act at the same step. Live settings (how often to log and save, 
 never change what a step trains.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -32,6 +33,18 @@ def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
             ),
         }
     )
+
+
+def take_request(file: Path) -> bool:
+    """Return whether a request was made by creating ``file``, and delete it. Never raises."""
+    # os.path and not pathlib, which raises the error of a file system that does not answer for a moment.
+    if not os.path.exists(file):
+        return False
+    try:
+        file.unlink(missing_ok=True)
+    except OSError:
+        return False  # it is still there at the next step
+    return True
 
 
 @dataclass
