@@ -13,7 +13,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -21,10 +20,12 @@ from urllib.parse import quote
 
 import httpx2
 
-from trainyard.client.connection import PAGE, Connection, RetryPolicy, normalize_url
+from trainyard.client.connection import PAGE, UNAVAILABLE, Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint, download_export
 from trainyard.client.errors import (
     AmbiguousName,
+    ApiError,
+    InvalidSpec,
     NotFound,
     ServiceUnreachable,
     TrainyardError,
@@ -64,6 +65,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 METRICS_PAGE = 1000
 GENERATION_SECONDS = 600.0
 RECONNECT_SECONDS = 0.5
+MAX_SILENCE_SECONDS = 10.0
+"""Below the 15 s between two comments of a stream, which end a silence."""
 
 
 class ClientBase:
@@ -221,28 +224,38 @@ class ClientBase:
         fields: Mapping[str, Any] | None = None
         position = _Position()
         path, params = _path(job_id, "metrics", "stream"), {"after_step": after_step}
+        timeout = min(interval, MAX_SILENCE_SECONDS)
         while True:
             # First the job, then its points: so all points of an idle job are read.
             fields = yield from self._poll(job_id, fields)
-            with suppress(ServiceUnreachable):  # or silent for ``interval``
+            position.opened = is_silent = False
+            try:
                 last_id, accept = position.last_id, position.point_of
-                yield from self._connection.events(path, params, last_id, timeout=interval, accept=accept)
-            if position.ended or is_idle(fields):
+                yield from self._connection.events(path, params, last_id, timeout=timeout, accept=accept)
+            except ServiceUnreachable as error:
+                # If the connection was cut off, more points may follow, also those of an idle job.
+                is_silent = position.opened and isinstance(error.__cause__, httpx2.ReadTimeout)
+            except ApiError as error:
+                if error.status not in UNAVAILABLE:
+                    raise
+            if position.ended or (is_silent and is_idle(fields)):
                 return
             yield Sleep(RECONNECT_SECONDS)
 
 
 class _Position:
-    """Where a reader of a stream of metrics is."""
+    """Where a reader of a stream of metrics is. ``opened``: whether the present connection has responded."""
 
     def __init__(self) -> None:
         self.last_id: str | None = None
         self.ended = False
+        self.opened = False
 
     def point_of(self, event: StreamEvent) -> Metric | None:
         """Return the point of an event, or None if it has none."""
         self.last_id = event.id or self.last_id
         self.ended = self.ended or event.kind == END
+        self.opened = self.opened or event.kind == OPENED
         return cast(Metric, event.data) if event.kind == "metric" else None
 
 
@@ -559,9 +572,9 @@ class Client(ClientBase):
         """Yield the points of the curve after ``after_step``, and then each new one, until the job is idle.
 
         Points come within a second, from a stream. If it breaks it is opened again, also after a restart of the
-        service: no point is lost or repeated. If it is silent for ``interval`` seconds, the job is read to see whether
-        it is idle. If a restarted run goes back to an earlier step, its points follow with a higher ``attempt``; those
-        of the earlier attempt after that step are void.
+        service: no point is lost or repeated. If it is silent for ``interval`` seconds, at most 10, the job is read to
+        see whether it is idle. If a restarted run goes back to an earlier step, its points follow with a higher
+        ``attempt``; those of the earlier attempt after that step are void.
 
         Raises:
             StreamUnsupported: the service is older than its streams.
@@ -904,7 +917,12 @@ def _corpus(corpus_id: str) -> str:
 
 
 def _idempotent(key: str | None) -> dict[str, str]:
-    return {"Idempotency-Key": key or str(uuid.uuid4())}
+    given = key or str(uuid.uuid4())
+    if not (given.isascii() and given.isprintable()):
+        # As the service rejects it. A header cannot hold it.
+        error = {"pointer": "/header/Idempotency-Key", "message": "must be 1 to 255 printable ASCII characters"}
+        raise InvalidSpec(422, {"code": "invalid_request", "detail": "The request was not sent.", "errors": [error]})
+    return {"Idempotency-Key": given}
 
 
 def _generated_event(event: StreamEvent) -> StreamEvent | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from trainyard.client.connection import CONNECT_SECONDS, CONNECTED, Exchange, RetryPolicy
+from trainyard.client.connection import CONNECT_SECONDS, CONNECTED, Exchange, RetryPolicy, header_token
 from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
 from trainyard.client.pages import AsyncPages
 
@@ -30,6 +30,7 @@ class AsyncConnection(Exchange):
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         super().__init__(url, retries)
+        token = header_token(token)
         self._http = httpx2.AsyncClient(transport=transport, **self._settings(token, timeout))
         if self._checks_peers(token):
             self._http.event_hooks = {"request": [self._check_new_connections]}

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.errors import InvalidSpec, InvalidUrl, NotAuthorised, ServiceUnreachable, api_error
 from trainyard.client.flows import Body, Flow, Item, ItemFlow, Next, Open, Send, Sleep, Step, Work, as_item
 from trainyard.client.local_peer import UntrustedListener, require_service
 from trainyard.client.pages import Pages
@@ -31,6 +31,9 @@ MAX_TAGGED_BYTES = 1 << 20
 
 CONNECTED = "connection.connect_tcp.complete"
 """The HTTP client's event of a new connection."""
+
+UNAVAILABLE = frozenset({502, 503, 504})
+"""Statuses of a service that is not ready, or of a proxy whose service does not respond."""
 
 MIN_CLOCK_OFFSET = timedelta(minutes=1)
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -257,7 +260,7 @@ class Exchange:
                 raise ServiceUnreachable(self.url, message) from error
             raise RetryableError(_cause(error)) from error
         self.clock_offset = _clock_offset(response.headers.get("date"), datetime.now(UTC))
-        if repeatable and response.status_code in (502, 503, 504):
+        if repeatable and response.status_code in UNAVAILABLE:
             raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
 
@@ -270,8 +273,9 @@ class Exchange:
             body = response.json()
         except ValueError:
             raise self._foreign(response, "not JSON") from None
-        path = response.request.url.path
-        needed = FIELD_OF.get(path.rpartition("/")[2], "object")
+        last = response.request.url.path.rpartition("/")[2]
+        # With another method the last part may be a name that a user chose: PATCH /tokens/health.
+        needed = FIELD_OF.get(last, "object") if response.request.method == "GET" else "object"
         if not isinstance(body, dict) or needed not in body:
             raise self._foreign(response, f"JSON without `{needed}`")
         return body
@@ -305,6 +309,7 @@ class Connection(Exchange):
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         super().__init__(url, retries)
+        token = header_token(token)
         self._http = httpx2.Client(transport=transport, **self._settings(token, timeout))
         if self._checks_peers(token):
             self._http.event_hooks = {"request": [self._check_new_connections]}
@@ -376,6 +381,16 @@ class Connection(Exchange):
             raise error from None
 
 
+def header_token(token: str | None) -> str | None:
+    """Return a token as a header can hold it: without the line end of a file. Raises NotAuthorised if it cannot."""
+    stripped = (token or "").strip()
+    if not (stripped.isascii() and stripped.isprintable()):
+        # Without the token, because messages are logged.
+        detail = "The token was not sent: it has characters other than printable ASCII, which no token has."
+        raise NotAuthorised(401, {"code": "unauthorized", "detail": detail})
+    return stripped or None
+
+
 FIELD_OF = {
     "health": "status",
     "ready": "status",
@@ -383,7 +398,7 @@ FIELD_OF = {
     "logs": "next_offset",
     "manifest.json": "files",
 }
-"""Last part of an address -> a field that every response there has. All others have `object`."""
+"""Last part of an address -> a field that every response to GET there has. All others have `object`."""
 
 
 def _require_expressible(body: Any, query: Mapping[str, Any]) -> None:

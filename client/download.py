@@ -2,14 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from trainyard.client.connection import Exchange
 from trainyard.client.errors import ChecksumMismatch
 from trainyard.client.flows import Body, Flow, Work
-from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
+from trainyard.contract.rundir import MANIFEST_FILE, FileDigest, parse_manifest
 
 PARTIAL_SUFFIX = ".part"
 
@@ -29,8 +30,11 @@ def download_checkpoint(exchange: Exchange, url: str, into: Path) -> Flow[list[s
         if not name or Path(name).name != name or name.startswith("."):
             raise ChecksumMismatch(f"the manifest names an invalid file: {name!r}")
         if not (yield from _matches(into / name, entry.sha256)):
-            yield from _download_file(exchange, f"{url}/{name}", into / name, entry.sha256)
-    (into / MANIFEST_FILE).write_bytes(manifest)
+            yield from _download_file(exchange, f"{url}/{name}", into / name, entry)
+    part = into / f"{MANIFEST_FILE}{PARTIAL_SUFFIX}"
+    with _named_errors(part):
+        part.write_bytes(manifest)
+    os.replace(part, into / MANIFEST_FILE)
     return [*listed, MANIFEST_FILE]
 
 
@@ -53,23 +57,37 @@ def download_export(exchange: Exchange, url: str, files: Iterable[Mapping[str, A
     return names
 
 
-def _download_file(exchange: Exchange, url: str, path: Path, digest: str) -> Flow[None]:
+def _download_file(exchange: Exchange, url: str, path: Path, listed: FileDigest) -> Flow[None]:
     part = path.with_name(path.name + PARTIAL_SUFFIX)
     have = part.stat().st_size if part.exists() else 0
-    # If-Range: if the file has changed, the service sends all of it with status 200 and not the rest with 206.
-    headers = {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'} if have else {}
-    body = yield from exchange.download(url, headers)
-    yield from _write(exchange, body, part, "ab" if body.response.status_code == 206 else "wb")
-    if not (yield from _matches(part, digest)):
-        part.unlink()
-        raise ChecksumMismatch(f"{path.name} differs from the manifest: download it again")
+    # If all of it is there, its end was interrupted: a range after the last byte would be rejected.
+    if not have or have != listed.bytes or not (yield from _matches(part, listed.sha256)):
+        resumed = 0 < have < listed.bytes
+        # If-Range: if the file has changed, the service sends all of it with status 200 and not the rest with 206.
+        headers = {"Range": f"bytes={have}-", "If-Range": f'"{listed.sha256}"'} if resumed else {}
+        body = yield from exchange.download(url, headers)
+        yield from _write(exchange, body, part, "ab" if body.response.status_code == 206 else "wb")
+        if not (yield from _matches(part, listed.sha256)):
+            part.unlink()
+            raise ChecksumMismatch(f"{path.name} differs from the manifest: download it again")
     os.replace(part, path)
 
 
 def _write(exchange: Exchange, body: Body, path: Path, mode: str) -> Flow[None]:
-    with path.open(mode) as file:
+    with _named_errors(path), path.open(mode) as file:
         while chunk := (yield from exchange.chunk(body)):
             file.write(chunk)
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    """Add the path to an error of a write, such as that of a full disk: Python adds it only if a file is opened."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _matches(path: Path, digest: str) -> Flow[bool]:

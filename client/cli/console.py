@@ -61,9 +61,19 @@ class Console:
         print(safe(text), file=self.err, flush=True)
 
     def read_stdin(self) -> str:
-        """Return all of stdin as UTF-8, without a byte order mark, whatever the locale is. Raises UnicodeError."""
+        """Return all of stdin as UTF-8, without a byte order mark, whatever the locale is. Raises UsageError."""
         binary = getattr(self.stdin, "buffer", None)
-        return self.stdin.read() if binary is None else str(binary.read(), "utf-8-sig")
+        try:
+            return self.stdin.read() if binary is None else str(binary.read(), "utf-8-sig")
+        except UnicodeError as error:
+            raise UsageError(f"the text on stdin is not UTF-8: {error}") from None
+
+    def read_line(self) -> str:
+        """Return the next line of stdin, "" at its end. Raises UsageError if it is not text."""
+        try:
+            return self.stdin.readline()
+        except UnicodeError as error:
+            raise UsageError(f"the text on stdin cannot be read: {error}") from None
 
     def confirm(self, question: str) -> bool:
         """Ask yes or no. Enter means yes, the end of the input means no."""
@@ -85,7 +95,7 @@ class Console:
 
     def _answer(self, prompt: str) -> str | None:
         print(prompt, end="", file=self.err, flush=True)
-        line = self.stdin.readline()
+        line = self.read_line()
         return line.strip().lower() if line else None
 
 

@@ -1,5 +1,6 @@
 """Numbers, times and tables as text for people. Standard library only."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -8,6 +9,9 @@ from itertools import pairwise
 from trainyard.contract.units import human_bytes
 
 UNKNOWN = "-"
+UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, those that change the direction of text, and bytes that are no character."""
+
 BLOCKS = "▁▂▃▄▅▆▇█"
 GLYPHS = {
     "queued": "~",
@@ -161,8 +165,8 @@ def one_line(text: str, width: int) -> str:
 
 
 def safe(text: str) -> str:
-    """Return ``text`` without control characters except line ends and tabs."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )
+    """Return ``text`` without control characters except line ends and tabs.
+
+    Not by `str.isprintable`, which is False for most spaces, such as U+3000 of Chinese texts.
+    """
+    return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)

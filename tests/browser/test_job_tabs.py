@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, Position, expect
+from sqlalchemy import insert
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
@@ -15,7 +16,10 @@ from tests.browser.test_job_actions import choose_of_row, job_named
 from tests.browser.test_submit_page import field
 from tests.browser.test_workspace import NOTIFICATIONS
 from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
+from tests.service.test_checkpoints import write_checkpoint
 from tests.service.test_log_reader import log
+from trainyard.service.db.models import EventRow
 
 pytestmark = pytest.mark.long
 
@@ -191,3 +195,34 @@ def test_description_and_group_are_edited_in_place(service: str, rig: ServiceHar
     check_both_themes(page, "details")
     link.click()
     expect(page.locator(".jobs tr")).to_have_count(1)
+
+
+def test_long_lists_begin_with_the_newest_events_and_offer_the_oldest_checkpoints(
+    rig: ServiceHarness, page: Page
+) -> None:
+    job_id, attempt = rig.running(steps=200, name="long")
+    for step in range(1, 103):
+        attempt.metric(step)
+        write_checkpoint(rig.checkpoint(job_id, attempt, step))
+    rig.ship(attempt)
+    event = {"job_id": job_id, "attempt": 1, "kind": "warning", "actor": "agent", "data": {}, "at": rig.clock()}
+    with rig.database.write() as session:
+        session.execute(insert(EventRow), [{**event, "message": f"warning {number}"} for number in range(1000)])
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if "/events" in request.url else None)
+    with served(rig) as (host, port):
+        address = f"http://{host}:{port}"
+        page.goto(f"{address}/jobs/{job_id}?tab=events")
+        first = page.get_by_role("region", name="Events").locator("tbody tr").first
+        expect(first).to_contain_text("warning 999")
+        with rig.database.write() as session:
+            session.execute(insert(EventRow), {**event, "message": "the newest"})
+        before = len(asked)
+        attempt.metric(103)
+        rig.ship(attempt)
+        expect(first).to_contain_text("the newest")
+        assert len(asked) <= before + 3, "only the new events are fetched"
+        page.goto(f"{address}/submit?fork={job_id}&step=1")
+        expect(page.get_by_label("From the checkpoint at step")).to_have_value("1")
+        page.goto(f"{address}/jobs/{job_id}?tab=try&at=1")
+        expect(page.get_by_label("Step", exact=True)).to_have_value("1")

@@ -63,3 +63,14 @@ def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: ServiceHarne
         page.get_by_label("Rank").select_option("agent")
         expect(page.get_by_role("tabpanel")).to_contain_text("Nothing has been printed yet.")
     assert broken == []
+
+
+def test_a_search_goes_on_after_a_lost_connection(rig: ServiceHarness, page: Page) -> None:
+    job_id, attempt = rig.running(steps=100, name="long")
+    attempt.metric(5)
+    rig.ship(attempt)
+    log(rig, job_id, "one\ntwo\nthree\n")
+    page.route("**/logs/search**", lambda route: route.abort(), times=1)
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/jobs/{job_id}?tab=logs&grep=two")
+        expect(page.get_by_role("tabpanel")).to_contain_text("1 matching line in 3")

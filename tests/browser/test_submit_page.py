@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Error, Locator, Page, Route, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
@@ -245,3 +246,28 @@ def test_the_fork_form_starts_with_the_parents_values(service: str, rig: Service
     [made] = rig.get("/jobs", parent=parent_id)["data"]
     assert made["parent"] == {"job_id": parent_id, "step": 20, "data": "keep"}
     assert made["spec"]["training"]["learning_rate"] == 1e-4
+
+
+def test_the_form_works_over_plain_http(service: str, rig: ServiceHarness, page: Page) -> None:
+    """A browser has fewer functions on a page that came without TLS from another host, as with ``--host 0.0.0.0``."""
+    address = "http://trainer.example:8000"
+
+    def forward(route: Route) -> None:
+        # As the service would get it under this name.
+        kept = {name: value for name, value in route.request.headers.items() if not name.startswith(("origin", "sec-"))}
+        with suppress(Error):  # a request that the page has abandoned
+            route.fulfill(response=route.fetch(url=route.request.url.replace(address, service), headers=kept))
+
+    page.route(f"{address}/**", forward)
+    page.route("**/metrics/stream**", lambda route: route.abort())
+    for name in ("first-over-http", "second-over-http"):
+        page.goto(f"{address}/submit")
+        assert page.evaluate("isSecureContext") is False
+        field(page, "data_path").fill(str(rig.corpus))
+        field(page, "name").fill(name)
+        expect(page.locator(".plan .facts")).to_contain_text("Parameters")
+        page.get_by_role("button", name="Submit", exact=True).click()
+        page.get_by_role("button", name="Submit despite").click()
+        expect(page.get_by_role("heading", name=name)).to_be_visible()
+    page.unroute_all(behavior="ignoreErrors")
+    assert len({job["id"] for job in rig.get("/jobs", search="over-http")["data"]}) == 2

@@ -165,6 +165,8 @@ class FakeService:
         self.curve: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.log = ""
+        self.logs: dict[str, str] = {}
+        """Logs of single attempts, by number; ``log`` is that of all others."""
         self.plan = plan()
         self.files: dict[int, dict[str, bytes]] = {}
         self.requests: list[httpx2.Request] = []
@@ -270,8 +272,9 @@ class FakeService:
 
     def _logs(self, request: httpx2.Request) -> httpx2.Response:
         tail, offset = request.url.params.get("tail"), int(request.url.params.get("offset", 0))
-        data = "".join(self.log.splitlines(keepends=True)[-int(tail) :]) if tail else self.log[offset:]
-        return httpx2.Response(200, json={"data": data, "next_offset": len(self.log)})
+        log = self.logs.get(request.url.params.get("attempt", ""), self.log)
+        data = "".join(log.splitlines(keepends=True)[-int(tail) :]) if tail else log[offset:]
+        return httpx2.Response(200, json={"data": data, "next_offset": len(log)})
 
 
 def body_of(request: httpx2.Request) -> Any:

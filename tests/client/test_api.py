@@ -182,6 +182,33 @@ def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainya
         trainyard.health()
 
 
+@pytest.mark.parametrize("name", ["health", "ready", "version", "logs"])
+def test_a_token_may_have_the_name_of_a_route(service: FakeService, trainyard: Client, name: str) -> None:
+    service.faults = [lambda _: httpx2.Response(200, json={"object": "token", "name": name})]
+    assert trainyard.limit_token(name, max_jobs=1)["name"] == name
+
+
+@pytest.mark.parametrize("given", ["secret\n", " secret", "secret\r\n"])
+def test_a_token_from_a_file_may_have_a_line_end(service: FakeService, given: str) -> None:
+    Client(URL, given, transport=service.transport).health()
+    assert service.requests[-1].headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("given", ["sec\nret", "s\u00e9cret", "secret\u2026", "sec\0ret"])
+def test_a_token_that_no_header_can_hold_is_not_in_the_message(service: FakeService, given: str) -> None:
+    with pytest.raises(NotAuthorised, match="printable ASCII") as caught:
+        Client(URL, given, transport=service.transport)
+    assert "ret" not in str(caught.value).replace("characters", "")
+    assert service.requests == []
+
+
+def test_a_key_that_no_header_can_hold_is_rejected(service: FakeService, trainyard: Client) -> None:
+    for key in ("\u952e", "a\n"):
+        with pytest.raises(InvalidSpec, match="/header/Idempotency-Key: must be 1 to 255 printable ASCII"):
+            trainyard.submit(SPEC, idempotency_key=key)
+    assert service.requests == []
+
+
 # Retries
 
 

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,6 +52,48 @@ def test_what_is_damaged_is_never_kept(trainyard: Client, stored: FakeService, t
         trainyard.download(JOB, 12000, tmp_path)
     assert list(tmp_path.iterdir()) == []
     trainyard.download(JOB, 12000, tmp_path)
+
+
+def test_a_download_that_was_interrupted_at_its_end_is_resumed(
+    trainyard: Client, stored: FakeService, tmp_path: Path
+) -> None:
+    """Ctrl-C while the checksum of a large file is computed."""
+    (tmp_path / "model.safetensors.part").write_bytes(MODEL)
+    (tmp_path / "state.json.part").write_bytes(b"more than the file has")
+    trainyard.download(JOB, 12000, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == stored.files[12000]
+    assert [request.headers.get("Range") for request in stored.requests] == [None, None], "nothing is fetched twice"
+    other = bytes(reversed(MODEL))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.part").write_bytes(other)
+    trainyard.download(JOB, 12000, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == MODEL
+
+
+@contextmanager
+def full_disk(free: int) -> Iterator[None]:
+    """A file grows to at most ``free`` bytes; Python ignores the signal, so a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_named(run: Run, stored: FakeService, tmp_path: Path) -> None:
+    command = ("checkpoints", "pre-12", "--download", "12000", "--out", str(tmp_path))
+    with full_disk(1000):
+        code, _, err = run(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{tmp_path}/model.safetensors.part cannot be read or written: File too large" in err
+    assert run(*command)[0] == 0
+    (tmp_path / "manifest.json").unlink()
+    with full_disk(10):
+        code, _, err = run(*command)
+    assert code == 1
+    assert f"{tmp_path}/manifest.json.part cannot be read or written" in err
+    assert not (tmp_path / "manifest.json").exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", ".hidden", ""])

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import FakeService, body_of, job, listed, metric, problem, refused
+from tests.client.fake_service import FakeService, Stream, body_of, job, listed, metric, problem, refused
+from trainyard.client.cli.console import Console
 from trainyard.client.cli.main import main
 from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
@@ -251,6 +252,31 @@ def test_list_reports_that_there_are_more(run: Run, service: FakeService) -> Non
     assert "left out: the jobs created before" in err
     assert "trainyard list --label 'a=b c' --limit 30" in run("list", "--limit", "3", "--label", "a=b c")[2]
     assert json.loads(run("list", "--limit", "3", "--json")[1])["has_more"] is True
+
+
+def test_the_command_that_lists_more_has_all_filters(run: Run, service: FakeService) -> None:
+    for number in range(3):
+        service.jobs[f"job_{number}"] = job(id=f"job_{number}")
+    given = ["--status=running", "--label", "a=b", "--name=pre-12", "--group=g", "--owner=ann", "--order=oldest"]
+    hint = run("list", "--limit", "2", *given)[2].rpartition("List more:  trainyard ")[2].split()
+    del service.requests[:]
+    run(*hint)
+    asked = dict(service.requests[-1].url.params)
+    assert asked.pop("limit") == "21"
+    expected = {"status": "running", "label": "a=b", "name": "pre-12", "group": "g", "owner": "ann", "order": "oldest"}
+    assert asked == expected
+
+
+@pytest.mark.parametrize("line", [["generate", "pre-12", "-"], ["chat", "pre-12"], ["webhook", "create", "-"]])
+def test_a_text_that_is_not_utf8_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, service: FakeService, run: Run, line: list[str]
+) -> None:
+    assert run("list")[0] == 0  # the fixture connects commands to the fake
+    given = io.TextIOWrapper(io.BytesIO("你好\n".encode("gbk")), encoding="utf-8")
+    to = Console(Stream(), Stream(), given)
+    assert main(line, to) == 2
+    assert "trainyard: the text on stdin " in to.err.getvalue()  # type: ignore[attr-defined]
+    assert [request.method for request in service.requests if request.method != "GET"] == []
 
 
 def test_an_empty_list_suggests_a_command(run: Run, service: FakeService) -> None:

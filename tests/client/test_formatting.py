@@ -116,3 +116,11 @@ def test_what_others_wrote_cannot_command_the_terminal() -> None:
     assert one_line("a\x1b[2Jb\nc", 20) == "a [2Jb c"
     assert one_line("a" * 30, 10) == "aaaaaaa..."
     assert safe("a\x1b[2J\tb\n\x07") == "a\N{REPLACEMENT CHARACTER}[2J\tb\n\N{REPLACEMENT CHARACTER}"
+
+
+def test_texts_of_a_model_are_printed_as_they_are() -> None:
+    """Python counts most spaces, and what joins letters and emoji, as not printable."""
+    for text in ("\u3000第一段。", "20\u00a0%", "a\u200cb", "👩\u200d💻", "soft\u00adhyphen", "\ue000", "\ufeff"):
+        assert safe(text) == text
+    for unsafe in "\x00\r\x1b\x7f\x85\x9b\u200e\u2028\u202e\u2067\udcff":
+        assert safe(f"a{unsafe}b") == "a\N{REPLACEMENT CHARACTER}b"

@@ -5,6 +5,7 @@ import copy
 import json
 import pickle
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -16,6 +17,7 @@ from trainyard.client.async_client import AsyncClient
 from trainyard.client.errors import ApiError, InvalidState, NotFound, UnexpectedStatus, WaitTimedOut
 from trainyard.client.job import curve_svg, job_html
 from trainyard.client.pages import AsyncPages, Pages
+from trainyard.service.streams.sse import KEEPALIVE_SECONDS
 
 JOB = "job_7f3kq9"
 
@@ -176,11 +178,53 @@ def test_follow_continues_a_stream_that_breaks(service: FakeService, run: Job, n
     assert list(away) == []
 
 
+def cut_off(*steps: int, error: httpx2.TransportError) -> httpx2.Response:
+    """A stream with these points, whose connection then fails."""
+
+    def parts() -> Iterator[bytes]:
+        yield stream(*steps).content
+        raise error
+
+    return httpx2.Response(200, content=parts(), headers={"Content-Type": "text/event-stream"})
+
+
+def silent(*steps: int) -> httpx2.Response:
+    return cut_off(*steps, error=httpx2.ReadTimeout("timed out"))
+
+
 def test_follow_ends_when_the_job_is_idle(service: FakeService, run: Job, no_sleep: None) -> None:
     service.jobs[JOB] = job("paused")
-    service.faults = [lambda _: None, lambda _: stream(1, 2)]
+    service.faults = [lambda _: None, lambda _: silent(1, 2)]
     assert [point["step"] for point in run.follow(after_step=0)] == [1, 2]
     assert service.faults == []
+
+
+def test_follow_gives_all_points_of_an_idle_job(service: FakeService, run: Job, no_sleep: None) -> None:
+    service.jobs[JOB] = job("paused")
+    reset = httpx2.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    def slow(request: httpx2.Request) -> httpx2.Response:
+        raise httpx2.ReadTimeout("timed out", request=request)
+
+    # A service that ends closes the stream, or it breaks; then the service does not respond, and goes on later.
+    streams = [lambda _: stream(1, 2), lambda _: cut_off(3, error=reset), slow, lambda _: silent(4)]
+    service.faults = [fault for answer in streams for fault in (lambda _: None, answer)]
+    assert [point["step"] for point in run.follow()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_follow_waits_for_a_service_behind_a_proxy(service: FakeService, run: Job, no_sleep: None, status: int) -> None:
+    answers = [lambda _: stream(1), lambda _: httpx2.Response(status, text="restarting"), lambda _: stream(2, end=True)]
+    service.faults = [fault for answer in answers for fault in (lambda _: None, answer)]
+    assert [point["step"] for point in run.follow()] == [1, 2]
+
+
+def test_comments_of_the_stream_do_not_keep_follow_waiting(service: FakeService, run: Job, no_sleep: None) -> None:
+    """The service sends a comment every 15 s, so a longer silence never comes."""
+    service.jobs[JOB] = job("paused")
+    service.faults = [lambda _: None, lambda _: silent(1)]
+    list(run.follow(interval=60.0))
+    assert service.requests[-1].extensions["timeout"]["read"] < KEEPALIVE_SECONDS
 
 
 def test_follow_raises_what_waiting_does_not_help(service: FakeService, run: Job) -> None:

@@ -92,13 +92,24 @@ def test_follow_prints_what_comes_until_the_end(service: FakeService) -> None:
 
 
 def test_follow_goes_over_to_a_new_attempt(service: FakeService) -> None:
-    service.log = "first\n"
+    service.logs = {"2": "first\n"}
 
     def script(passed: float) -> None:
-        service.log = "second\n"
+        # Between two polls the attempt printed why it ended, and the next one was started.
+        service.logs = {"2": "first\nRuntimeError: why\n", "3": "second\n"}
         service.jobs[JOB] = job("succeeded" if passed > 2 else "running", attempt=3)
 
-    assert follow(service, script)[:2] == (0, "first\nsecond\n")
+    assert follow(service, script)[:2] == (0, "first\nRuntimeError: why\nsecond\n")
+
+
+def test_follow_goes_over_from_an_attempt_without_a_log(service: FakeService) -> None:
+    service.logs = {"3": "second\n"}
+
+    def script(_: float) -> None:
+        service.jobs[JOB] = job("succeeded", attempt=3)
+        service.faults = [lambda _: None, no_log]
+
+    assert follow(service, script)[:2] == (0, "second\n")
 
 
 def test_follow_outlives_the_service(service: FakeService) -> None:

@@ -238,6 +238,19 @@ def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
     ]
 
 
+def test_lines_go_on_if_the_clock_is_set_back() -> None:
+    to = console()
+    view, scene = LinesView(to), WatchState("pre-12", URL, job())
+    for second in (0, 1, 3600, 3601, -5, -4, 5):
+        view.show(scene, NOW + timedelta(seconds=second))
+    assert [line.split()[0][-9:] for line in written(to)[0].splitlines()] == [
+        "16:31:05Z",
+        "17:31:05Z",
+        "16:31:00Z",
+        "16:31:10Z",
+    ]
+
+
 def test_an_alert_is_on_one_line_and_not_on_each() -> None:
     to = console()
     view, scene = LinesView(to), WatchState("pre-12", URL, job(alerts=[{"message": "x" * 110}], message="why"))

@@ -92,6 +92,17 @@ def test_the_data_of_a_spec(rig: ServiceHarness, command: Command) -> None:
         assert command("corpus", "build", "--spec", str(file))[0] == 2
 
 
+def test_relative_paths_of_a_spec_start_at_the_working_directory(
+    rig: ServiceHarness, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(rig.corpus.parent)
+    file = rig.home / "spec.json"
+    for data in ({"data_path": rig.corpus.name}, {"sources": [{"name": "a", "path": rig.corpus.name}]}):
+        file.write_text(json.dumps({"data": data}))
+        code, _, err = command("corpus", "build", "--spec", str(file), "--no-wait")
+        assert code == 0, err
+
+
 def test_progress_text() -> None:
     corpus: TokenizedCorpus = {"status": "preparing", "progress": None}
     assert progress_text(corpus) == "preparing"

@@ -9,6 +9,7 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import duration, size
+from trainyard.client.cli.spec_flags import with_absolute_paths
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.client.types import TokenizedCorpus
@@ -64,7 +65,8 @@ def _data_of_spec(file: Path) -> dict[str, Any]:
     data = spec.get("data") if isinstance(spec, dict) else None
     if not isinstance(data, dict):
         raise UsageError(f'{file} must hold a job spec with "data"')
-    return data
+    resolved: dict[str, Any] = with_absolute_paths({"data": data}, Path.cwd())["data"]
+    return resolved
 
 
 class ProgressPrinter:

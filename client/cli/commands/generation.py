@@ -74,7 +74,7 @@ def _print(trainyard: Client, console: Console, job_id: str, step: str, **reques
 def _read_turn(console: Console) -> str:
     if console.interactive:
         print("> ", end="", file=console.err, flush=True)
-    return console.stdin.readline().strip()
+    return console.read_line().strip()
 
 
 def _checkpoint(trainyard: Client, args: SimpleNamespace, console: Console) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 
 from trainyard.client.api import Client, Job
@@ -116,11 +117,8 @@ class LogReader:
             clock.sleep(seconds)
 
     def refresh(self) -> None:
-        """Read the job. Switch to the log of a new attempt, unless the stream does."""
+        """Read the job."""
         self.job = self._trainyard.job(self.job["id"])
-        newest = self.job.get("attempt")
-        if self._fixed is None and newest != self._attempt and not self._streamed:
-            self._attempt, self._offset, self._tail = newest, 0, None
 
     @property
     def _streamed(self) -> bool:
@@ -131,6 +129,13 @@ class LogReader:
         if self._streamed:
             yield from self._read_stream()
             return
+        newest = self.job.get("attempt") or 0
+        if self._fixed is None and newest > (self._attempt or 0):
+            if self._attempt:
+                # The end of the earlier log says why its attempt ended.
+                with suppress(NotFound):
+                    yield from self._read_chunks()
+            self._attempt, self._offset, self._tail = newest, 0, None
         yield from self._read_requests()
         if self._streams and self._stream is None and self._offset is not None and self._attempt:
             self._stream = EventStream(self._open).start()
@@ -158,13 +163,15 @@ class LogReader:
             yield chunk["data"]
 
     def _read_requests(self) -> Iterator[str]:
+        try:
+            yield from self._read_chunks()
+        except NotFound as error:
+            self._require_possible(error)
+            self.is_missing = True  # no process has printed anything yet
+
+    def _read_chunks(self) -> Iterator[str]:
         while True:
-            try:
-                chunk = self._read_chunk()
-            except NotFound as error:
-                self._require_possible(error)
-                self.is_missing = True  # no process has printed anything yet
-                return
+            chunk = self._read_chunk()
             self.is_missing = False
             if not chunk["data"]:
                 return

@@ -67,6 +67,7 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
 def _left_out(args: SimpleNamespace, oldest: Any) -> str:
     """Return the line that names the jobs that are not in the list, and the command that lists them as well."""
     filters = {"--status": [args.status], "--label": args.label, "--name": [args.name], "--group": [args.group]}
+    filters["--owner"] = [args.owner]
     given = [f" {flag} {shlex.quote(value)}" for flag, values in filters.items() for value in values if value]
     given += [f" --order={args.order}"] if args.order else []
     given += [" --discarded"] if args.discarded else []

@@ -62,7 +62,8 @@ class LinesView:
         self._texts: dict[str, tuple[str, ...]] = {}
 
     def show(self, state: WatchState, now: datetime) -> None:
-        is_due = self._printed_at is None or (now - self._printed_at).total_seconds() >= LINE_SECONDS
+        # The clock of the service may be set back.
+        is_due = self._printed_at is None or abs((now - self._printed_at).total_seconds()) >= LINE_SECONDS
         if is_due or state.change_key != self._printed:
             self._printed, self._printed_at = state.change_key, now
             self._console.data(self._line(state, now))

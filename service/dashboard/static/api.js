@@ -54,6 +54,23 @@ export async function request(path, options = {}) {
 
 export const get = async (path, options) => (await request(path, options)).json();
 
+/** Returns the entries of a list after the one with the id `after`, from as many pages as `most` entries need. */
+export async function getAll(path, { most = 1000, after = null } = {}) {
+  const items = [];
+  for (let more = true; more && items.length < most; ) {
+    const page = await get(withQuery(path, { limit: 100, after: items.at(-1)?.id ?? after }));
+    items.push(...page.data);
+    more = page.has_more;
+  }
+  return items;
+}
+
+/** For `catch`: null if what was asked for does not exist; throws other errors, which say nothing about that. */
+export function nullIfNotFound(error) {
+  if (error instanceof ApiError && error.status === 404) return null;
+  throw error;
+}
+
 /** Sends a request with a JSON body and returns the JSON response. */
 export async function sendJson(method, path, body, more = {}) {
   const options = { method, headers: { ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...more } };
@@ -61,6 +78,9 @@ export async function sendJson(method, path, body, more = {}) {
   const response = await request(path, options);
   return response.status === 204 ? null : response.json();
 }
+
+/** A new idempotency key. Not by `crypto.randomUUID`, which a page has only with https or on the same host. */
+export const randomKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
 /** Adds query parameters to a path; empty values are left out, lists repeat the name. */
 export function withQuery(path, given) {

@@ -47,19 +47,19 @@ async function readEvents(life, path, take) {
 export async function streamOnce(path, body, take, signal) {
   const headers = { Accept: "text/event-stream", "Content-Type": "application/json" };
   const response = await request(path, { cache: "no-store", method: "POST", body: JSON.stringify(body), headers, signal });
-  for await (const event of eventsOf(response, () => response.body.cancel())) {
+  for await (const event of eventsOf(response, (reader) => reader.cancel())) {
     if (event.kind !== "comment") take(event.kind, event.data);
     if (event.kind === "end") return;
   }
   throw new ServiceUnreachable(t("The connection ended too early"));
 }
 
-/** Yields the events of a response, also comments. Calls `onSilence` if nothing comes for too long. */
+/** Yields the events of a response, also comments. Calls `onSilence(reader)` if nothing comes for too long. */
 async function* eventsOf(response, onSilence) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const timeout = setTimeout(onSilence, SILENCE_TIMEOUT_MS);
+    const timeout = setTimeout(onSilence, SILENCE_TIMEOUT_MS, reader);
     const { done, value } = await reader.read().finally(() => clearTimeout(timeout));
     if (done) return;
     const blocks = (rest + value).split("\n\n");

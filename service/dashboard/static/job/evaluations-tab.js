@@ -9,7 +9,7 @@ import { wordFor } from "../status.js";
 import { isDark } from "../theme.js";
 
 const PAGE = 1000;
-const MAX_SCORES = 20_000;
+const MAX_SCORES = 20_000; // the newest of them
 const MAX_ROWS = 500; // of the table; the charts have all
 const PERCENT = ".3~p";
 const OPEN_STATES = new Set(["pending", "running"]);
@@ -57,12 +57,12 @@ export class EvaluationsTab {
 
   async fetchAll() {
     const scores = [];
-    for (let more = true, after = ""; more && scores.length < MAX_SCORES; after = `&after=${scores.at(-1)?.id}`) {
+    for (let more = true, after = ""; more; after = `&after=${scores.at(-1)?.id}`) {
       const page = await get(`${this.address}/evaluations?limit=${PAGE}${after}`);
       scores.push(...page.data);
       more = page.has_more;
     }
-    return scores;
+    return scores.slice(-MAX_SCORES);
   }
 
   async evaluate() {

@@ -279,8 +279,13 @@ export class JobCharts {
     for (const [number, from, to] of supersededRanges(attempts)) {
       if (this.superseded.has(number)) continue;
       this.superseded.set(number, []);
-      const page = await get(withQuery(`${this.address}/metrics`, { attempt: number, after_step: from, until_step: to, max_points: 500, fields: "tokens,at" }));
-      this.superseded.set(number, page.data);
+      try {
+        const page = await get(withQuery(`${this.address}/metrics`, { attempt: number, after_step: from, until_step: to, max_points: 500, fields: "tokens,at" }));
+        this.superseded.set(number, page.data);
+      } catch (error) {
+        this.superseded.delete(number);
+        throw error;
+      }
     }
   }
 

@@ -237,7 +237,9 @@ export class LogsTab {
     const { number } = this;
     try {
       const size = await get(withQuery(`${this.address}/lines`, { ...this.logQuery(), count: 0 }));
-      if (number === this.number) this.setSize(size);
+      if (number !== this.number) return;
+      this.setSize(size);
+      if (this.searchFailed) this.continueSearch();
     } catch (error) {
       if (!(error instanceof ApiError)) return;
       this.setNote(error.code === "log_not_found" ? t("Nothing has been printed yet.") : error.message);
@@ -310,7 +312,7 @@ export class LogsTab {
     const wanted = this.search.value.trim();
     setParam("grep", wanted);
     if (wanted === this.searchedFor) return;
-    Object.assign(this, { searchedFor: wanted, matches: [], searched: 0, isSearchDone: false, searchNumber: (this.searchNumber ?? 0) + 1 });
+    Object.assign(this, { searchedFor: wanted, matches: [], searched: 0, isSearchDone: false, searchFailed: false, searchNumber: (this.searchNumber ?? 0) + 1 });
     setVisible(this.matchList.node, wanted);
     setVisible(this.view.node, !wanted);
     if (!wanted) {
@@ -327,6 +329,7 @@ export class LogsTab {
   async continueSearch() {
     const { searchNumber, searchedFor, matches } = this;
     this.isSearchDone = false;
+    this.searchFailed = false;
     try {
       while (!this.isSearchDone && matches.length < MAX_MATCHES) {
         const page = await get(withQuery(`${this.address}/search`, { ...this.logQuery(), q: searchedFor, after_line: this.searched, limit: 1000 }), { signal: this.abort.signal });
@@ -337,7 +340,9 @@ export class LogsTab {
         this.setNote(this.searchNote());
       }
     } catch (error) {
-      if (searchNumber === this.searchNumber) this.setNote(error.message);
+      if (searchNumber !== this.searchNumber) return;
+      this.searchFailed = Boolean(searchedFor); // tried again with the next poll
+      this.setNote(error.message);
     }
   }
 

@@ -1,5 +1,5 @@
 // Dialog to resume a job with changes: more epochs or steps, another checkpoint, other resources.
-import { get, sendJson } from "../api.js";
+import { getAll, sendJson } from "../api.js";
 import { h } from "../dom.js";
 import { Field, SettingsForm } from "../form/field.js";
 import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
@@ -24,8 +24,8 @@ export async function openResumeDialog(address, job, done, step = null) {
 }
 
 async function resumeFields(address, job) {
-  const [body, all, checkpoints] = await Promise.all([requestProperties("post", "/jobs/{job_id}/resume"), fetchSchemas(), get(`${address}/checkpoints?limit=100`)]);
-  const steps = checkpoints.data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
+  const [body, all, checkpoints] = await Promise.all([requestProperties("post", "/jobs/{job_id}/resume"), fetchSchemas(), getAll(`${address}/checkpoints`)]);
+  const steps = checkpoints.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
   const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : path[0] === "schedule" ? "extend" : getAt(job.spec, specPath(path)), t("now"), () => {});
   const step = { anyOf: [{ enum: steps }, { type: "null" }], description: t("the checkpoint to resume from; newer ones are set aside"), "x-none": t("newest") };
   const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);

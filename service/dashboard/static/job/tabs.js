@@ -1,5 +1,5 @@
 // The tabs of a job. A tab is created when it is opened, and updated with every poll of the job.
-import { ApiError, get, request, sendJson, token } from "../api.js";
+import { ApiError, get, getAll, request, sendJson, token } from "../api.js";
 import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
 import { t } from "../i18n.js";
@@ -46,14 +46,8 @@ class ListTab {
     return row;
   }
 
-  async fetchAll() {
-    const items = [];
-    for (let more = true, after = ""; more && items.length < 1000; after = `&after=${items.at(-1)?.id}`) {
-      const page = await get(`${this.address}${this.path}?limit=100${after}`);
-      items.push(...page.data);
-      more = page.has_more;
-    }
-    return this.newestFirst ? items.reverse() : items;
+  fetchAll() {
+    return getAll(`${this.address}${this.path}`);
   }
 }
 
@@ -182,7 +176,7 @@ async function download(place, name) {
 // Generated samples as a table: one row per prompt, one column per step, newest first.
 
 const INITIAL_STEPS = 6;
-const MAX_SAMPLES = 5000;
+const MAX_SAMPLES = 5000; // the newest of them
 
 class SamplesTab {
   constructor(place, address) {
@@ -214,12 +208,7 @@ class SamplesTab {
 
   /** Fetches samples after the last one known; a sample never changes. */
   async fetchNew() {
-    for (let more = true; more && this.samples.length < MAX_SAMPLES; ) {
-      const after = this.samples.length ? `&after=${this.samples.at(-1).id}` : "";
-      const page = await get(`${this.address}/samples?limit=100${after}`);
-      this.samples.push(...page.data);
-      more = page.has_more;
-    }
+    this.samples = await withNewer(this.samples, `${this.address}/samples`, MAX_SAMPLES);
   }
 
   toggleAll() {
@@ -270,6 +259,8 @@ class OverviewTab extends ListTab {
   }
 }
 
+const MAX_EVENTS = 1000; // the newest of them
+
 class EventsTab extends ListTab {
   constructor(place, address) {
     super(place, address, {
@@ -277,8 +268,20 @@ class EventsTab extends ListTab {
       columns: [[t("When")], [t("By")], [t("Event")], [t("Message")]],
       row: (event) => h("tr", {}, cell(timeOrDateTime(event.at), "num", dateTime(event.at)), cell(event.actor), cell(event.kind), cell(event.message, "whole")),
     });
-    this.newestFirst = true;
+    this.events = [];
   }
+
+  /** An event never changes, so only those after the last one known are fetched. A long run has thousands: two for each save. */
+  async fetchAll() {
+    this.events = await withNewer(this.events, `${this.address}/events`, MAX_EVENTS);
+    return [...this.events].reverse();
+  }
+}
+
+/** Returns the newest `most` entries of a list that begins with the oldest. `known`: those that were fetched before, which never change. */
+async function withNewer(known, path, most) {
+  const newer = await getAll(path, { most: Infinity, after: known.at(-1)?.id });
+  return [...known, ...newer].slice(-most);
 }
 
 /** Returns the class of a tab whose module is loaded when it is opened first. `load()` returns a promise of the tab's own class. */

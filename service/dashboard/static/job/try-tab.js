@@ -1,5 +1,5 @@
 // The try tab: continues a text with a checkpoint of the job, and shows it while it is generated.
-import { ApiError, get } from "../api.js";
+import { ApiError, getAll } from "../api.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
 import { t } from "../i18n.js";
@@ -39,8 +39,8 @@ export class TryTab {
     if (mark === this.mark) return;
     this.mark = mark;
     try {
-      const { data } = await get(`${this.address}/checkpoints?limit=100`);
-      const steps = [...new Set(data.map((checkpoint) => checkpoint.step))];
+      const checkpoints = await getAll(`${this.address}/checkpoints`);
+      const steps = [...new Set(checkpoints.map((checkpoint) => checkpoint.step))];
       const options = steps.length ? ["latest", ...steps] : [];
       updateList(this.step, options, String, (step) => h("option", { value: step }, step === "latest" ? t("newest") : count(step)));
       if (this.wanted && options.map(String).includes(this.wanted)) {

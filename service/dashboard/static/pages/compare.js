@@ -1,5 +1,5 @@
 // The compare page: choose jobs, and see their curves and the settings in which they differ.
-import { ApiError, get, withQuery } from "../api.js";
+import { get, nullIfNotFound, withQuery } from "../api.js";
 import { h, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
 import { t } from "../i18n.js";
@@ -69,10 +69,4 @@ class ComparePage {
     this.poller();
     this.charts.close();
   }
-}
-
-/** For `catch`: null if the job was deleted; throws other errors. */
-function nullIfNotFound(error) {
-  if (error instanceof ApiError && error.status === 404) return null;
-  throw error;
 }

@@ -1,5 +1,5 @@
 // The data pages: the corpora with their state, and what one of them holds.
-import { ApiError, get } from "../api.js";
+import { ApiError, get, nullIfNotFound } from "../api.js";
 import { createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { NONE, ago, bytes, compactNumber, count, dateTime, duration, fewDigits, percent } from "../format.js";
 import { t, tn } from "../i18n.js";
@@ -172,7 +172,7 @@ class CorpusPage {
   async fetchOlder(ids, jobs) {
     this.older ??= new Map();
     const unknown = ids.filter((id) => !jobs.has(id) && !this.older.has(id)).slice(0, MAX_OLDER);
-    await Promise.all(unknown.map(async (id) => this.older.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(() => null))));
+    await Promise.all(unknown.map(async (id) => this.older.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(nullIfNotFound))));
     for (const id of ids) if (!jobs.has(id) && this.older.get(id)) jobs.set(id, this.older.get(id));
   }
 

@@ -1,5 +1,5 @@
 // The workspace: a live table of jobs, the curves of the chosen ones, and the queue. Its state is in the address.
-import { get, sendJson, token } from "../api.js";
+import { get, nullIfNotFound, sendJson, token } from "../api.js";
 import { confirmAction } from "../confirm.js";
 import { announce, copyText, h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { count } from "../format.js";
@@ -119,16 +119,21 @@ class Workspace {
     this.draw();
   }
 
-  /** Fetches chosen jobs that no list has, such as a discarded one. */
+  /** Fetches chosen jobs that no list has, such as a discarded one; again while they have not ended. */
   async findChosen() {
     this.others ??= new Map();
-    const unknown = chosenSlots().filter((id) => id && !this.find(id) && !this.others.has(id));
-    await Promise.all(unknown.map(async (id) => this.others.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(() => null))));
+    const isKnown = (id) => this.others.get(id) === null || FINAL_STATUSES.has(this.others.get(id)?.status);
+    const due = chosenSlots().filter((id) => id && !this.findListed(id) && !isKnown(id));
+    await Promise.all(due.map(async (id) => this.others.set(id, await get(`/jobs/${encodeURIComponent(id)}`).catch(nullIfNotFound))));
+  }
+
+  findListed(id) {
+    for (const store of this.stores.values()) if (store.jobs.has(id)) return store.jobs.get(id);
+    return null;
   }
 
   find(id) {
-    for (const store of this.stores.values()) if (store.jobs.has(id)) return store.jobs.get(id);
-    return this.others?.get(id) ?? null;
+    return this.findListed(id) ?? this.others?.get(id) ?? null;
   }
 
   /** Fetches the sparklines of the jobs in view; a finished job's only once. */

@@ -1,5 +1,5 @@
 // The submit page: a new job from the defaults, like another job, or as a fork. It is planned before it is launched.
-import { ApiError, get, sendJson, withQuery } from "../api.js";
+import { ApiError, get, getAll, randomKey, sendJson } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
 import { draftKey } from "../form/draft.js";
 import { PlanView } from "../form/plan-view.js";
@@ -50,8 +50,8 @@ async function load() {
 }
 
 async function fullCheckpointSteps(id) {
-  const { data } = await get(withQuery(`/jobs/${encodeURIComponent(id)}/checkpoints`, { limit: 100 }));
-  return data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
+  const checkpoints = await getAll(`/jobs/${encodeURIComponent(id)}/checkpoints`);
+  return checkpoints.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
 }
 
 /** Returns the form, or null if what it starts from is not there. */
@@ -186,7 +186,7 @@ class SubmitForm {
   /** One idempotency key per draft: pressing again after a lost response does not create a second job. */
   changed() {
     sessionStorage.setItem(this.draftKey(), this.editor.draft);
-    this.idempotencyKey = crypto.randomUUID();
+    this.idempotencyKey = randomKey();
     this.planned = null;
     this.plan.stale(true);
     this.planSoon();
