@@ -37,7 +37,7 @@ from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
 from trainyard.worker.data.corpus import Corpus, read_as_text_warning
-from trainyard.worker.data.fileset import FileSetOptions, open_files
+from trainyard.worker.data.fileset import FileSetOptions, TokenizerProcessEnded, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
 from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec, documents_within
@@ -334,6 +334,9 @@ def _open_or_fail(
         ) from error
     except TokenizerInvalid as error:
         raise TrainingError(Reason.SPEC_INVALID, f"data.tokenizer_path: {error}") from error
+    except TokenizerProcessEnded as error:
+        hint = "The finished part is kept. If the host had too little memory, lower data.num_workers."
+        raise TrainingError(Reason.WORKER_CRASHED, str(error), hint) from error
     except OSError as error:
         raise save_error(error, "the corpus's token shards") from error
 
