@@ -54,6 +54,19 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
+def ignore_output_errors() -> None:
+    """Lose what cannot be printed from now on, instead of raising: a full disk under a log must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError):
+                stream.flush()
+    _open_missing()
+    sys.stdout, sys.stderr = (
+        _guarded(stream, _ErrorFile(descriptor), line_buffering=True)
+        for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2))
+    )
+
+
 class _OutputFile(io.FileIO):
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
@@ -76,11 +89,14 @@ class _ErrorFile(_OutputFile):
             return memoryview(data).nbytes
 
 
-def _guarded(stream: TextIO | None, file: io.FileIO) -> TextIO:
+def _guarded(stream: TextIO | None, file: io.FileIO, *, line_buffering: bool | None = None) -> TextIO:
     encoding = stream.encoding if stream is not None else "utf-8"
     # A name may have characters that the terminal's encoding lacks; they are written as \u4e2d.
     return io.TextIOWrapper(
-        io.BufferedWriter(file), encoding=encoding, errors="backslashreplace", line_buffering=file.isatty()
+        io.BufferedWriter(file),
+        encoding=encoding,
+        errors="backslashreplace",
+        line_buffering=file.isatty() if line_buffering is None else line_buffering,
     )
 
 

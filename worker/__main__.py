@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from trainyard.contract.rundir import RANK_FILE, RunDir
+from trainyard.contract.stdio import ignore_output_errors
 from trainyard.worker.agent.torchrun import RANK_LOGS
 from trainyard.worker.openmp import limit_spinning
 from trainyard.worker.output import redirect_output
@@ -33,6 +34,7 @@ def main() -> None:
             # torchrun's folder for this rank's exception has its number on the node: store the global one beside it.
             with contextlib.suppress(OSError):
                 Path(error_file).with_name(RANK_FILE).write_text(os.environ.get("RANK", "0"))
+    ignore_output_errors()
     limit_spinning(os.environ)  # so torch must not be imported above
     from torch.distributed.elastic.multiprocessing.errors import record
 

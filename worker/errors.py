@@ -73,7 +73,7 @@ def describe_error(error: OSError | MemoryError) -> str:
     if isinstance(error, MemoryError):
         return "the host is out of memory"
     path = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or type(error).__name__}{path}"
+    return f"{error.strerror or str(error) or type(error).__name__}{path}"
 
 
 def out_of_memory_error(

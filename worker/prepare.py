@@ -15,6 +15,7 @@ from trainyard.contract.messages import Outcome, read_message
 from trainyard.contract.prepared import PrepareTask
 from trainyard.contract.rundir import AttemptDir, RunDir
 from trainyard.contract.status import Phase, Reason
+from trainyard.contract.stdio import ignore_output_errors
 from trainyard.contract.units import counted
 from trainyard.worker.attempt import UnusableSpec, read_spec, take_alive_lock, write_outcome_once
 from trainyard.worker.data.prepare import prepare_corpus
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     attempt = run.attempt(options.attempt)
     attempt.logs.mkdir(parents=True, exist_ok=True)
     redirect_output(attempt.rank_log(0))
+    ignore_output_errors()
     os.nice(NICENESS)
     stop = StopSignal.install_handlers(attempt.stop)
     console = ConsoleLogger()

@@ -1,7 +1,9 @@
 """The uploader on a clock of the test: what a retry costs, and a day without a service."""
 
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,3 +141,30 @@ def test_a_day_without_a_service(attempt: AttemptDir, service: Service) -> None:
     assert [line["n"] for line in service.stored] == list(range(1, written + 1))
     # The line of the first retry alone, the other 1,439 in batches, the last line of the half minute.
     assert service.requests.count("events") <= 1 + -(-1439 // BATCH_LINES) + 1
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_an_outbox_that_cannot_be_read_for_a_while_does_not_end_the_uploads(
+    code: int,
+    attempt: AttemptDir,
+    service: Service,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A network file system in trouble: the service's requests are heard, and later the lines are uploaded."""
+    clock = Clock()
+    uploader = EventUploader(attempt, service, clock)
+    write_lines(attempt, 1, 3)
+    attempt.progress.write_text("7")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code), str(attempt.outbox))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        for _ in range(3):
+            clock.forward(uploader.poll())
+    assert service.requests == ["heartbeat"] * 3
+    assert capsys.readouterr().out.count(f"{os.strerror(code)}: '{attempt.outbox}'; training continues") == 1
+    uploader.poll()
+    assert [line["seq"] for line in service.stored] == [1, 2, 3]

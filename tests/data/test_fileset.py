@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,14 +23,15 @@ from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.corpus_files import expand
 from trainyard.contract.corpus_page import report_lines
 from trainyard.contract.corpus_report import CorpusReport, SourceReport
+from trainyard.contract.status import RESTARTABLE
 from trainyard.worker.data import file as file_module
-from trainyard.worker.data import fileset
+from trainyard.worker.data import fileset, prepare
 from trainyard.worker.data.corpus import Corpus, open_built, open_corpus
 from trainyard.worker.data.fileset import FileSetOptions, file_counts, open_files
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.part import PartFiles, tokenize_part
 from trainyard.worker.data.tokenizers import ByteTokenizer
-from trainyard.worker.errors import StopRequested
+from trainyard.worker.errors import StopRequested, TrainingError
 
 
 @pytest.fixture
@@ -101,6 +103,22 @@ def test_a_file_of_a_corpus_of_its_own_is_copied(folder: Path, tmp_path: Path, m
     assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
 
 
+def test_links_to_the_same_files_may_have_names_of_another_form(folder: Path, tmp_path: Path) -> None:
+    """Whether a file is plain text depends on its name, which its inode and times do not show."""
+    named = {}
+    for form in ("jsonl", "txt"):
+        (tmp_path / form).mkdir()
+        for number in range(2):
+            (tmp_path / f"{number}.raw").touch()
+            (tmp_path / form / f"{number}.{form}").symlink_to(tmp_path / f"{number}.raw")
+        named[form] = expand(str(tmp_path / form))
+    options = FileSetOptions(ByteTokenizer(), "byte", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    with mock.patch.object(fileset, "RECENT_CHANGE_SECONDS", -1e9):  # so that the keys are stored at once
+        found = {form: fileset.identify_files(files, options) for form, files in named.items()}
+    assert [[key.plain for key in keys] for keys in found.values()] == [[False, False], [True, True]]
+
+
 def test_an_unchanged_corpus_is_opened_without_reading_a_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +161,32 @@ def test_a_request_that_was_not_sent_does_not_hide_the_error(tmp_path: Path) -> 
 
     with pytest.raises(DataInvalid, match="bad"):
         fail()
+
+
+def test_a_killed_tokenizing_process_leaves_what_is_done_for_the_next_build(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel kills one if the host has too little memory: that is neither a full disk nor lost work."""
+
+    def killed(pool: fileset.TokenizerProcesses) -> fileset.TokenizerProcesses:
+        # The second one, so that the first one makes a part.
+        pool.processes[1].kill()
+        pool.processes[1].wait()
+        return pool
+
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(fileset.TokenizerProcesses, "__enter__", killed)
+        with pytest.raises(fileset.TokenizerProcessEnded, match=r"tokenizes .* was killed by SIGKILL"):
+            built(folder, cache, processes=2)
+        assert [path.name for path in cache.glob(".*.building/journal.json")] == ["journal.json"]
+
+        patch.setattr(prepare, "_open", mock.Mock(side_effect=fileset.TokenizerProcessEnded(-9, folder)))
+        with pytest.raises(TrainingError, match="was killed by SIGKILL") as raised:
+            prepare.prepare_corpus(*[mock.Mock()] * 5)
+        assert raised.value.reason in RESTARTABLE
+    corpus = built(folder, cache, processes=2)
+    assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
 
 
 def test_a_stop_leaves_what_is_done_for_the_next_build(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A supervisor on a disk that fails three times: ``python -m tests.faults.failing_disk ATTEMPT read_step|stop``.
+"""A supervisor on a disk that fails three times: ``python -m tests.faults.failing_disk ATTEMPT read_step|stop|exit``.
 
 It is a process of its own because the agent's `ProcessTree` kills and reaps everything below its process: in
 pytest's process that would be what other tests have started. The last line that it prints is a JSON report.
@@ -31,6 +31,11 @@ def main(path: str, fails: str) -> None:
             supervisor.uploader.desired = Desired.PAUSE
             running = [supervisor.try_step(0.0)]
             status: int | None = torchrun.wait(60)
+        elif fails == "exit":
+            running = [supervisor.try_step(0.0)]
+            supervisor.processes.kill()
+            supervisor.write_report()
+            status = torchrun.poll()
         else:
             running = [supervisor.try_step(now) for now in (0.0, 0.1, 0.2, 0.3)]
             status = torchrun.poll()
@@ -41,6 +46,7 @@ def main(path: str, fails: str) -> None:
         "status": status,
         "stop_requested_at": supervisor.stop_requested_at,
         "ended": supervisor.processes.kill(),
+        "outcome": supervisor.report.outcome if supervisor.report is not None else None,
     }
     print(json.dumps(report), flush=True)
 

@@ -138,6 +138,13 @@ def test_a_disk_in_trouble_does_not_end_a_good_run(tmp_path: Path) -> None:
     assert report["ended"] is True
 
 
+def test_a_report_that_cannot_be_written_can_still_be_uploaded(tmp_path: Path) -> None:
+    report = supervise(tmp_path, "exit")
+    assert report["outcome"] == "crashed"
+    assert report["printed"].count("No space left on device; the report is only uploaded") == 1
+    assert report["ended"] is True
+
+
 def test_a_stop_request_that_cannot_be_written_is_a_sigterm(tmp_path: Path) -> None:
     report = supervise(tmp_path, "stop")
     assert report["running"] == [True]

@@ -39,5 +39,7 @@ def test_failures_carry_advice_with_numbers() -> None:
     full = save_error(OSError(28, "No space left on device", "/d/x"), "the checkpoint of step 3")
     assert str(full).splitlines()[0] == "the checkpoint of step 3 could not be written: No space left on device (/d/x)"
     assert "Free space" in str(full)
+    other_size = save_error(OSError("/c/tokens.bin has 3 bytes, not 4: remove /c to build it again"), "it")
+    assert other_size.message.endswith(": /c/tokens.bin has 3 bytes, not 4: remove /c to build it again")
     assert "writable" in str(save_error(OSError(13, "Permission denied"), "it"))
     assert pickle.loads(pickle.dumps(full)).hint == full.hint

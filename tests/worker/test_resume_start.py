@@ -18,6 +18,7 @@ from trainyard.contract.locks import FileLock
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
 from trainyard.worker.attempt import UnusableSpec, acquire, read_spec
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
@@ -201,6 +202,31 @@ def test_preparation_is_told_and_can_be_stopped(tmp_path: Path, monkeypatch: pyt
     described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(tmp_path / "other.jsonl")))
     with pytest.raises(StopRequested):
         prepare_data(described, RunDir(tmp_path), ALONE, said.append, lambda: True)
+
+
+@pytest.mark.parametrize("changed", ["training", "held out"])
+def test_ranks_that_see_different_files_do_not_train(changed: str, tmp_path: Path) -> None:
+    """A file was added while the ranks opened the directory, or one node has an old listing of it."""
+    gathered: list[Any] = []
+
+    class Recording(DistributedContext):
+        def gather_objects(self, own: Any) -> list[Any]:
+            gathered.append(own)
+            return gathered
+
+    for name in ("training", "held out"):
+        (tmp_path / name).mkdir()
+        rank_runner.corpus(tmp_path / name / "first.jsonl")
+    group = {"data_path": str(tmp_path / "training"), "eval_data_path": str(tmp_path / "held out")}
+    described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(tmp_path, data=group)))
+    ranks = Recording(0, 2, 0, 2, torch.device("cpu"))
+    for _ in range(2):
+        prepare_data(described, RunDir(tmp_path), ranks, lambda _: None, lambda: False)
+    rank_runner.corpus(tmp_path / changed / "second.jsonl", seed=8)
+    with pytest.raises(TrainingError, match="changed while the ranks opened it") as refused:
+        prepare_data(described, RunDir(tmp_path), ranks, lambda _: None, lambda: False)
+    assert refused.value.reason is Reason.DATA_INVALID
+    assert len(gathered) == 3
 
 
 def test_the_feed_gives_each_row_of_an_epoch_once_on_any_number_of_ranks(tmp_path: Path) -> None:

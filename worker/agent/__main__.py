@@ -18,6 +18,7 @@ from pathlib import Path
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
+from trainyard.contract.stdio import ignore_output_errors
 from trainyard.worker.agent.follower import run_follower
 from trainyard.worker.agent.rendezvous import NodeInfo, can_reach, node_name, publish_endpoint
 from trainyard.worker.agent.torchrun import (
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     run, attempt = _parse(arguments)
     node = NodeInfo.of(os.environ)
     become_subreaper()
+    ignore_output_errors()
     if node.clustered and not can_reach(attempt, HOME_SECONDS):
         print(f"{UNSEEN}: {attempt.path} is not there on {node_name()}", file=sys.stderr, flush=True)
         return EXIT_NOT_STARTED

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -203,10 +204,14 @@ class Supervisor:
         time.sleep(STACK_DUMP_SECONDS)
 
     def write_report(self) -> None:
-        """Write exit.json. From then on the attempt's end is on disk, whatever happens to agent and service."""
+        """Write exit.json. From then on the attempt's end is on disk, whatever happens to agent and service.
+
+        If the disk is full, the report is only uploaded.
+        """
         oom_report = self.oom_monitor.report(time.monotonic())
         if self.node.nodes > 1:
-            self.attempt.over.touch()
+            with suppress(OSError):
+                self.attempt.over.touch()
             self.peers.wait_for_exits()
         evidence = collect_evidence(self.attempt, self.processes.torchrun.returncode, oom_report, self.peers)
         if self.outcome_is_late:
@@ -217,7 +222,10 @@ class Supervisor:
         )
         if self._near_time_limit() and self.uploader.desired is Desired.RUN:
             self.report = apply_time_limit(self.report)
-        write_json(self.attempt.exit, self.report.model_dump(mode="json"))
+        try:
+            write_json(self.attempt.exit, self.report.model_dump(mode="json"))
+        except OSError as error:
+            print(f"agent: {error}; the report is only uploaded", flush=True)
 
     def deliver(self) -> None:
         """Upload the last events and the report within a bounded time. Else the service reads both from disk."""

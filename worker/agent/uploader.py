@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -139,10 +140,10 @@ class EventUploader:
         return self._retry_seconds or POLL_SECONDS
 
     def _with_backoff(self, work: Callable[[], object]) -> bool:
-        """Call ``work``; if the service is unreachable, double ``_retry_seconds`` and return False."""
+        """Call ``work``; if the service or the disk is out of reach, double ``_retry_seconds`` and return False."""
         try:
             work()
-        except Unreachable as error:
+        except (Unreachable, OSError) as error:
             if not self._retry_seconds:
                 print(f"agent: {error}; training continues, the report is kept", flush=True)
             # With jitter, so that the agents of many runs do not retry at the same moment.
@@ -153,9 +154,21 @@ class EventUploader:
         return True
 
     def _upload_or_heartbeat(self) -> None:
-        if not self._upload() and self._clock() >= self._next_heartbeat:
+        try:
+            if self._upload():
+                return
+        except OSError:
+            # The outbox cannot be read at the moment. The service's requests must be heard meanwhile.
+            self._send_heartbeat()
+            raise
+        if self._clock() >= self._next_heartbeat:
+            self._send_heartbeat()
+
+    def _send_heartbeat(self) -> None:
+        step = None
+        with suppress(OSError):
             step = self._attempt.read_step()
-            self._post("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
+        self._post("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
 
     def _drain(self) -> bool:
         while self._upload():

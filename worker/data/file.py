@@ -109,7 +109,7 @@ class CorpusFile:
         if position.bytes > self.size:
             raise PrefixDiffers
         if position.bytes:
-            self._hashing_reader.expected = position
+            self._hashing_reader.expect(position)
 
     def head(self) -> bytes:
         """Return the first bytes of the stream; call it before anything is read."""
@@ -210,24 +210,35 @@ class _HashingReader(io.RawIOBase):
         super().__init__()
         self.bytes_read = 0
         self.sha256 = hashlib.sha256()
-        self.expected: ReadPosition | None = None
+        self._expected: ReadPosition | None = None
         self._file = file
         self._size = size
+
+    def expect(self, position: ReadPosition) -> None:
+        """Raise PrefixDiffers, now or once it is read, if the file does not begin with these bytes."""
+        if position.bytes < self.bytes_read:
+            raise PrefixDiffers
+        self._expected = position
+        # The first bytes are read before, to detect the format. They may be all of them.
+        self._compare()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        end = self._size if self.expected is None else self.expected.bytes
+        end = self._size if self._expected is None else self._expected.bytes
         view = memoryview(buffer)[: end - self.bytes_read]
         count = self._file.readinto(view)
         self.sha256.update(view[:count])
         self.bytes_read += count
-        if self.expected is not None and self.bytes_read == self.expected.bytes:
-            if self.sha256.hexdigest() != self.expected.sha256:
-                raise PrefixDiffers
-            self.expected = None
+        self._compare()
         return count
+
+    def _compare(self) -> None:
+        if self._expected is not None and self.bytes_read == self._expected.bytes:
+            if self.sha256.hexdigest() != self._expected.sha256:
+                raise PrefixDiffers
+            self._expected = None
 
 
 class _BoundedReader(io.RawIOBase):

@@ -12,6 +12,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from trainyard.contract.cache import CorpusCache
 from trainyard.contract.corpus_files import NamedFile, file_sketch, shown
 from trainyard.contract.corpus_report import REPORT, SourceReport
 from trainyard.contract.failpoints import failpoint
-from trainyard.contract.file_identity import Compression, compression_of
+from trainyard.contract.file_identity import Compression, compression_of, is_plain_text
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.worker.data.corpus import (
     RECENT_CHANGE_SECONDS,
@@ -96,7 +97,7 @@ class FileSetOptions:
 def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     """Return the token shards of ``files``, in this order, built first if they are not in the cache.
 
-    Raises what `worker.data.corpus.open_corpus` raises; the messages name the file.
+    Raises what `worker.data.corpus.open_corpus` raises, and TokenizerProcessEnded; the messages name the file.
     """
     corpus = _open_file(files[0], options) if len(files) == 1 else _open_several(files, options)
     _update_names(corpus, files)
@@ -175,7 +176,9 @@ def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
 def identify_files(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileKey]:
     """Return the keys of ``files``. If no file has changed since the last time, only their times are read."""
     identities = [_stat_identity(file) for file in files]
-    name = hashlib.sha256(json.dumps(identities).encode()).hexdigest()[:32]
+    # A link may give the same file a name that makes it plain text.
+    named = [[*identity, is_plain_text(file.path.name, b"")] for identity, file in zip(identities, files, strict=True)]
+    name = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
     stored = options.cache / f"content-{name}.json"
     known = read_json(stored)
     if known is not None and len(known.get("files", ())) == len(files):
@@ -627,6 +630,17 @@ class _CachedFiles:
         return True
 
 
+class TokenizerProcessEnded(Exception):
+    """A tokenizing process ended early, for example because the kernel killed it for lack of memory.
+
+    It is not an OSError, after which an unfinished build is removed: what is done is valid, and the next build resumes.
+    """
+
+    def __init__(self, status: int, path: Path) -> None:
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
+        super().__init__(f"a process that tokenizes {shown(path)} {how}")
+
+
 class TokenizerProcesses:
     """Processes that tokenize parts, each with a share of the cores. ``bytes_done``: of parts not yet appended."""
 
@@ -683,7 +697,7 @@ class TokenizerProcesses:
                 raise OSError(answer["errno"], answer["failed"])
             self.bytes_done += answer["done"] - reported
             reported = answer["done"]
-        raise OSError(f"a tokenizer process ended with exit code {process.wait()} at {shown(part.files[0].path)}")
+        raise TokenizerProcessEnded(process.wait(), part.files[0].path)
 
     def __enter__(self) -> Self:
         return self

@@ -23,7 +23,7 @@ from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.contract.units import counted
 from trainyard.worker.data.corpus import files_label
-from trainyard.worker.data.fileset import FileSetOptions, describe, open_files
+from trainyard.worker.data.fileset import FileSetOptions, TokenizerProcessEnded, describe, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.readers import open_reader
 from trainyard.worker.data.tokenizers import load_tokenizer
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return show(options) if options.verb == "show" else sample(options)
-    except (DataInvalid, CorpusFilesInvalid, TokenizerInvalid, OSError) as error:
+    except (DataInvalid, CorpusFilesInvalid, TokenizerInvalid, TokenizerProcessEnded, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
 

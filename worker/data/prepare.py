@@ -38,7 +38,7 @@ from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.byte_lengths import ByteLengths, BytesUnknown
 from trainyard.worker.data.corpus import Corpus, read_as_text_warning
-from trainyard.worker.data.fileset import FileSetOptions, open_files
+from trainyard.worker.data.fileset import FileSetOptions, TokenizerProcessEnded, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
 from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec, documents_within
@@ -226,8 +226,8 @@ def prepare_data(
 ) -> TrainingData:
     """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank.
 
-    ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start from, the first choice first. Their
-    evaluation split is kept, also if release 0.1 made it.
+    Every rank gets the same data. ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start
+    from, the first choice first. Their evaluation split is kept, also if release 0.1 made it.
     """
 
     def choose_split(corpus: Corpus, tokenizer: Tokenizer) -> SplitBy:
@@ -246,8 +246,22 @@ def prepare_data(
     split_by = ranks.broadcast_from_rank0(build)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
     data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
+    _require_same(data, ranks)
     _report_corpus(data, emit)
     return data
+
+
+def _require_same(data: TrainingData, ranks: "DistributedContext") -> None:
+    """Raise TrainingError on every rank if they have opened different files.
+
+    A file may be added or changed while the ranks open the corpus, and another node may see a directory as it was a
+    minute ago. The ranks would train on rows of different corpora.
+    """
+    opened = (data.tokenizer.fingerprint, _shards(data))
+    if any(other != opened for other in ranks.gather_objects(opened)):
+        message = f"{data.spec.data.corpus_name} or its tokenizer changed while the ranks opened it"
+        hint = "Wait until it is complete, on every node, then start again."
+        raise TrainingError(Reason.DATA_INVALID, message, hint)
 
 
 def prepare_corpus(
@@ -334,6 +348,9 @@ def _open_or_fail(
         ) from error
     except TokenizerInvalid as error:
         raise TrainingError(Reason.SPEC_INVALID, f"data.tokenizer_path: {error}") from error
+    except TokenizerProcessEnded as error:
+        hint = "The finished part is kept. If the host had too little memory, lower data.num_workers."
+        raise TrainingError(Reason.WORKER_CRASHED, str(error), hint) from error
     except OSError as error:
         raise save_error(error, "the corpus's token shards") from error
 
