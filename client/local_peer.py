@@ -92,7 +92,7 @@ def require_service(connection: socket.socket, url: str) -> None:
     if home is not None and home.key is None and not named:
         _require_owner_of(home.path, owners or ())
     nonce = secrets.token_hex(16)
-    proof = _ask_for_proof(connection, url, nonce)
+    proof = _ask_for_proof(connection, url, there, nonce)
     if home is not None and home.key is not None:
         if not hmac.compare_digest(proof.encode(errors="replace"), prove_service(home.key, nonce, *there).encode()):
             raise UntrustedListener(_WRONG_PROOF.format(home=home.path))
@@ -159,21 +159,25 @@ def _require_owner_of(home: Path, owners: tuple[int, ...]) -> None:
     )
 
 
-def _ask_for_proof(connection: socket.socket, url: str, nonce: str) -> str:
+def _ask_for_proof(connection: socket.socket, url: str, there: Endpoint, nonce: str) -> str:
     """Ask for a proof on this very connection, and return it; "" if a service of release 0.1 answers."""
     parts = urlsplit(url)
+    by_proxy = not ends_at(there, parts.hostname or "", parts.port or 80)
+    refused = UntrustedListener(_PROXY if by_proxy else _NO_SERVICE)
+    # A proxy is told the whole address.
+    origin = f"http://{parts.netloc.rpartition('@')[2]}" if by_proxy else ""
     before = connection.gettimeout()
     connection.settimeout(MAX_SECONDS if before is None else before)
     asking = http.client.HTTPConnection(parts.hostname or "", parts.port or 80)
     asking.sock = connection
     try:
-        asking.request("GET", f"{parts.path.rstrip('/')}/health", headers={NONCE_HEADER: nonce})
+        asking.request("GET", f"{origin}{parts.path.rstrip('/')}/health", headers={NONCE_HEADER: nonce})
         response = asking.getresponse()
         body = response.read(MAX_BYTES)
     except OSError:
         raise  # Also RemoteDisconnected, which is an HTTPException too.
     except http.client.HTTPException as error:
-        raise UntrustedListener(_NO_SERVICE) from error
+        raise refused from error
     finally:
         asking.sock = None  # The caller continues to use the connection.
         if connection.fileno() >= 0:
@@ -181,7 +185,7 @@ def _ask_for_proof(connection: socket.socket, url: str, nonce: str) -> str:
     if response.status in (502, 503, 504):
         raise ConnectionError(f"it answers {response.status}")
     if response.status != 200 or not _is_health(body):
-        raise UntrustedListener(_NO_SERVICE)
+        raise refused
     if response.will_close:
         # As a service that is ending does. The next connection could reach another program.
         raise ConnectionError("it closes the connection that was checked")
@@ -189,6 +193,23 @@ def _ask_for_proof(connection: socket.socket, url: str, nonce: str) -> str:
 
 
 _NO_SERVICE = "the program there is not a Trainyard service, so the token was not sent"
+_PROXY = (
+    "the proxy of this host (HTTP_PROXY) does not lead to a Trainyard service, so the token was not sent; NO_PROXY "
+    "names hosts that are reached without it"
+)
+
+
+def ends_at(endpoint: Endpoint, host: str, port: int) -> bool:
+    """Return whether a connection to ``host`` ends at this endpoint. It does not if it goes through a proxy."""
+    if endpoint[1] != port:
+        return False
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return False  # only the proxy knows the name
+    addresses = {plain_address(str(address[0])) for *_, address in found}
+    # A connection to 0.0.0.0 ends at 127.0.0.1.
+    return not addresses.isdisjoint({endpoint[0], "0.0.0.0", "::"})  # noqa: S104 - compared
 
 
 def _is_health(body: bytes) -> bool:

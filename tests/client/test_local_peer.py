@@ -151,8 +151,9 @@ def listener(request: pytest.FixtureRequest) -> Iterator[Listener]:
 
         def do_GET(self) -> None:
             found.asked.append((self.path, self.headers.get("Authorization")))
-            body = found.health if self.path == "/health" else b'{"version": "0"}'
-            self.send_response(found.status if self.path == "/health" else 200)
+            is_health = self.path.endswith("/health")
+            body = found.health if is_health else b'{"version": "0"}'
+            self.send_response(found.status if is_health else 200)
             self.send_header("Content-Length", str(len(body)))
             if found.closes:
                 self.send_header("Connection", "close")
@@ -230,6 +231,39 @@ def test_a_program_without_the_key_of_the_home_gets_no_token(listener: Listener,
     assert f"does not have the key of the service in {home}" in message
     assert "unset it" in message
     assert "release 0.1" in message
+
+
+def test_a_proxy_of_this_host_is_asked_for_the_health_of_the_service(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``HTTP_PROXY`` each connection to a service on another host ends at the proxy."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", listener.url)
+    url = "http://trainer.example:8000"
+    health = (f"{url}/health", None)
+    with Client(url, TOKEN, retries=RetryPolicy(seconds=0)) as client:
+        assert client.version()["version"] == "0"
+    assert listener.asked == [health, (f"{url}/version", f"Bearer {TOKEN}")]
+
+    async def ask() -> None:
+        async with AsyncClient(url, TOKEN, retries=RetryPolicy(seconds=0)) as client:
+            await client.version()
+
+    asyncio.run(ask())
+    assert listener.asked[2:] == listener.asked[:2]
+    del listener.asked[:]
+    listener.status = 400
+    with Client(url, TOKEN, retries=RetryPolicy(seconds=0)) as client:
+        with pytest.raises(ServiceUnreachable, match=r"does not lead to a Trainyard service, .*; NO_PROXY"):
+            client.version()
+    assert listener.asked == [health]
+
+
+def test_an_address_of_all_interfaces_is_no_proxy() -> None:
+    assert local_peer.ends_at(("127.0.0.1", 8000), "0.0.0.0", 8000)
+    assert not local_peer.ends_at(("127.0.0.1", 7890), "127.0.0.1", 8000)
+    assert not local_peer.ends_at(("127.0.0.1", 8000), "trainer.invalid", 8000)
 
 
 def test_another_program_of_this_user_gets_no_token(listener: Listener) -> None:
