@@ -1,5 +1,6 @@
 """Read the metrics of a job: stitched over its attempts, or of one attempt."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
@@ -11,7 +12,7 @@ from sqlalchemy import values as value_rows
 from sqlalchemy.orm import Session
 
 from trainyard.contract.events import MetricEvent
-from trainyard.service.db.models import MetricRow
+from trainyard.service.db.models import AttemptRow, MetricRow
 from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, sum_of
 
 FIELDS = (
@@ -156,22 +157,31 @@ def add_evaluations(
     attempt: int | None,
     buckets: list[dict[str, Any]],
     fields: Sequence[str],
-    every: int,
+    every: int | None,
 ) -> None:
-    """Add its last evaluation to each bucket whose last point has none. Evaluations come each ``every`` steps.
+    """Add its last evaluation to each bucket whose last point has none.
 
-    ``fields``: those of EVALUATION_FIELDS that the buckets have.
+    ``buckets`` are in step order, and ``fields`` are those of EVALUATION_FIELDS that they have. Evaluations come each
+    ``every`` steps, and at the end of an attempt. If it is None, the interval has changed: all points are searched.
     """
-    due = {
-        row["step"] // every * every: row
-        for row in buckets
-        if all(row[name] is None for name in fields) and row["step"] // every * every >= row["first_step"]
-    }
-    columns = [getattr(MetricRow, name) for name in ("step", *fields)]
-    for some in _batched(due, MAX_NONFINITE_STEPS):
-        query = select(*columns).where(*_curve(job_id, attempt), MetricRow.step.in_(some))
-        for step, *values in session.execute(query.order_by(MetricRow.seq)):
-            due[step].update(zip(fields, values, strict=True))
+    due = [row for row in buckets if all(row[name] is None for name in fields)]
+    if not due:
+        return
+    columns = [getattr(MetricRow, name) for name in fields]
+    query = select(MetricRow.step, *columns).where(*_curve(job_id, attempt)).order_by(MetricRow.step, MetricRow.seq)
+    if every is None:
+        found = or_(*(evaluated.is_not(None) for evaluated in columns))
+        queries = [query.where(found, MetricRow.step.between(due[0]["first_step"], due[-1]["step"]))]
+    else:
+        ends = session.scalars(select(AttemptRow.end_step).where(AttemptRow.job_id == job_id)).all()
+        steps = {row["step"] // every * every for row in due} | {end for end in ends if end is not None}
+        queries = [query.where(MetricRow.step.in_(some)) for some in _batched(sorted(steps), MAX_NONFINITE_STEPS)]
+    first_steps = [row["first_step"] for row in due]
+    for part in queries:
+        for step, *values in session.execute(part):
+            row = due[max(0, bisect_right(first_steps, step) - 1)]
+            if row["first_step"] <= step <= row["step"] and any(value is not None for value in values):
+                row.update(zip(fields, values, strict=True))
 
 
 def _curve(job_id: str, attempt: int | None) -> tuple[ColumnElement[bool], ...]:

@@ -153,7 +153,7 @@ def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
 
 
 def test_a_stuck_writer_leaves_threads_to_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """12 runs whose agents retry after 10 s had all 32 threads within half a minute: nobody could read any more."""
+    """Within half a minute, the retries of 12 agents occupied all 32 threads, and no request could read any more."""
     monkeypatch.setattr(engine, "STUCK_SECONDS", 0.02)
     lock = engine.WriteLock()
     held, let_go = threading.Event(), threading.Event()

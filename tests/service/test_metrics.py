@@ -237,6 +237,45 @@ def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Servi
         assert row["first_step"] <= step <= row["step"]
 
 
+def test_no_evaluation_is_lost_if_the_interval_changed(any_rig: ServiceHarness) -> None:
+    """Without an interval of its own, a run is evaluated at each save."""
+    job_id, attempt = any_rig.running(steps=300, training={"max_steps": 300}, checkpoint={"save_interval": 30})
+    expected = [30, 60, 90, 120, 250, 300, 500]
+    for step in range(1, 301):
+        attempt.metric(step, eval_loss=3 + step / 100 if step in expected else None)
+    any_rig.ship(attempt)
+    assert any_rig.client.patch(f"/jobs/{job_id}", json={"save_interval": 250}).status_code == 200
+
+    def evaluated() -> list[float]:
+        rows = any_rig.data(job_id, "metrics", max_points=40, fields="eval_loss,eval")
+        assert all(row["first_step"] < row["step"] for row in rows[:-1])
+        return [row["eval_loss"] for row in rows if row["eval_loss"] is not None]
+
+    assert evaluated() == [3 + step / 100 for step in expected[:-1]]
+    any_rig.exit(attempt, "completed", step=300)
+    any_rig.post_action(job_id, "resume", {"max_steps": 600})
+    later = any_rig.next_attempt(job_id, 2, start_step=300, steps=600)
+    for step in range(301, 571):
+        later.metric(step, eval_loss=3 + step / 100 if step in expected else None)
+    any_rig.ship(later)
+    assert evaluated() == [3 + step / 100 for step in expected]
+
+
+def test_the_evaluation_at_the_end_of_an_attempt_is_in_its_bucket(any_rig: ServiceHarness) -> None:
+    groups: dict[str, Any] = {"training": {"max_steps": 100}, "reporting": {"eval_interval": 30}}
+    job_id, attempt = any_rig.running(steps=100, **groups)
+    for step in range(1, 101):
+        attempt.metric(step, eval_loss=float(step) if step in (30, 60, 90, 100) else None)
+    any_rig.exit(attempt, "completed", step=100)
+    any_rig.post_action(job_id, "resume", {"max_steps": 600})
+    later = any_rig.next_attempt(job_id, 2, start_step=100, steps=600)
+    for step in range(101, 601):
+        later.metric(step)
+    any_rig.ship(later)
+    rows = any_rig.data(job_id, "metrics", max_points=100, fields="eval_loss")
+    assert [row["eval_loss"] for row in rows if row["eval_loss"] is not None] == [30.0, 60.0, 90.0, 100.0]
+
+
 def held_out(step: int) -> dict[str, Any]:
     """The fields of an evaluation of two sets; the bytes of one are unknown."""
     sets = {"zh": {"loss": 5.0 - step / 100, "bpb": 1.5 - step / 1000}, "code.1": {"loss": 2.0, "bpb": None}}

@@ -138,7 +138,7 @@ def test_a_full_disk_is_507_and_nothing_is_changed(
 def test_a_checkpoint_stays_if_its_deletion_cannot_be_stored(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that is full is what people delete checkpoints for."""
+    """Users delete checkpoints because the disk is full."""
     job_id, attempt = saved(rig, 4, 8)
     rig.exit(attempt, "completed", step=10)
     directory = rig.home / "runs" / job_id / "checkpoints"

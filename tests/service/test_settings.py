@@ -65,7 +65,7 @@ def test_loopback_needs_none(host: str) -> None:
 
 @pytest.mark.parametrize("text", ["abc", " abc", "abc\n", "\tabc\r\n"])
 def test_blanks_around_a_token_are_none_of_it(text: str) -> None:
-    """No header can have them: nobody could use the service, and its log did not say why."""
+    """No header can have them, so no client could use the service."""
     settings = Settings.read({"TRAINYARD_TOKEN": text})
     assert settings.token == "abc"
     TokenFile(settings.token, None).require("abc")

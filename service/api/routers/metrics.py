@@ -21,7 +21,7 @@ from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.shared_reads import shared
 from trainyard.service.auth.permissions import READ
-from trainyard.service.db.models import JobRow
+from trainyard.service.db.models import EventRow, JobRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs import queries
 from trainyard.service.jobs import repository as jobs
@@ -200,8 +200,15 @@ def _add_fields(session: Session, job: JobRow, query: MetricsQuery, rows: list[d
         store.add_last(session, job_id, own, query.columns)
         spec = job.spec if job_id == job.id else session.scalar(select(JobRow.spec).where(JobRow.id == job_id))
         if evaluated and spec is not None:
-            interval = int(spec["reporting"]["eval_interval"] or spec["checkpoint"]["save_interval"])
+            interval = spec["reporting"]["eval_interval"]
+            if interval is None and not _save_interval_has_changed(session, job_id):
+                interval = spec["checkpoint"]["save_interval"]
             store.add_evaluations(session, job_id, query.attempt, own, evaluated, interval)
+
+
+def _save_interval_has_changed(session: Session, job_id: str) -> bool:
+    changes = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "changed")
+    return any("save_interval" in data.get("fields", ()) for data in session.scalars(changes))
 
 
 def _parse_fields(text: str | None) -> Sequence[str]:
