@@ -36,7 +36,7 @@ from trainyard.service.jobs import repository
 from trainyard.service.jobs.lifecycle import Action, InProgress, Rejected, Transition, allowed_actions, decide
 from trainyard.service.jobs.queries import job_state, newest_step, train_seconds
 from trainyard.service.jobs.repository import EventDraft
-from trainyard.service.jobs.submission import HostLimits, validate_spec
+from trainyard.service.jobs.submission import HostLimits, validate_fields, validate_spec
 from trainyard.service.launch.base import AttemptRef
 
 REQUESTED = {"pause": "pause", "cancel": "save and end the job", "kill": "stop now, without a save"}
@@ -506,9 +506,12 @@ def _is_lowered(old: int | None, new: object) -> bool:
 
 
 def changed_spec(
-    spec: dict[str, Any], changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]], host: HostLimits
+    spec: dict[str, Any], changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]], host: HostLimits | None
 ) -> JobSpec:
-    """Return ``spec`` with ``changes`` applied, validated again. Raises SpecInvalid with pointers into the body."""
+    """Return ``spec`` with ``changes`` applied, validated again. Raises SpecInvalid with pointers into the body.
+
+    ``host`` None: its files and devices are not checked. They may be gone, and the changes do not depend on them.
+    """
     merged = {group: dict(value) if isinstance(value, dict) else value for group, value in spec.items()}
     for name, value in changes.items():
         path = fields[name]
@@ -518,7 +521,7 @@ def changed_spec(
         elif path:
             merged.setdefault(path[0], {})[path[1]] = value  # a stored spec of 0.1 has no limits
     try:
-        return validate_spec(merged, host)
+        return validate_spec(merged, host) if host is not None else validate_fields(merged)
     except SpecInvalid as error:
         raise _with_body_pointers(error, changes, fields) from None
 

@@ -109,6 +109,14 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
     return validator.resolved()
 
 
+def validate_fields(raw: object) -> JobSpec:
+    """Return a stored spec with changes, without a look at its files and devices. Raises SpecInvalid."""
+    parsed = parse_spec(raw, fills_recipe=False)
+    if parsed.problems:
+        raise with_problems(SpecInvalid, parsed.problems)
+    return parsed.spec
+
+
 def validate_without_corpus(raw: object, host: HostLimits) -> JobSpec:
     """Return a spec that may lack its corpus and its length, with the vocabulary's size.
 

@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 
+from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.status import JobStatus, Reason
-from trainyard.service.jobs import repository
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.jobs import actions, repository
 
 
 def test_a_refusal_says_the_status_and_what_fits(any_rig: ServiceHarness) -> None:
@@ -347,6 +349,34 @@ def test_resume_with_changes_while_it_is_being_resumed(rig: ServiceHarness) -> N
     rig.post_action(job_id, "resume")
     rig.post_action(job_id, "resume")
     assert rig.post_action(job_id, "resume", {"epochs": 9}, status=409)["code"] == "invalid_state"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"discarded": True},
+        {"labels": {"a": "b"}, "description": "kept", "group": "old", "name": "again"},
+        {"priority": 7, "keep_last": 2, "save_interval": 9, "log_interval": 4, "max_minutes": 5.0, "target_loss": 1.5},
+    ],
+)
+def test_patch_of_a_job_whose_corpus_and_device_are_gone(
+    make_rig: MakeHarness, any_url: str, changes: dict[str, Any]
+) -> None:
+    """The corpus was moved after the run, say: the job can be described, labelled and discarded all the same."""
+    rig = make_rig(any_url, devices=(Device("cuda:0", "cuda"), *cpu_slots(1)))
+    job_id = rig.submit(resources={"device": "cuda:0"}, training={"recipe": "fast"})
+    before = rig.job(job_id)["spec"]
+    rig.corpus.unlink()
+    rig.devices = cpu_slots(1)
+    rig = rig.restart()
+    answer = rig.client.patch(f"/jobs/{job_id}", json=changes)
+    assert answer.status_code == 200, answer.text
+    changed = actions.differences(before, answer.json()["spec"])
+    assert sorted(pointer.rpartition("/")[2] for pointer in changed if "labels" not in pointer) == sorted(
+        changes.keys() - {"labels", "discarded"}
+    )
+    wrong = rig.client.patch(f"/jobs/{job_id}", json={"keep_last": 0})
+    assert [error["pointer"] for error in wrong.json()["errors"]] == ["/keep_last"]
 
 
 def test_patch(any_rig: ServiceHarness) -> None:
