@@ -1,6 +1,7 @@
 """The request to stop: a file that the agent writes, or a signal."""
 
 import faulthandler
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -30,4 +31,5 @@ class StopSignal:
         self._signalled = True
 
     def requested(self) -> bool:
-        return self._signalled or (self._file is not None and self._file.exists())
+        # Not Path.exists, which raises errors of a network file system. They must not end a run.
+        return self._signalled or (self._file is not None and os.path.exists(self._file))

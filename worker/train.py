@@ -1,6 +1,7 @@
 """One attempt of a run, from its data to its last checkpoint. Read it from top to bottom."""
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -447,7 +448,7 @@ class Trainer:
 
     def _should_save_now(self) -> bool:
         """Return whether a save is due by time or was requested. The request file is deleted."""
-        requested = self.save_request.exists()
+        requested = os.path.exists(self.save_request)  # unlike Path.exists, it raises nothing
         if requested:
             self.save_request.unlink(missing_ok=True)
         requested, self.save_is_owed = requested or self.save_is_owed, False
