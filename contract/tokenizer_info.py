@@ -95,8 +95,12 @@ def vocabulary_size(tokenizer_path: str, roots: Sequence[Path] = ()) -> int:
 def tokenizer_file(tokenizer_path: str) -> Path:
     """Return the path of tokenizer.json, given its directory or the file itself. Raises TokenizerInvalid."""
     path = Path(tokenizer_path)
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
+    try:
+        file = path / "tokenizer.json" if path.is_dir() else path
+        found = file.is_file()
+    except OSError as error:
+        raise TokenizerInvalid(f"{tokenizer_path} cannot be read: {error.strerror}") from error
+    if not found:
         raise TokenizerInvalid(
             f'no tokenizer.json in {tokenizer_path}: give a Hugging Face tokenizer directory, "byte", '
             "or make one with `trainyard tokenizer train`"

@@ -1,5 +1,6 @@
 """The agents of the other nodes: real processes, ranks that are none, and a directory that all of them share."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -178,3 +179,25 @@ def test_a_node_that_does_not_see_the_home_says_so_where_the_cluster_keeps_it(
     assert done.returncode == 75
     assert f"{UNSEEN}: {attempt.path} is not there on second" in done.stderr
     assert list(attempt.path.iterdir()) == [], "nothing is written into what may be a disk of the node's own"
+
+
+def test_an_error_of_the_network_file_system_does_not_end_the_ranks(
+    attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    polled: list[object] = []
+    intact = os.stat
+
+    def stale_at_first(path: Any, **options: Any) -> os.stat_result:
+        if path != attempt.over:
+            return intact(path, **options)
+        polled.append(path)
+        if len(polled) == 3:
+            attempt.over.touch()
+        if len(polled) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return intact(path, **options)
+
+    monkeypatch.setattr(follower, "PEER_EXIT_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr(os, "stat", stale_at_first)
+    message = follower._watch(Ranks(), attempt, os.getppid())  # type: ignore[arg-type]
+    assert message == "the first node's ranks ended, and these did not follow"

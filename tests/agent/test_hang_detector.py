@@ -61,6 +61,21 @@ def test_a_slow_run_gets_ten_of_its_own_steps(watch: HangDetector, attempt: Atte
     assert watch.is_hung(last + 420)
 
 
+def test_reports_of_micro_batches_do_not_make_a_slow_run_look_quick(watch: HangDetector, attempt: AttemptDir) -> None:
+    """The first steps report how many micro-batches are done; the later ones, which are as slow, do not."""
+    enter(attempt, Phase.TRAINING)
+    attempt.progress.write_text("0")
+    watch.poll(0.0)
+    for step in range(3):
+        for part in range(9):
+            look_until(watch, step * 90 + part * 10, step * 90 + (part + 1) * 10)
+            enter(attempt, Phase.TRAINING)
+        attempt.progress.write_text(str(step + 1))
+    look_until(watch, 270.0, 359.0)
+    assert watch.budget() == pytest.approx(900, rel=0.05)
+    assert not watch.is_hung(359.0)
+
+
 @pytest.mark.parametrize("phase", [phase for phase in Phase if phase is not Phase.TRAINING])
 def test_preparing_compiling_and_saving_have_a_longer_budget(
     watch: HangDetector, attempt: AttemptDir, phase: Phase

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.tokenizer_info import (
     BYTE_VOCABULARY,
@@ -37,6 +38,15 @@ def test_anything_else_is_rejected_with_the_name_of_the_file(tmp_path: Path, tex
 def test_a_directory_without_tokenizer_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(TokenizerInvalid, match="trainyard tokenizer train"):
         vocabulary_size(str(tmp_path))
+
+
+def test_a_directory_of_another_user_is_named_with_the_reason() -> None:
+    with public_tmp_dir() as folder:
+        (folder / "private" / "tokenizer").mkdir(parents=True)
+        (folder / "private").chmod(0)
+        with drop_root(), pytest.raises(TokenizerInvalid, match=r"private/tokenizer cannot be read: Permission denied"):
+            vocabulary_size(str(folder / "private" / "tokenizer"))
+        (folder / "private").chmod(0o700)
 
 
 @pytest.mark.parametrize("content", ["[]," * 2_000_000, '{"a":1},' * 1_600_000, "x" * ((64 << 20) + 1)])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.doctor import checks, facts
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +63,15 @@ def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
     disk = facts.read_disk(tmp_path / "file" / "home")
     assert disk.error is not None
     assert checks.check_disk(disk).health == "fault"
+
+
+def test_a_home_below_a_folder_of_another_user_is_a_fault() -> None:
+    with public_tmp_dir() as folder:
+        (folder / "private").mkdir(mode=0)
+        with drop_root():
+            disk = facts.read_disk(folder / "private" / "home")
+        assert (disk.probed, disk.error) == (str(folder / "private"), "Permission denied")
+        assert checks.check_disk(disk).health == "fault"
 
 
 def test_save_roots_are_tried_beside_the_home(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.training.control import take_request
 
@@ -44,3 +45,13 @@ def test_a_disk_that_does_not_answer_for_a_moment_requests_nothing(
     assert stop.requested()
     assert take_request(save)
     assert not take_request(save)
+
+
+def test_a_run_directory_that_cannot_be_read_is_no_stop() -> None:
+    with public_tmp_dir() as folder:
+        (folder / "stop").touch()
+        folder.chmod(0)
+        with drop_root():
+            assert not StopSignal(folder / "stop").requested()
+        folder.chmod(0o755)
+        assert StopSignal(folder / "stop").requested()

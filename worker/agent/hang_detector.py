@@ -26,28 +26,32 @@ class HangDetector:
         self._timeouts = timeouts
         self._step_seconds: deque[float] = deque(maxlen=64)
         self._progress_at: float | None = None
+        self._step_began_at = 0.0
         self._polled_at: float | None = None
 
     def poll(self, now: float) -> None:
         if self._progress_at is None or self._polled_at is None:
-            self._progress_at = now
+            self._progress_at = self._step_began_at = now
         elif now - self._polled_at > SUSPENDED_SECONDS:
             self._progress_at += now - self._polled_at
+            self._step_began_at += now - self._polled_at
         self._polled_at = now
         self._poll_step(now)
         for event in self._events.read(1000):
             self._progress_at = now
             if event.get("kind") == "phase" and event.get("phase") in set(Phase):
-                self.phase = Phase(event["phase"])
+                phase, self.phase = self.phase, Phase(event["phase"])
+                if self.phase is not phase:
+                    # The time in another phase is not that of a step. The finished micro-batches of a step are.
+                    self._step_began_at = now
 
     def _poll_step(self, now: float) -> None:
         step = self._attempt.read_step()
         if step is None or step == self.step:
             return
-        assert self._progress_at is not None
         if self.step is not None and step > self.step:
-            self._step_seconds.append((now - self._progress_at) / (step - self.step))
-        self.step, self._progress_at = step, now
+            self._step_seconds.append((now - self._step_began_at) / (step - self.step))
+        self.step, self._progress_at, self._step_began_at = step, now, now
 
     def is_hung(self, now: float) -> bool:
         """Return whether there was no progress for longer than the budget."""

@@ -246,7 +246,8 @@ def read_disks(environment: Mapping[str, str]) -> list[DiskFacts]:
 
 def read_disk(path: Path, size: int = PROBE_BYTES) -> DiskFacts:
     """Write a file with fsync in ``path``, or in its nearest existing parent, and delete it."""
-    probed = next(each for each in (path, *path.parents) if each.exists())
+    # Not Path.exists, which raises PermissionError below a directory of another user.
+    probed = next(each for each in (path, *path.parents) if os.path.exists(each))
     try:
         usage = shutil.disk_usage(probed)
         with tempfile.TemporaryDirectory(prefix=".trainyard-doctor-", dir=probed) as name:
