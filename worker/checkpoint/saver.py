@@ -96,7 +96,9 @@ class StagingBuffers:
     def fill(self) -> None:
         """Complete the copies. Called by the writer thread."""
         if self._copy_event is not None:
-            self._copy_event.synchronize()
+            # A new thread's current device is the first one, where another rank trains: it would get a context there.
+            with torch.cuda.device(self._device):
+                self._copy_event.synchronize()
             return
         try:
             for buffer, tensor in self._pairs:
