@@ -80,7 +80,19 @@ def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> N
     assert kind_for("auto", HostInventory(2).devices()) == "cpu"
 
 
-@pytest.mark.parametrize(("text", "expected"), [(None, None), ("0,2", "0,2"), ("", ""), ("GPU-abc", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("0,2", "0,2"),
+        ("0, 2", "0,2"),
+        ("", ""),
+        ("-1", ""),
+        ("1,-1,2", "1"),
+        ("GPU-abc", None),
+        ("GPU-abc,-1", None),
+    ],
+)
 def test_which_cards_the_service_may_see(
     monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str | None
 ) -> None:
