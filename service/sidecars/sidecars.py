@@ -151,6 +151,8 @@ class Sidecars:
             **inherited(dict(os.environ)),
             **self._roots,
             "PYTHONPATH": IMPORT_ROOT,
+            # As for a run: CUDA alone would number the fastest card first.
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:") if device != CPU else "",
             "OMP_NUM_THREADS": threads,
             "TRAINYARD_THREADS": threads,

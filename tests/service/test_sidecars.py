@@ -29,7 +29,8 @@ lower_priority()
 link = ServiceLink.from_environment()
 while True:
     message = link.receive(wait=True)
-    link.send({**message, "pid": os.getpid(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"], "nice": os.nice(0)})
+    link.send({**message, "pid": os.getpid(), "cuda": os.environ["CUDA_VISIBLE_DEVICES"], "nice": os.nice(0),
+               "order": os.environ.get("CUDA_DEVICE_ORDER")})
 """
 
 GPUS = (Device("cuda:0", "cuda"), Device("cuda:1", "cuda"), *cpu_slots(1))
@@ -169,6 +170,7 @@ def test_it_leases_a_free_gpu_and_gives_it_back_for_a_job(gpus: ServiceHarness) 
     gpus.scheduler.reclaim_devices_by(sidecars.reclaim)
     first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
     assert (first.device, ask(first)["cuda"], leased(gpus)) == ("cuda:0", "0", ["cuda:0"])
+    assert ask(first)["order"] == "PCI_BUS_ID", "as the service numbers them"
     cpu = sidecars.start("echo", ["-c", ECHO])
     job_id = gpus.submit(resources={"device": "cuda"})
     gpus.reconcile()
