@@ -282,8 +282,12 @@ def _or_none(query: Callable[[], T]) -> T | None:
 
 
 def visible_devices() -> str | None:
-    """Return the service's own CUDA_VISIBLE_DEVICES if it lists indices, or None: all devices."""
+    """Return the service's own CUDA_VISIBLE_DEVICES, without spaces, if it lists indices, or None: all devices."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None or any(not part.strip().isdecimal() for part in text.split(",") if part):
+    if text is None:
         return None
-    return text
+    parts = [part.strip() for part in text.split(",")]
+    # CUDA ignores a negative index and all that follows: "-1" hides every device.
+    ends = [number for number, part in enumerate(parts) if part[:1] == "-" and part[1:].isdecimal()]
+    parts = parts[: ends[0]] if ends else parts
+    return ",".join(parts) if all(part.isdecimal() for part in parts if part) else None

@@ -40,6 +40,7 @@ COVERED = {
     "worker/checkpoint/saver.py:StagingBuffers._allocate": "tests/worker/test_saver.py::"
     "test_on_a_gpu_the_copy_is_of_the_step_too",
     "worker/checkpoint/saver.py:StagingBuffers._start_copy": SAVES,
+    "worker/checkpoint/saver.py:StagingBuffers.fill": SAVES,
     "worker/checkpoint/update_gate.py:UpdateGate._delay": SAVES,
     "worker/data/loader.py:MicroBatchLoader._make": PREFETCH,
     "worker/data/loader.py:MicroBatchLoader._prefetch": PREFETCH,

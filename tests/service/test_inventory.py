@@ -167,7 +167,19 @@ def test_what_a_gpu_does_not_report_is_no_fault(failing: FailingNvml, code: int)
     assert (device.works, device.memory_bytes, device.memory_used_bytes, device.processes) == (True, None, None, ())
 
 
-@pytest.mark.parametrize(("text", "expected"), [(None, None), ("0,2", "0,2"), ("", ""), ("GPU-abc", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        ("0,2", "0,2"),
+        ("0, 2", "0,2"),
+        ("", ""),
+        ("-1", ""),
+        ("1,-1,2", "1"),
+        ("GPU-abc", None),
+        ("GPU-abc,-1", None),
+    ],
+)
 def test_which_cards_the_service_may_see(
     monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str | None
 ) -> None:

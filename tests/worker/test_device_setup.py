@@ -131,8 +131,13 @@ def test_on_a_gpu_flash_attention_is_that_of_the_mask_and_tf32_can_be_chosen() -
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.filterwarnings("default")  # torch's compiler uses deprecated parts of torch, and recommends TF32
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_cuda_graphs_give_the_losses_of_the_compiled_model(use_moe: bool) -> None:
+    from torch._inductor import cudagraph_trees
+
+    # A function that was compiled 8 times in a process runs uncompiled after that, without a CUDA graph.
+    torch.compiler.reset()
     config = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128, use_moe=use_moe)
     generator = torch.Generator().manual_seed(2)
     rows = torch.randint(0, 128, (4, 2, 64), generator=generator).cuda()
@@ -144,6 +149,7 @@ def test_cuda_graphs_give_the_losses_of_the_compiled_model(use_moe: bool) -> Non
         losses[mode] = [
             state.train_step.run(iter(micro_batches), 1e-3, lambda _: None).read().loss_sum for _ in range(4)
         ]
+    assert cudagraph_trees.get_container(CUDA.index).tree_manager is not None, "no CUDA graph was made"
     assert losses["reduce-overhead"] == pytest.approx(losses["default"], rel=1e-3)
     assert losses["default"][-1] < losses["default"][0]
 

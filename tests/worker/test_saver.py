@@ -1,5 +1,6 @@
 """Saves that are cut short at any point, and what the loop does around a save."""
 
+import contextlib
 import gc
 import json
 import os
@@ -7,8 +8,10 @@ import random
 import signal
 import threading
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -292,6 +295,23 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
     held = staging.gate.blocked_seconds
     train_on(bench.train_state)
     assert staging.gate.blocked_seconds == held
+
+
+def test_the_writer_thread_waits_on_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_state, done = Bench(tmp_path).train_state, list[str]()
+
+    @contextlib.contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        done.append(f"use {device}")
+        yield
+        done.append("back")
+
+    staging: Any = StagingBuffers(train_state.model, train_state.optimizer)
+    staging._device = torch.device("cuda", 1)
+    staging._copy_event = SimpleNamespace(synchronize=lambda: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", use)
+    staging.fill()
+    assert done == ["use cuda:1", "wait", "back"]
 
 
 @pytest.mark.gpu

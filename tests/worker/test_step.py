@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -257,3 +258,21 @@ def test_with_projections_at_zero_all_else_is_as_drawn(use_moe: bool) -> None:
     first = run(train_state(shape, zero_init_projections=True), [cut(batch, 4)] * 3)
     assert first[0].finite
     assert first[-1].loss < first[0].loss
+
+
+def test_for_cuda_graphs_gradients_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph frees what it returned at the next micro-batch, also a gradient that became ``.grad``."""
+    batches = [cut(rows(6, seed=step), 2) for step in range(2)]
+    plain, graphs = train_state(), train_state()
+    graphs = replace(graphs, train_step=replace(graphs.train_step, replays_graphs=True))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    weight: Any = graphs.model.lm_head.weight
+    memory: list[int | None] = []
+    weight.register_hook(lambda _: memory.append(weight.grad.data_ptr() if weight.grad is not None else None))
+    expected = run(plain, batches)
+    graphs.train_step.warm_up(batches[0][0])
+    assert run(graphs, batches) == expected
+    assert len(memory) == 7, "each micro-batch"
+    assert len(set(memory)) == 1, "a backward pass found no gradient, or another one"
+    assert None not in memory
+    assert torch.equal(weight, plain.model.lm_head.weight)

@@ -97,7 +97,10 @@ class StagingBuffers:
         """Complete the copies. Called by the writer thread."""
         try:
             if self._copy_event is not None:
-                self._copy_event.synchronize()
+                # A new thread's current device is the first one, on which another rank trains: a context would be
+                # created there.
+                with torch.cuda.device(self._device):
+                    self._copy_event.synchronize()
             else:
                 for buffer, tensor in self._pairs:
                     # numpy copies in one thread and releases the GIL; torch would take all cores away from training.

@@ -184,7 +184,13 @@ class TrainStep:
             self.split.clear_gradients()
         else:
             # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
-            self.optimizer.zero_grad(set_to_none=not self.is_ddp)
+            self.optimizer.zero_grad(set_to_none=not (self.is_ddp or self.replays_graphs))
+
+    def _allocate_gradients(self) -> None:
+        """Give each parameter a gradient of zeros in memory of its own, unless it has one."""
+        for parameter in self.model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _text_bytes(self, micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Return the bytes of text that the step predicts: float64 scalar on the device."""
@@ -227,6 +233,10 @@ class TrainStep:
         sums: list[torch.Tensor] = []
         expert_counts: list[torch.Tensor] = []
         done: list[MicroBatch] = []
+        if self.replays_graphs and self.split is None and not self.is_ddp:
+            # Else the first backward pass would leave its gradients in the memory of the CUDA graph, which frees them
+            # at the next micro-batch. DDP, and with it zero1, copies them to its buckets.
+            self._allocate_gradients()
         for index, (micro, is_last) in enumerate(_with_last(micro_batches)):
             seed_micro_batch(index)
             hit("step.micro_batch")
