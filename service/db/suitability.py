@@ -73,9 +73,10 @@ def require_local_file(file: Path) -> None:
 def _file_system(path: Path) -> str | None:
     """Return the type of the file system that has this absolute path, or None if it is unknown."""
     try:
-        # A mount point is bytes: one with a name in another encoding is no reason not to start.
+        # A mount point is bytes: one with a name in another encoding is no reason not to start. Only "\n" ends a line:
+        # `splitlines` would cut a name at a form feed or U+2028.
         text = os.fsdecode(MOUNTS.read_bytes())
-        mounts = [_parse_mount(line) for line in text.splitlines()]
+        mounts = [_parse_mount(line) for line in text.split("\n") if line]
     except OSError:
         return None
     above = [mount for mount in mounts if path.is_relative_to(mount.point)]
@@ -86,8 +87,8 @@ def _file_system(path: Path) -> str | None:
 def _parse_mount(line: str) -> _Mount:
     before, _, after = line.partition(" - ")
     # Blanks and backslashes in a path are written as three octal digits.
-    point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split()[4])
-    return _Mount(Path(point), after.split()[0])
+    point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), before.split(" ")[4])
+    return _Mount(Path(point), after.split(" ")[0])
 
 
 def require_suitable_server(database: Database) -> list[str]:

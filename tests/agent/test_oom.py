@@ -33,6 +33,8 @@ class Host:
         (self.proc / "self/cgroup").write_text(membership)
         mount = MOUNT.format(point=self.cgroups, kind=kind, options=options)
         others = b"20 1 8:1 / / rw - ext4 /dev/sda rw\n21 20 8:2 / /mnt/B\xfccher rw - ext4 /dev/sdb rw\n"
+        # The kernel escapes blanks, tabs and line ends, and no other separators of lines and words.
+        others += "22 20 8:3 / /mnt/a\u2028b\fc\u3000d rw - ext4 /dev/sdc rw\n".encode()
         (self.proc / "self/mountinfo").write_bytes(others + mount.encode())
         made = self.cgroups / folder
         made.mkdir(parents=True)

@@ -31,6 +31,11 @@ MOUNTS = r"""
 34 22 254:3 / /lustre rw - ext4 /dev/vdc rw
 """
 
+MORE_MOUNTS = b"35 22 254:4 / /mnt/B\xfccher rw - ext4 /dev/vdd rw\n" + (
+    # The kernel escapes blanks, tabs and line ends, and no other separators of lines and words.
+    "36 22 254:5 / /mnt/a\u2028b\fc rw - ext4 /dev/vde rw\n37 22 0:29 / /mnt/旧\u3000盘 rw - nfs4 server:/old rw\n"
+).encode()
+
 Pooler = Callable[..., str]
 
 
@@ -207,13 +212,14 @@ def test_a_server_that_cannot_be_reached_is_named_with_the_setting(tmp_path: Pat
         ("/homes/trainyard.db", None),
         ("/mnt/with blank/trainyard.db", "cifs"),
         ("/lustre/trainyard.db", None),
+        ("/mnt/旧\u3000盘/trainyard.db", "nfs4"),
     ],
 )
 def test_sqlite_on_a_network_file_system_is_refused(
     file: str, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mounts = tmp_path / "mountinfo"
-    mounts.write_bytes(MOUNTS.strip().encode() + b"\n35 22 254:4 / /mnt/B\xfccher rw - ext4 /dev/vdd rw\n")
+    mounts.write_bytes(MOUNTS.lstrip().encode() + MORE_MOUNTS)
     monkeypatch.setattr(suitability, "MOUNTS", mounts)
     if kind is None:
         require_local_file(Path(file))

@@ -67,9 +67,8 @@ def own_cgroup(proc: Path = PROC) -> Cgroup | None:
 
 def _cgroups(proc: Path) -> Iterator[Cgroup]:
     try:
-        # Names are bytes, in any encoding.
-        mounts = [line.split() for line in os.fsdecode((proc / "self/mountinfo").read_bytes()).splitlines()]
-        memberships = [line.split(":", 2) for line in os.fsdecode((proc / "self/cgroup").read_bytes()).splitlines()]
+        mounts = [line.split(" ") for line in _lines(proc / "self/mountinfo")]
+        memberships = [line.split(":", 2) for line in _lines(proc / "self/cgroup")]
     except OSError:
         return
     for _, controllers, path in memberships:
@@ -79,6 +78,11 @@ def _cgroups(proc: Path) -> Iterator[Cgroup]:
         elif "memory" in controllers.split(","):
             for folder in _folders(mounts, path, lambda kind, options: kind == "cgroup" and "memory" in options):
                 yield Cgroup(folder / "memory.oom_control", folder / "memory.limit_in_bytes")
+
+
+def _lines(file: Path) -> list[str]:
+    # Names are bytes, in any encoding. Only "\n" ends a line: `splitlines` would cut a name at a form feed or U+2028.
+    return [line for line in os.fsdecode(file.read_bytes()).split("\n") if line]
 
 
 def _folders(mounts: Iterable[list[str]], path: str, matches: Callable[[str, list[str]], bool]) -> Iterator[Path]:
