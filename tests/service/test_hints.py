@@ -36,6 +36,7 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),
     "There are, newest first: {}": (Reason.CHECKPOINT_INVALID, {"step": 5}),
     "Resume on other devices": (Reason.SILENT_CORRUPTION, {"resources": {"device": "cpu"}}),
+    "Wait until it is complete": (Reason.DATA_INVALID, {}),
     "Undo the change, or": (Reason.CHECKPOINT_INVALID, {}),
     "Slurm accepts no more of this": (Reason.LAUNCH_FAILED, {}),
     "Slurm's commands must be in": (Reason.LAUNCH_FAILED, {}),
@@ -59,6 +60,7 @@ FORKED: dict[str, tuple[Reason, Changes]] = {
 """The same for a fork."""
 
 SUBMITTED: dict[str, Changes] = {
+    "The finished part is kept": {"data": {"num_workers": 1}},
     "One row needs too much": {"data": {"max_seq_len": 16}, "model": {"hidden_size": 256}},
     "Leave model.vocab_size out": {},
     "{} Resume once more": {},

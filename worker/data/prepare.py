@@ -349,7 +349,7 @@ def _open_or_fail(
     except TokenizerInvalid as error:
         raise TrainingError(Reason.SPEC_INVALID, f"data.tokenizer_path: {error}") from error
     except TokenizerProcessEnded as error:
-        hint = "The finished part is kept. If the host had too little memory, lower data.num_workers."
+        hint = "The finished part is kept. If the host has too little memory, submit it with fewer data.num_workers."
         raise TrainingError(Reason.WORKER_CRASHED, str(error), hint) from error
     except OSError as error:
         raise save_error(error, "the corpus's token shards") from error
