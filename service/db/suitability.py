@@ -73,7 +73,7 @@ def require_local_file(file: Path) -> None:
 def _file_system(path: Path) -> str | None:
     """Return the type of the file system that has this absolute path, or None if it is unknown."""
     try:
-        # A mount point is bytes: one with a name in another encoding is no reason not to start.
+        # A mount point may have a name that is not UTF-8. The service must start nevertheless.
         text = os.fsdecode(MOUNTS.read_bytes())
         mounts = [_parse_mount(line) for line in text.splitlines()]
     except OSError:

@@ -67,7 +67,7 @@ def own_cgroup(proc: Path = PROC) -> Cgroup | None:
 
 def _cgroups(proc: Path) -> Iterator[Cgroup]:
     try:
-        # Names are bytes, in any encoding.
+        # Names in these files may be in any encoding.
         mounts = [line.split() for line in os.fsdecode((proc / "self/mountinfo").read_bytes()).splitlines()]
         memberships = [line.split(":", 2) for line in os.fsdecode((proc / "self/cgroup").read_bytes()).splitlines()]
     except OSError:
