@@ -66,7 +66,7 @@ METRICS_PAGE = 1000
 GENERATION_SECONDS = 600.0
 RECONNECT_SECONDS = 0.5
 MAX_SILENCE_SECONDS = 10.0
-"""Below the 15 s between two comments of a stream, which end a silence."""
+"""Less than the 15 s between two comments of a stream: a longer silence never occurs."""
 
 
 class ClientBase:
@@ -76,7 +76,7 @@ class ClientBase:
 
     def __init__(self, url: str | None, token: str | None) -> None:
         self.url = normalize_url(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
-        # A variable that is made from a secret often ends with a newline, which a header cannot have.
+        # A variable that was set from a secret often ends with a newline, which a header cannot contain.
         self._token = os.environ.get("TRAINYARD_TOKEN", "").strip() if token is None else token
 
     @property
@@ -233,7 +233,7 @@ class ClientBase:
                 last_id, accept = position.last_id, position.point_of
                 yield from self._connection.events(path, params, last_id, timeout=timeout, accept=accept)
             except ServiceUnreachable as error:
-                # If the connection was cut off, more points may follow, also those of an idle job.
+                # Silence means that all points were sent. After a broken connection, even an idle job may have more.
                 is_silent = position.opened and isinstance(error.__cause__, httpx2.ReadTimeout)
             except ApiError as error:
                 if error.status not in UNAVAILABLE:
@@ -244,7 +244,7 @@ class ClientBase:
 
 
 class _Position:
-    """Where a reader of a stream of metrics is. ``opened``: whether the present connection has responded."""
+    """The position in a stream of metrics. ``opened``: whether the service has responded on the current connection."""
 
     def __init__(self) -> None:
         self.last_id: str | None = None
@@ -919,7 +919,7 @@ def _corpus(corpus_id: str) -> str:
 def _idempotent(key: str | None) -> dict[str, str]:
     given = key or str(uuid.uuid4())
     if not (given.isascii() and given.isprintable()):
-        # As the service rejects it. A header cannot hold it.
+        # A header cannot contain this key. The error is the one with which the service rejects such a key.
         error = {"pointer": "/header/Idempotency-Key", "message": "must be 1 to 255 printable ASCII characters"}
         raise InvalidSpec(422, {"code": "invalid_request", "detail": "The request was not sent.", "errors": [error]})
     return {"Idempotency-Key": given}

@@ -274,7 +274,7 @@ class Exchange:
         except ValueError:
             raise self._foreign(response, "not JSON") from None
         last = response.request.url.path.rpartition("/")[2]
-        # With another method the last part may be a name that a user chose: PATCH /tokens/health.
+        # With another method, the last part may be a name that a user has chosen: PATCH /tokens/health.
         needed = FIELD_OF.get(last, "object") if response.request.method == "GET" else "object"
         if not isinstance(body, dict) or needed not in body:
             raise self._foreign(response, f"JSON without `{needed}`")
@@ -382,10 +382,13 @@ class Connection(Exchange):
 
 
 def header_token(token: str | None) -> str | None:
-    """Return a token as a header can hold it: without the line end of a file. Raises NotAuthorised if it cannot."""
+    """Return ``token`` without whitespace around it, or None if nothing is left.
+
+    Raises NotAuthorised if the token has characters that a header cannot contain.
+    """
     stripped = (token or "").strip()
     if not (stripped.isascii() and stripped.isprintable()):
-        # Without the token, because messages are logged.
+        # The message does not contain the token, because messages are logged.
         detail = "The token was not sent: it has characters other than printable ASCII, which no token has."
         raise NotAuthorised(401, {"code": "unauthorized", "detail": detail})
     return stripped or None
@@ -398,7 +401,7 @@ FIELD_OF = {
     "logs": "next_offset",
     "manifest.json": "files",
 }
-"""Last part of an address -> a field that every response to GET there has. All others have `object`."""
+"""Last part of an address -> a field of every response to GET there. All other responses have `object`."""
 
 
 def _require_expressible(body: Any, query: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ def download_checkpoint(exchange: Exchange, url: str, into: Path) -> Flow[list[s
         if not (yield from _matches(into / name, entry.sha256)):
             yield from _download_file(exchange, f"{url}/{name}", into / name, entry)
     part = into / f"{MANIFEST_FILE}{PARTIAL_SUFFIX}"
-    with _named_errors(part):
+    with _errors_with_path(part):
         part.write_bytes(manifest)
     os.replace(part, into / MANIFEST_FILE)
     return [*listed, MANIFEST_FILE]
@@ -60,7 +60,7 @@ def download_export(exchange: Exchange, url: str, files: Iterable[Mapping[str, A
 def _download_file(exchange: Exchange, url: str, path: Path, listed: FileDigest) -> Flow[None]:
     part = path.with_name(path.name + PARTIAL_SUFFIX)
     have = part.stat().st_size if part.exists() else 0
-    # If all of it is there, its end was interrupted: a range after the last byte would be rejected.
+    # A complete file was interrupted before its rename. A range after its last byte would be rejected.
     if not have or have != listed.bytes or not (yield from _matches(part, listed.sha256)):
         resumed = 0 < have < listed.bytes
         # If-Range: if the file has changed, the service sends all of it with status 200 and not the rest with 206.
@@ -74,14 +74,14 @@ def _download_file(exchange: Exchange, url: str, path: Path, listed: FileDigest)
 
 
 def _write(exchange: Exchange, body: Body, path: Path, mode: str) -> Flow[None]:
-    with _named_errors(path), path.open(mode) as file:
+    with _errors_with_path(path), path.open(mode) as file:
         while chunk := (yield from exchange.chunk(body)):
             file.write(chunk)
 
 
 @contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    """Add the path to an error of a write, such as that of a full disk: Python adds it only if a file is opened."""
+def _errors_with_path(path: Path) -> Iterator[None]:
+    """Add the path to an error of a write, such as a full disk. Python adds it only to errors of `open`."""
     try:
         yield
     except OSError as error:

@@ -162,10 +162,10 @@ def _require_owner_of(home: Path, owners: tuple[int, ...]) -> None:
 def _ask_for_proof(connection: socket.socket, url: str, there: Endpoint, nonce: str) -> str:
     """Ask for a proof on this very connection, and return it; "" if a service of release 0.1 answers."""
     parts = urlsplit(url)
-    by_proxy = not ends_at(there, parts.hostname or "", parts.port or 80)
-    refused = UntrustedListener(_PROXY if by_proxy else _NO_SERVICE)
-    # A proxy is told the whole address.
-    origin = f"http://{parts.netloc.rpartition('@')[2]}" if by_proxy else ""
+    is_proxy = not ends_at(there, parts.hostname or "", parts.port or 80)
+    not_a_service = UntrustedListener(_PROXY if is_proxy else _NO_SERVICE)
+    # A request to a proxy has the full URL.
+    origin = f"http://{parts.netloc.rpartition('@')[2]}" if is_proxy else ""
     before = connection.gettimeout()
     connection.settimeout(MAX_SECONDS if before is None else before)
     asking = http.client.HTTPConnection(parts.hostname or "", parts.port or 80)
@@ -177,7 +177,7 @@ def _ask_for_proof(connection: socket.socket, url: str, there: Endpoint, nonce: 
     except OSError:
         raise  # Also RemoteDisconnected, which is an HTTPException too.
     except http.client.HTTPException as error:
-        raise refused from error
+        raise not_a_service from error
     finally:
         asking.sock = None  # The caller continues to use the connection.
         if connection.fileno() >= 0:
@@ -185,7 +185,7 @@ def _ask_for_proof(connection: socket.socket, url: str, there: Endpoint, nonce: 
     if response.status in (502, 503, 504):
         raise ConnectionError(f"it answers {response.status}")
     if response.status != 200 or not _is_health(body):
-        raise refused
+        raise not_a_service
     if response.will_close:
         # As a service that is ending does. The next connection could reach another program.
         raise ConnectionError("it closes the connection that was checked")
@@ -195,20 +195,20 @@ def _ask_for_proof(connection: socket.socket, url: str, there: Endpoint, nonce: 
 _NO_SERVICE = "the program there is not a Trainyard service, so the token was not sent"
 _PROXY = (
     "the proxy of this host (HTTP_PROXY) does not lead to a Trainyard service, so the token was not sent; NO_PROXY "
-    "names hosts that are reached without it"
+    "lists the hosts that are reached without a proxy"
 )
 
 
 def ends_at(endpoint: Endpoint, host: str, port: int) -> bool:
-    """Return whether a connection to ``host`` ends at this endpoint. It does not if it goes through a proxy."""
+    """Return whether a direct connection to ``host`` has this remote endpoint. If not, a proxy is in between."""
     if endpoint[1] != port:
         return False
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError:
-        return False  # only the proxy knows the name
+        return False  # only the proxy can resolve the name
     addresses = {plain_address(str(address[0])) for *_, address in found}
-    # A connection to 0.0.0.0 ends at 127.0.0.1.
+    # The remote endpoint of a connection to 0.0.0.0 is 127.0.0.1.
     return not addresses.isdisjoint({endpoint[0], "0.0.0.0", "::"})  # noqa: S104 - compared
 
 

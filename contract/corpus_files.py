@@ -32,8 +32,8 @@ FORMS_TEXT = (
 BLOCKS_PER_FILE = 4
 """Blocks of each file that `files_fingerprint` reads."""
 
-MAX_STORED_FILES = 4 << 20
-"""Bytes of JSON of the ``files`` of a fingerprint that a checkpoint stores: some 50,000 files."""
+MAX_FINGERPRINT_BYTES = 4 << 20
+"""Limit on the ``files`` of a fingerprint in a checkpoint, as bytes of JSON: about 50,000 files."""
 
 
 class CorpusFilesInvalid(ValueError):
@@ -205,11 +205,11 @@ def files_fingerprint(names: Sequence[str], sizes: Sequence[int], sketches: Sequ
 
 
 def stored_fingerprint(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Return a `files_fingerprint` as a checkpoint stores it: {}, which means unknown, if it has too many files.
+    """Return ``fingerprint`` for a checkpoint, or {} ("unknown") if it has too many files.
 
     Every save writes the list, and readers reject a state.json of more than 16 MiB.
     """
-    return fingerprint if len(json.dumps(fingerprint["files"])) <= MAX_STORED_FILES else {}
+    return fingerprint if len(json.dumps(fingerprint["files"])) <= MAX_FINGERPRINT_BYTES else {}
 
 
 def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[Any]]) -> list[str]:

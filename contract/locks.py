@@ -21,7 +21,7 @@ class FileLock:
 
     @classmethod
     def acquire(cls, path: Path, *, seconds: float = 0.0) -> Self:
-        """Return the exclusive lock on ``path``. Raises LockBusy after ``seconds``, and then leaves nothing open."""
+        """Return the exclusive lock on ``path``. Raises LockBusy after ``seconds``; the file is then closed."""
         lock = cls(path)
         try:
             return lock.take(seconds=seconds)

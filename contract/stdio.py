@@ -55,7 +55,7 @@ def run_command(name: str, command: Callable[[], int]) -> int:
 
 
 def ignore_output_errors() -> None:
-    """Lose what cannot be printed from now on, instead of raising: a full disk under a log must not end a run."""
+    """Make stdout and stderr drop what they cannot print, without an error: a full disk must not end a run."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             with suppress(OSError):

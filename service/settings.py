@@ -74,7 +74,7 @@ def _validate_token_file(file: Path) -> Path:
 
 
 def _validate_token(token: str) -> str:
-    # The token in a header has no blanks around it. A variable that is made from a secret often ends with a newline.
+    # A header has no whitespace around the token. A variable that was set from a secret often ends with a newline.
     if not token.strip():
         raise InvalidSettings("is blank")
     return token.strip()
@@ -106,7 +106,7 @@ def _parse_mode(value: str | int) -> int:
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(parse_roots)]
 MAX_DAYS = 36_500
-"""As good as for ever. The time before a number of days that is much larger cannot be computed."""
+"""100 years, which is for ever. A date cannot be computed for a much larger number of days."""
 
 Days = Annotated[WholeNumber, AfterValidator(lambda days: min(days, MAX_DAYS))]
 Switch = Annotated[

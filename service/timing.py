@@ -29,5 +29,5 @@ class Timing:
         return max(*self.backoff_seconds, *self.setback_seconds)
 
     def is_due(self, restart_at: datetime, now: datetime) -> bool:
-        """Whether the back-off is over. A time further away than any back-off means that the clock was set back."""
+        """Return whether the back-off is over. A time after the longest back-off means that the clock was set back."""
         return restart_at <= now or restart_at - now > timedelta(seconds=self.max_restart_wait)

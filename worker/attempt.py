@@ -122,7 +122,8 @@ def scored_tasks(run: RunDir, step: int) -> frozenset[str]:
 def _lines_of_step(run: RunDir, step: int, kind: str) -> Iterator[dict[str, Any]]:
     """Yield the events of ``kind`` at ``step``, the newest first.
 
-    What was done at ``step`` before an attempt went back to an earlier one is left out: the weights were others.
+    If an attempt resumed from an earlier step, the events of the attempts before it are left out: at ``step`` they had
+    other weights.
     """
     for attempt in reversed(list(run.attempts())):
         found: list[dict[str, Any]] = []

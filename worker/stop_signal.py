@@ -31,5 +31,5 @@ class StopSignal:
         self._signalled = True
 
     def requested(self) -> bool:
-        # os.path and not pathlib, which raises the error of a file system that does not answer for a moment.
+        # Path.exists raises a temporary error of a network file system, which would end the run.
         return self._signalled or (self._file is not None and os.path.exists(self._file))

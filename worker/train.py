@@ -130,7 +130,7 @@ def train(
             ),
             emit,
             from_step,
-            _batch_ranks(spec, ranks),
+            _ranks_of_batch(spec, ranks),
             shapes,
         )
     )
@@ -143,10 +143,10 @@ def train(
     state = build_train_state(model, spec.training, aux_coefficient, ranks, byte_counter, spec.resources.parallelism)
     progress, window, rows_per_step, saved = _restore(resume_from, state, spec, ranks)
     unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved and saved.unevaluated is not None else None
-    evaluated = None
+    eval_loss = None
     if saved is not None and (unevaluated is not None or spec.limits.target_loss is not None):
-        evaluated = ranks.broadcast_from_rank0(lambda: evaluated_loss(attempt.run, progress.step))
-        unevaluated = unevaluated if evaluated is None else None
+        eval_loss = ranks.broadcast_from_rank0(lambda: evaluated_loss(attempt.run, progress.step))
+        unevaluated = unevaluated if eval_loss is None else None
     scored = ranks.broadcast_from_rank0(lambda: scored_tasks(attempt.run, progress.step)) if tasks else frozenset()
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
@@ -208,7 +208,7 @@ def train(
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
         tasks=tasks,
-        evaluated_at_start=evaluated if data.eval_sets else None,
+        eval_loss_at_start=eval_loss if data.eval_sets else None,
         scored_at_start=(progress.step, scored),
         straggler_monitor=StragglerMonitor(places),
         verifier=StepVerifier(model, ranks, places) if spec.training.verify_every is not None else None,
@@ -249,17 +249,17 @@ def _restore(
     """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step, and the saved state."""
     if resume_from is None:
         # The first attempt fixes the size of a step.
-        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * _batch_ranks(spec, ranks)
+        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * _ranks_of_batch(spec, ranks)
         return TrainProgress(), MetricsWindow(), rows_per_step, None
     saved = state.load(resume_from.checkpoint)
     window = restore_window(saved.interval, ranks, saved.interval_bytes)
     return TrainProgress.from_state(saved), window, saved.rows_per_step, saved
 
 
-def _batch_ranks(spec: JobSpec, ranks: DistributedContext) -> int:
-    """Return the number of ranks by which the size of a step is fixed: those that torchrun has started.
+def _ranks_of_batch(spec: JobSpec, ranks: DistributedContext) -> int:
+    """Return the number of ranks that determines the size of a step: the ranks that torchrun has started.
 
-    With a range of nodes it is the spec's largest number: the size must not depend on how many nodes were free.
+    With a range of nodes, it is the largest number of ranks. The size must not depend on how many nodes were free.
     """
     return spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
 
@@ -321,7 +321,7 @@ class Trainer:
     """The limit that has ended the run, as a message."""
     _ends_next_step: bool = False
     tasks: list[Task] = field(default_factory=list)
-    evaluated_at_start: float | None = None
+    eval_loss_at_start: float | None = None
     """The ``eval_loss`` of the step that this attempt starts from, if an earlier attempt has evaluated it."""
     scored_at_start: tuple[int, frozenset[str]] = (0, frozenset())
     """The step that this attempt starts from, and the tasks that an earlier attempt has scored there."""
@@ -381,7 +381,7 @@ class Trainer:
 
     def _end_at_start(self, progress: TrainProgress) -> None:
         """End the run if earlier attempts have reached a limit. Raises TrainingError if they have saved nothing."""
-        minutes, smoothed, evaluated = self.limits.spec.max_minutes, self.metrics.smoothed, self.evaluated_at_start
+        minutes, smoothed, eval_loss = self.limits.spec.max_minutes, self.metrics.smoothed, self.eval_loss_at_start
         if minutes is not None and self.limits.earlier_seconds >= 60 * minutes:
             if progress.step == self.limits.first_step:
                 message = (
@@ -390,8 +390,8 @@ class Trainer:
                 hint = "Resume with more max_minutes. With checkpoint.save_minutes a crash loses less."
                 raise TrainingError(Reason.LIMIT, message, hint)
             self._end_at(progress.step, self.limits.time_message(progress.step))
-        elif self.limits.is_reached(evaluated):
-            self._end_at(progress.step, self.limits.loss_message("eval_loss", evaluated, progress.step))
+        elif self.limits.is_reached(eval_loss):
+            self._end_at(progress.step, self.limits.loss_message("eval_loss", eval_loss, progress.step))
         elif not self.data.eval_sets and smoothed.weight and self.limits.is_reached(smoothed.value):
             self._end_at(progress.step, self.limits.loss_message("smoothed loss", smoothed.value, progress.step))
 

@@ -10,7 +10,7 @@ from trainyard.contract.units import human_bytes
 
 UNKNOWN = "-"
 UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters, those that change the direction of text, and bytes that are no character."""
+"""Control characters, characters that change the direction of text, and surrogates (bytes that were not UTF-8)."""
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 GLYPHS = {
@@ -167,6 +167,6 @@ def one_line(text: str, width: int) -> str:
 def safe(text: str) -> str:
     """Return ``text`` without control characters except line ends and tabs.
 
-    Not by `str.isprintable`, which is False for most spaces, such as U+3000 of Chinese texts.
+    `str.isprintable` cannot be used: it is False for most spaces, such as U+3000 in Chinese texts.
     """
     return UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)

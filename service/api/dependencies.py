@@ -30,7 +30,7 @@ from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.webhooks.sender import Sender
 
 MAX_EXPORTS = 4
-"""Exports that run at once. Each takes minutes, and the memory of a process that has loaded torch."""
+"""Exports that run at once. Each takes minutes, and its process loads torch."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AppState:
 
     @cached_property
     def exports(self) -> ThreadPoolExecutor:
-        """Threads of their own: exports must not use up those that serve requests, agents' reports among them."""
+        """Threads for exports only. On the threads of requests, exports would block even the agents' reports."""
         return ThreadPoolExecutor(MAX_EXPORTS, thread_name_prefix="exports")
 
     @cached_property

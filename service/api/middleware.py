@@ -261,7 +261,7 @@ class _ResponseSender:
             except Unauthorized:
                 raise
             except (SQLAlchemyError, ServiceError) as error:
-                # Streams wait while the database is unavailable, and the next check decides.
+                # The database is unavailable. The stream stays open until a later check.
                 log.warning("the token of a stream could not be checked: %s", type(error).__name__)
 
     async def end_stream(self) -> None:
@@ -304,7 +304,7 @@ def _with_deadline(receive: Receive, response: _ResponseSender) -> Receive:
 class HeadMiddleware:
     """Handles HEAD as GET; the server drops the body. HEAD of a stream gets 405, because it would never end.
 
-    A response that is expensive to send need not send its body if the scope has WITHOUT_BODY.
+    The scope has the key WITHOUT_BODY, so that a response can leave out a body that is expensive to read.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -31,7 +31,7 @@ class Authenticator:
         self._database = database
         self._cache: dict[str, tuple[ApiKey, float]] = {}
         self._changes = 0
-        # When a use of a token was last written, or could not be written.
+        # When the service last tried to write the time of use, by id of the token.
         self._recorded_at: dict[str, datetime] = {}
 
     async def authenticate(self, token: str) -> Principal:
@@ -59,7 +59,7 @@ class Authenticator:
             raise Unauthorized(reason)
         recorded = [at for at in (key.last_used_at, self._recorded_at.get(key.id)) if at is not None]
         if not recorded or now - max(recorded) >= LAST_USED_INTERVAL:
-            # Before the attempt: while no one can write, it takes half a minute, and only one request may wait for it.
+            # Set before the write, which may wait for half a minute: only one request may wait.
             self._recorded_at[key.id] = now
             await run_in_threadpool(self._record_use, key.id, now)
         return Principal(key.name, key.scope, key.id)

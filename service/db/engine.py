@@ -66,8 +66,8 @@ class UnknownSchemaVersion(Exception):
 class WriteLock:
     """One writer at a time. A waiter gives up after a while, so that one stuck writer does not block all requests.
 
-    If the writer is stuck, only MAX_WAITING threads wait for it: each report of an agent would occupy another thread,
-    until none is left for those who only read.
+    If the writer is stuck, at most MAX_WAITING threads wait for it. Otherwise each report of an agent would occupy
+    another thread, until no thread is left for requests that only read.
     """
 
     def __init__(self) -> None:

@@ -73,7 +73,7 @@ def require_local_file(file: Path) -> None:
 def _file_system(path: Path) -> str | None:
     """Return the type of the file system that has this absolute path, or None if it is unknown."""
     try:
-        # A mount point is bytes: one with a name in another encoding is no reason not to start. Only "\n" ends a line:
+        # A mount point may have a name that is not UTF-8. The service must start nevertheless. Only "\n" ends a line:
         # `splitlines` would cut a name at a form feed or U+2028.
         text = os.fsdecode(MOUNTS.read_bytes())
         mounts = [_parse_mount(line) for line in text.split("\n") if line]

@@ -25,7 +25,7 @@ PCI_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-
 UNSUPPORTED = frozenset(
     {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}
 )
-"""Answers of a GPU that works, to a query that its card, driver or partition does not know."""
+"""NVML errors of a working GPU: its card, driver or partition does not support the query."""
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Device:
     ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
     ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
     None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
-    being leased. ``fault``: the driver's error if it no longer answers for this GPU, which is then not leased either.
+    being leased. ``fault``: the driver's error, if the driver does not answer for this GPU. Such a GPU is not leased.
     """
 
     id: str
@@ -60,7 +60,7 @@ class Device:
 
     @property
     def works(self) -> bool:
-        """Whether it may be leased, as far as errors are known."""
+        """Whether the device has no known error. A device with an error is not leased."""
         return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
@@ -107,9 +107,9 @@ NO_FACTS = GpuFacts(uuid=None, pci_bus_id=None, numa_node=None, link=None, nvlin
 class HostInventory:
     """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
 
-    A GPU for which the driver no longer answers stays in the list, with its ``fault``: all others can be used, and a
-    job with the device "auto" does not start on the CPU. ``excluded``: ids, UUIDs or PCI addresses of devices that are
-    left out.
+    If the driver no longer answers for a GPU, the GPU stays in the list with its ``fault``. All others can be used, and
+    a job with the device "auto" does not start on the CPU. ``excluded``: ids, UUIDs or PCI addresses of devices that
+    are left out.
     """
 
     def __init__(self, slots: int, visible: str | None = None, excluded: Sequence[str] = ()) -> None:
@@ -117,7 +117,7 @@ class HostInventory:
         self._visible = visible
         self._excluded = excluded
         self._facts: tuple[GpuFacts | None, ...] = ()
-        self._last: dict[int, Device] = {}
+        self._last_seen: dict[int, Device] = {}
         self._nvml = _init_nvml()
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
@@ -141,7 +141,7 @@ class HostInventory:
         try:
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            yield from [self._failed(index, error) for index in self._last]
+            yield from [self._with_fault(index, error) for index in self._last_seen]
             return
         if len(self._facts) != count or None in self._facts:
             self._facts = tuple(_gpu_facts(count))
@@ -150,24 +150,24 @@ class HostInventory:
                 yield self._cuda_device(index, facts)
 
     def _cuda_device(self, index: int, facts: GpuFacts | None) -> Device:
-        before = self._last.get(index)
+        before = self._last_seen.get(index)
         try:
             device = _cuda_device(index, facts or NO_FACTS)
         except pynvml.NVMLError as error:
-            return self._failed(index, error)
+            return self._with_fault(index, error)
         if before is not None and before.fault is not None:
             log.info("the driver answers for a GPU again", extra={"devices": device.id})
-        self._last[index] = device
+        self._last_seen[index] = device
         return device
 
-    def _failed(self, index: int, error: pynvml.NVMLError) -> Device:
-        """Return the GPU as it was when the driver answered last, without what may have changed."""
-        before = self._last.get(index) or Device(f"cuda:{index}", "cuda")
+    def _with_fault(self, index: int, error: pynvml.NVMLError) -> Device:
+        """Return the GPU as it was at the last answer of the driver, with the error, without values that change."""
+        before = self._last_seen.get(index) or Device(f"cuda:{index}", "cuda")
         unknown: dict[str, Any] = {"memory_used_bytes": None, "temperature_celsius": None}
         device = replace(before, **unknown, processes=(), strangers=(), fault=str(error))
         if before.fault != device.fault:
             log.warning("the driver does not answer for a GPU: %s", error, extra={"devices": device.id})
-        self._last[index] = device
+        self._last_seen[index] = device
         return device
 
 
@@ -207,7 +207,7 @@ def _init_nvml() -> bool:
 
 def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    # A GPU that shares the host's memory reports no memory, and one in a virtual machine no processes.
+    # A GPU that shares the host's memory reports no memory. A GPU in a virtual machine reports no processes.
     memory = _if_supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
     processes = _if_supported(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
     running = tuple(process.pid for process in processes or ())
@@ -264,7 +264,7 @@ def _text(value: bytes | str) -> str:
 
 
 def _if_supported(query: Callable[[], T]) -> T | None:
-    """Return the answer of NVML, or None if the GPU has none. Raises NVMLError if the GPU does not work."""
+    """Return the answer of NVML, or None if the GPU does not support the query. Raises NVMLError if it fails."""
     try:
         return query()
     except pynvml.NVMLError as error:
@@ -282,12 +282,12 @@ def _or_none(query: Callable[[], T]) -> T | None:
 
 
 def visible_devices() -> str | None:
-    """Return the service's own CUDA_VISIBLE_DEVICES, without spaces, if it lists indices, or None: all devices."""
+    """Return the indices in the service's own CUDA_VISIBLE_DEVICES, without spaces; None means all devices."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    # CUDA ignores a negative index and all that follows: "-1" hides every device.
-    ends = [number for number, part in enumerate(parts) if part[:1] == "-" and part[1:].isdecimal()]
-    parts = parts[: ends[0]] if ends else parts
+    # CUDA ignores a negative index and everything after it: "-1" hides every device.
+    negative = [position for position, part in enumerate(parts) if part[:1] == "-" and part[1:].isdecimal()]
+    parts = parts[: negative[0]] if negative else parts
     return ",".join(parts) if all(part.isdecimal() for part in parts if part) else None

@@ -74,12 +74,12 @@ class XidWatcher:
             self._thread.join(5)
 
     def pending(self) -> tuple[XidError, ...]:
-        """Return the errors that are not stored yet, see `forget`."""
+        """Return the errors that are not stored yet. `forget` removes them."""
         with self._lock:
             return tuple(self._errors)
 
     def forget(self, stored: Sequence[XidError]) -> None:
-        """Remove the first errors, which are stored now."""
+        """Remove ``stored``, which `pending` has returned, after they were stored."""
         with self._lock:
             del self._errors[: len(stored)]
 
@@ -105,7 +105,7 @@ class XidWatcher:
                 except pynvml.NVMLError as error:
                     if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
                         raise
-                    # One GPU has fallen off the bus. The inventory shows it, and the errors of the others count.
+                    # One GPU is lost. The inventory shows it, and the errors of the others must be watched.
                     self._stopping.wait(WAIT_MILLISECONDS / 1000)
         finally:
             pynvml.nvmlEventSetFree(events)

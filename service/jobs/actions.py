@@ -510,7 +510,7 @@ def changed_spec(
 ) -> JobSpec:
     """Return ``spec`` with ``changes`` applied, validated again. Raises SpecInvalid with pointers into the body.
 
-    ``host`` None: its files and devices are not checked. They may be gone, and the changes do not depend on them.
+    If ``host`` is None, its files and devices are not checked. They may be gone, and the changes do not need them.
     """
     merged = {group: dict(value) if isinstance(value, dict) else value for group, value in spec.items()}
     for name, value in changes.items():

@@ -79,7 +79,7 @@ def _rename_away(path: Path, roots: Sequence[Path]) -> Path:
 
 
 def restore(removing: Path, roots: Sequence[Path] = ()) -> None:
-    """Rename an unpublished checkpoint back, because the transaction that took it off the list failed."""
+    """Rename an unpublished checkpoint back, after the transaction that removed it from the list has failed."""
     try:
         with directory_inside(removing.parent, roots) as folder:
             (folder / removing.name).rename(folder / removing.name.removeprefix(REMOVING_PREFIX))

@@ -85,7 +85,7 @@ def enqueue_one(session: Session, webhook_id: str, kind: str, job: JobRow, event
     """Queue one event for one webhook."""
     # The body is rendered now, because the job may change before it is sent.
     data = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job_payload(session, job))
-    # With the job: SQLite gives the number again if the job is deleted, and receivers ignore an id that they know.
+    # The job is part of the id: SQLite reuses numbers of deleted events, and receivers ignore an id that they know.
     event_id = f"evt_{event.number}_{job.id.removeprefix('job_')}"
     payload = Payload(type=kind, id=event_id, timestamp=event.at, data=data)
     session.add(delivery_row(webhook_id, payload, job.id, job.id, event.at))

@@ -110,7 +110,7 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
 
 
 def validate_fields(raw: object) -> JobSpec:
-    """Return a stored spec with changes, without a look at its files and devices. Raises SpecInvalid."""
+    """Return a stored spec with changes. Its files and devices are not checked. Raises SpecInvalid."""
     parsed = parse_spec(raw, fills_recipe=False)
     if parsed.problems:
         raise with_problems(SpecInvalid, parsed.problems)

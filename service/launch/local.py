@@ -71,7 +71,7 @@ class LocalLauncher:
             pid = self._spawn(launch, attempt)
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
-        # From here on there is an agent: an error must not be taken for a launch that was refused.
+        # The agent runs from here on, so an error is no LaunchRefused, which means that there is no process.
         _wait_until_visible(pid, str(launch.name))
         threading.Thread(target=_reap, args=(pid,), daemon=True).start()
         log.info("the agent was started", extra={**launch.name.fields, "pid": pid})

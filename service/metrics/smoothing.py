@@ -22,7 +22,7 @@ REACH = 4.0
 """Points that are farther away than so many widths have no weight."""
 
 MIN_WIDTH = 1e-3
-"""A narrower kernel has the same values: those of single steps. Its square would not be a finite number."""
+"""A narrower kernel gives the same values, those of single steps. The fit divides by its square, which may be 0."""
 
 CELLS_PER_WIDTH = 3
 MAX_AUTO_WIDTH = 1000

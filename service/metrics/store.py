@@ -128,8 +128,8 @@ def sums(session: Session, job_id: str, ranges: Sequence[tuple[int, int]], width
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
     """Add ``fields`` of its last point to each bucket, except those that the bucket has already.
 
-    They are None if that point was removed when the curve was thinned. The queries are per attempt and are sorted here:
-    with ORDER BY, SQLite does not use the index on (job, attempt, step) and reads the whole curve.
+    The fields are None if that point was removed when the curve was thinned. The queries are per attempt, and are
+    sorted here: with ORDER BY, SQLite does not use the index on (job, attempt, step) and reads the whole curve.
     """
     extra = [name for name in fields if name not in ("step", "attempt", "loss")]
     columns = [getattr(MetricRow, name) for name in ("seq", "step", *extra)]
@@ -161,8 +161,9 @@ def add_evaluations(
 ) -> None:
     """Add its last evaluation to each bucket whose last point has none.
 
-    ``buckets`` are in step order, and ``fields`` are those of EVALUATION_FIELDS that they have. Evaluations come each
-    ``every`` steps, and at the end of an attempt. If it is None, the interval has changed: all points are searched.
+    ``buckets`` are in the order of their steps. ``fields``: those of EVALUATION_FIELDS that the buckets have. A run is
+    evaluated each ``every`` steps, and at the end of an attempt. If the interval has changed, ``every`` is None, and
+    all points are searched.
     """
     due = [row for row in buckets if all(row[name] is None for name in fields)]
     if not due:

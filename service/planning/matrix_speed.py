@@ -52,8 +52,8 @@ class MatrixSpeed:
     ) -> MatrixEstimate | None:
         """Return the expected throughput on devices of a kind, or None if their speed is not known, or not yet.
 
-        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`. ``device``: the id of
-        the one to measure, which no run uses.
+        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`. ``device``: id of the
+        device to measure, which must be free.
 
         The first call for a kind takes up to ``wait_seconds``. Do not call it in a transaction.
         """
@@ -119,7 +119,7 @@ def _measure(device: str, dtype: str) -> float | None:
     kind, _, index = device.partition(":")
     environment = dict(os.environ)
     if kind == "cuda" and index:
-        # CUDA's own first device may be one that a run has filled to its last bytes.
+        # A run may use the whole memory of CUDA's first device.
         environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}
     command = [sys.executable, "-m", MODULE, kind, dtype]
     try:

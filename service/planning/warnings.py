@@ -47,7 +47,7 @@ def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[st
 
 
 def advice(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
-    """Yield changes with which the run would be faster. Unlike a warning, advice keeps no run from being launched."""
+    """Yield changes with which the run would be faster. Unlike a warning, advice does not stop a submission."""
     if host.bfloat16_on_cpu is not None and host.bfloat16_on_cpu[0] < host.bfloat16_on_cpu[1]:
         bfloat16, float32 = host.bfloat16_on_cpu
         yield (

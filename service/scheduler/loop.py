@@ -188,7 +188,7 @@ class Scheduler:
         if self._xid_watcher is not None and errors:
             with self._executor.write() as session:
                 xids.store(session, errors)
-            self._xid_watcher.forget(errors)  # Not before: the database may be away just now.
+            self._xid_watcher.forget(errors)  # Only now: the write may have failed.
 
     def _publish(self, inventory: InventorySnapshot) -> None:
         if not self._publish_tracker.differs(inventory):

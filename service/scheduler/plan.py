@@ -149,7 +149,7 @@ def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
 
 
 class _Pools:
-    """Free devices by kind. A faulty device is not free. ``lent``: those that side processes have."""
+    """Free devices by kind. A faulty device is not free. ``lent``: devices that side processes have leased."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.leases = dict(snapshot.leases)
@@ -157,7 +157,7 @@ class _Pools:
         self.free: dict[str, dict[str, Device]] = {"cpu": {}, "cuda": {}}
         self.lent: dict[str, None] = {}
         self.faulty = {device.id: device for device in snapshot.devices if not device.works}
-        self.failing = Counter(device.kind for device in self.faulty.values())
+        self.faulty_count = Counter(device.kind for device in self.faulty.values())
         self.has_places = any(map(has_neighbours, snapshot.devices))
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
@@ -168,9 +168,9 @@ class _Pools:
             elif device.id not in snapshot.leases and not device.processes:
                 self.free[device.kind][device.id] = device
 
-    def may_ever_fit(self, kind: str, ranks: int) -> bool:
-        """Return whether the host has so many devices of a kind or a name that work, be they free or not."""
-        return kind not in self.free or ranks <= self.total.get(kind, 0) - self.failing[kind]
+    def can_ever_fit(self, kind: str, ranks: int) -> bool:
+        """Return whether the host has enough working devices of this kind, free or not."""
+        return kind not in self.free or ranks <= self.total.get(kind, 0) - self.faulty_count[kind]
 
     def fits(self, kind: str, ranks: int) -> bool:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
@@ -215,8 +215,8 @@ class _Pools:
         one, many = DEVICE_NAMES[kind]
         faulty = [device for device in self.faulty.values() if device.kind == kind]
         lost = ", ".join(device.id for device in faulty if device.fault is not None)
-        failing = ", ".join(device.id for device in faulty if device.fault is None)
-        errors = f", and {failing} with XID errors" if failing else ""
+        with_xids = ", ".join(device.id for device in faulty if device.fault is None)
+        errors = f", and {with_xids} with XID errors" if with_xids else ""
         errors += f", and the driver does not answer for {lost}" if lost else ""
         return (
             f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
@@ -255,8 +255,8 @@ def _place(
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
         waiting[job.id] = pools.waiting_reason(kind, job.ranks)
-        if not pools.may_ever_fit(kind, job.ranks):
-            continue  # a GPU has failed since its submission: to keep the others free for it would stop the whole queue
+        if not pools.can_ever_fit(kind, job.ranks):
+            continue  # A GPU has failed since the submission. Devices that are reserved now would stay idle.
         lent = pools.lent_to_sidecars(kind, job.ranks)
         room = pools.count(kind) + len(lent)
         if room >= job.ranks:

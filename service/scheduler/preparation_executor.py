@@ -156,7 +156,7 @@ class PreparationExecutor:
                 assert_never(status.state)
 
     def _restart_stall(self, name: AttemptRef) -> None:
-        """Count the time without a report from now on."""
+        """Let the time without a report begin now."""
         with self._write() as session:
             row = _locked(session, name)
             if row is not None and row.heard_at is not None:

@@ -20,7 +20,7 @@ INSPECT_AFTER = timedelta(seconds=0.5)
 STALL_MARGIN = timedelta(seconds=60)
 """The agent ends a stalled preparation itself. After this the launcher does it, because the agent is stopped.
 
-Also the longest time without an inspection: what was reported in a longer one is not known, so it is no silence."""
+If a preparation was not inspected for longer than this, its reports are unknown, so it does not count as stalled."""
 
 OrderKey = tuple[int, datetime, int]
 """Order of the queue: minus the priority, the time, and the number of the job."""
@@ -125,7 +125,7 @@ def plan_live_preparations(
 
 
 def was_unobserved(preparation: Preparation, now: datetime) -> bool:
-    """Return whether its reports were not read for long: the service was down or suspended, or the clock changed."""
+    """Return whether no report was read for long, because the service was down or suspended or the clock changed."""
     return preparation.inspected_at is None or abs(now - preparation.inspected_at) > STALL_MARGIN
 
 

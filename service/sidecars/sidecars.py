@@ -101,7 +101,7 @@ class Sidecars:
         self._roots = roots_environment(data_roots, save_roots)
         self._schedules = schedules
         self._live: set[Sidecar] = set()
-        self._starting = 0  # processes that may have leased a device, and are not in `_live` yet
+        self._starting = 0  # processes that are not in `_live` yet, but may have leased a device
         self._lock = threading.Lock()
         self._closing = False
 
@@ -158,7 +158,7 @@ class Sidecars:
             **inherited(dict(os.environ)),
             **self._roots,
             "PYTHONPATH": IMPORT_ROOT,
-            # As for runs: NVML, which numbers the leased devices, uses the PCI order.
+            # The leased devices have the numbers of NVML, which uses the PCI order.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
             "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:") if device != CPU else "",
             "OMP_NUM_THREADS": threads,
@@ -193,7 +193,7 @@ class Sidecars:
             row = session.get(DeviceLeaseRow, device)
             owner = row.sidecar if row is not None else None
         if owner is None or (owner == own_identity() and is_starting):
-            return  # The process may be about to start: the next round finds it.
+            return  # The process may be starting. The scheduler's next round ends it.
         if owner != own_identity():
             # The lease of another service, which may be dead, or no longer the leader.
             _kill_all(find_by_variable(SIDECAR, owner))
@@ -240,7 +240,7 @@ class Sidecars:
         return None
 
     def _release(self, device: str, owner: str) -> None:
-        """Delete the lease of a side process of the service ``owner``. Another service may have leased it since."""
+        """Delete the lease if ``owner`` still has it: another service may have leased the device since."""
         if device == CPU:
             return
         try:

@@ -12,7 +12,7 @@ from trainyard.service.storage.checkpoint_files import ByteRange, parse_range
 CHUNK = 1 << 20
 
 WITHOUT_BODY = "trainyard.without_body"
-"""Key in the ASGI scope of a HEAD request, which is handled as GET. Only the headers are sent."""
+"""Key in the ASGI scope of a HEAD request. It is handled as GET, but only the headers are sent."""
 
 
 class FileRangeResponse(StreamingResponse):

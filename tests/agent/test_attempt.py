@@ -334,10 +334,10 @@ def test_an_attempt_is_seen_once_its_start_has_returned(
     assert ended(launcher).outcome == "completed"
 
 
-def test_a_launch_is_not_called_refused_once_there_is_an_agent(
+def test_an_error_after_the_agent_was_spawned_is_no_refused_launch(
     launcher: LocalLauncher, service: FakeIngest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The service has used up its file descriptors, say. A refused launch has no process, and its devices are free."""
+    """For example, the service is out of file descriptors. After a refused launch, the devices are leased again."""
 
     def fail(_pid: int, _mark: str) -> None:
         raise OSError(errno.EMFILE, "Too many open files")

@@ -144,14 +144,14 @@ def test_a_day_without_a_service(attempt: AttemptDir, service: Service) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
-def test_an_outbox_that_cannot_be_read_for_a_while_does_not_end_the_uploads(
+def test_uploads_continue_after_the_outbox_could_not_be_read(
     code: int,
     attempt: AttemptDir,
     service: Service,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A network file system in trouble: the service's requests are heard, and later the lines are uploaded."""
+    """During an error of a network file system, heartbeats are sent. After it, the lines are uploaded."""
     clock = Clock()
     uploader = EventUploader(attempt, service, clock)
     write_lines(attempt, 1, 3)

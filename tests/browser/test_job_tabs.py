@@ -197,9 +197,7 @@ def test_description_and_group_are_edited_in_place(service: str, rig: ServiceHar
     expect(page.locator(".jobs tr")).to_have_count(1)
 
 
-def test_long_lists_begin_with_the_newest_events_and_offer_the_oldest_checkpoints(
-    rig: ServiceHarness, page: Page
-) -> None:
+def test_long_lists_show_the_newest_events_and_offer_the_oldest_checkpoints(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=200, name="long")
     for step in range(1, 103):
         attempt.metric(step)
@@ -208,8 +206,8 @@ def test_long_lists_begin_with_the_newest_events_and_offer_the_oldest_checkpoint
     event = {"job_id": job_id, "attempt": 1, "kind": "warning", "actor": "agent", "data": {}, "at": rig.clock()}
     with rig.database.write() as session:
         session.execute(insert(EventRow), [{**event, "message": f"warning {number}"} for number in range(1000)])
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url) if "/events" in request.url else None)
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url) if "/events" in request.url else None)
     with served(rig) as (host, port):
         address = f"http://{host}:{port}"
         page.goto(f"{address}/jobs/{job_id}?tab=events")
@@ -217,11 +215,11 @@ def test_long_lists_begin_with_the_newest_events_and_offer_the_oldest_checkpoint
         expect(first).to_contain_text("warning 999")
         with rig.database.write() as session:
             session.execute(insert(EventRow), {**event, "message": "the newest"})
-        before = len(asked)
+        before = len(requested)
         attempt.metric(103)
         rig.ship(attempt)
         expect(first).to_contain_text("the newest")
-        assert len(asked) <= before + 3, "only the new events are fetched"
+        assert len(requested) <= before + 3, "only the new events are fetched"
         page.goto(f"{address}/submit?fork={job_id}&step=1")
         expect(page.get_by_label("From the checkpoint at step")).to_have_value("1")
         page.goto(f"{address}/jobs/{job_id}?tab=try&at=1")

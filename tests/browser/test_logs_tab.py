@@ -65,7 +65,7 @@ def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: ServiceHarne
     assert broken == []
 
 
-def test_a_search_goes_on_after_a_lost_connection(rig: ServiceHarness, page: Page) -> None:
+def test_a_search_continues_after_a_lost_connection(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=100, name="long")
     attempt.metric(5)
     rig.ship(attempt)

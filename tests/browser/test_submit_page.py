@@ -249,11 +249,11 @@ def test_the_fork_form_starts_with_the_parents_values(service: str, rig: Service
 
 
 def test_the_form_works_over_plain_http(service: str, rig: ServiceHarness, page: Page) -> None:
-    """A browser has fewer functions on a page that came without TLS from another host, as with ``--host 0.0.0.0``."""
+    """Without TLS, a browser offers fewer functions to a page of another host, as with ``--host 0.0.0.0``."""
     address = "http://trainer.example:8000"
 
     def forward(route: Route) -> None:
-        # As the service would get it under this name.
+        # Without these headers: they name the address that the page has in this test.
         kept = {name: value for name, value in route.request.headers.items() if not name.startswith(("origin", "sec-"))}
         with suppress(Error):  # a request that the page has abandoned
             route.fulfill(response=route.fetch(url=route.request.url.replace(address, service), headers=kept))

@@ -166,7 +166,7 @@ class FakeService:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.log = ""
         self.logs: dict[str, str] = {}
-        """Logs of single attempts, by number; ``log`` is that of all others."""
+        """Logs by the number of their attempt. All other attempts have ``log``."""
         self.plan = plan()
         self.files: dict[int, dict[str, bytes]] = {}
         self.requests: list[httpx2.Request] = []

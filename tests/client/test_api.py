@@ -195,14 +195,14 @@ def test_a_token_from_a_file_may_have_a_line_end(service: FakeService, given: st
 
 
 @pytest.mark.parametrize("given", ["sec\nret", "s\u00e9cret", "secret\u2026", "sec\0ret"])
-def test_a_token_that_no_header_can_hold_is_not_in_the_message(service: FakeService, given: str) -> None:
+def test_a_token_with_invalid_characters_is_not_in_the_message(service: FakeService, given: str) -> None:
     with pytest.raises(NotAuthorised, match="printable ASCII") as caught:
         Client(URL, given, transport=service.transport)
     assert "ret" not in str(caught.value).replace("characters", "")
     assert service.requests == []
 
 
-def test_a_key_that_no_header_can_hold_is_rejected(service: FakeService, trainyard: Client) -> None:
+def test_an_idempotency_key_with_invalid_characters_is_rejected(service: FakeService, trainyard: Client) -> None:
     for key in ("\u952e", "a\n"):
         with pytest.raises(InvalidSpec, match="/header/Idempotency-Key: must be 1 to 255 printable ASCII"):
             trainyard.submit(SPEC, idempotency_key=key)

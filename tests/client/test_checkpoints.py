@@ -54,10 +54,10 @@ def test_what_is_damaged_is_never_kept(trainyard: Client, stored: FakeService, t
     trainyard.download(JOB, 12000, tmp_path)
 
 
-def test_a_download_that_was_interrupted_at_its_end_is_resumed(
+def test_a_download_that_was_interrupted_in_its_checksum_is_resumed(
     trainyard: Client, stored: FakeService, tmp_path: Path
 ) -> None:
-    """Ctrl-C while the checksum of a large file is computed."""
+    """The user has pressed Ctrl-C while the checksum of a large file was computed."""
     (tmp_path / "model.safetensors.part").write_bytes(MODEL)
     (tmp_path / "state.json.part").write_bytes(b"more than the file has")
     trainyard.download(JOB, 12000, tmp_path)
@@ -72,7 +72,7 @@ def test_a_download_that_was_interrupted_at_its_end_is_resumed(
 
 @contextmanager
 def full_disk(free: int) -> Iterator[None]:
-    """A file grows to at most ``free`` bytes; Python ignores the signal, so a write fails as on a full disk."""
+    """Let a file grow to at most ``free`` bytes. Python ignores the signal, so a write fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (free, before[1]))
     try:
@@ -81,7 +81,7 @@ def full_disk(free: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_named(run: Run, stored: FakeService, tmp_path: Path) -> None:
+def test_the_error_of_a_full_disk_names_the_file(run: Run, stored: FakeService, tmp_path: Path) -> None:
     command = ("checkpoints", "pre-12", "--download", "12000", "--out", str(tmp_path))
     with full_disk(1000):
         code, _, err = run(*command)

@@ -254,17 +254,17 @@ def test_list_reports_that_there_are_more(run: Run, service: FakeService) -> Non
     assert json.loads(run("list", "--limit", "3", "--json")[1])["has_more"] is True
 
 
-def test_the_command_that_lists_more_has_all_filters(run: Run, service: FakeService) -> None:
+def test_the_command_that_lists_more_keeps_all_filters(run: Run, service: FakeService) -> None:
     for number in range(3):
         service.jobs[f"job_{number}"] = job(id=f"job_{number}")
     given = ["--status=running", "--label", "a=b", "--name=pre-12", "--group=g", "--owner=ann", "--order=oldest"]
     hint = run("list", "--limit", "2", *given)[2].rpartition("List more:  trainyard ")[2].split()
     del service.requests[:]
     run(*hint)
-    asked = dict(service.requests[-1].url.params)
-    assert asked.pop("limit") == "21"
+    params = dict(service.requests[-1].url.params)
+    assert params.pop("limit") == "21"
     expected = {"status": "running", "label": "a=b", "name": "pre-12", "group": "g", "owner": "ann", "order": "oldest"}
-    assert asked == expected
+    assert params == expected
 
 
 @pytest.mark.parametrize("line", [["generate", "pre-12", "-"], ["chat", "pre-12"], ["webhook", "create", "-"]])

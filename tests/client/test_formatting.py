@@ -118,8 +118,8 @@ def test_what_others_wrote_cannot_command_the_terminal() -> None:
     assert safe("a\x1b[2J\tb\n\x07") == "a\N{REPLACEMENT CHARACTER}[2J\tb\n\N{REPLACEMENT CHARACTER}"
 
 
-def test_texts_of_a_model_are_printed_as_they_are() -> None:
-    """Python counts most spaces, and what joins letters and emoji, as not printable."""
+def test_all_spaces_and_joined_emoji_are_printed_unchanged() -> None:
+    """`str.isprintable` is False for most spaces and for the characters that join letters and emoji."""
     for text in ("\u3000第一段。", "20\u00a0%", "a\u200cb", "👩\u200d💻", "soft\u00adhyphen", "\ue000", "\ufeff"):
         assert safe(text) == text
     for unsafe in "\x00\r\x1b\x7f\x85\x9b\u200e\u2028\u202e\u2067\udcff":

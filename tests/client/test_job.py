@@ -179,7 +179,7 @@ def test_follow_continues_a_stream_that_breaks(service: FakeService, run: Job, n
 
 
 def cut_off(*steps: int, error: httpx2.TransportError) -> httpx2.Response:
-    """A stream with these points, whose connection then fails."""
+    """Return a stream with these points. Its connection then fails with ``error``."""
 
     def parts() -> Iterator[bytes]:
         yield stream(*steps).content
@@ -206,7 +206,7 @@ def test_follow_gives_all_points_of_an_idle_job(service: FakeService, run: Job, 
     def slow(request: httpx2.Request) -> httpx2.Response:
         raise httpx2.ReadTimeout("timed out", request=request)
 
-    # A service that ends closes the stream, or it breaks; then the service does not respond, and goes on later.
+    # The service closes a stream, a connection breaks, the service does not respond, and then it continues.
     streams = [lambda _: stream(1, 2), lambda _: cut_off(3, error=reset), slow, lambda _: silent(4)]
     service.faults = [fault for answer in streams for fault in (lambda _: None, answer)]
     assert [point["step"] for point in run.follow()] == [1, 2, 3, 4]
@@ -220,7 +220,7 @@ def test_follow_waits_for_a_service_behind_a_proxy(service: FakeService, run: Jo
 
 
 def test_comments_of_the_stream_do_not_keep_follow_waiting(service: FakeService, run: Job, no_sleep: None) -> None:
-    """The service sends a comment every 15 s, so a longer silence never comes."""
+    """The service sends a comment every 15 s, so the stream is never silent for longer."""
     service.jobs[JOB] = job("paused")
     service.faults = [lambda _: None, lambda _: silent(1)]
     list(run.follow(interval=60.0))

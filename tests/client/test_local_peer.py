@@ -233,7 +233,7 @@ def test_a_program_without_the_key_of_the_home_gets_no_token(listener: Listener,
     assert "release 0.1" in message
 
 
-def test_a_proxy_of_this_host_is_asked_for_the_health_of_the_service(
+def test_the_service_behind_a_proxy_on_this_host_is_checked(
     listener: Listener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With ``HTTP_PROXY`` each connection to a service on another host ends at the proxy."""
@@ -260,7 +260,7 @@ def test_a_proxy_of_this_host_is_asked_for_the_health_of_the_service(
     assert listener.asked == [health]
 
 
-def test_an_address_of_all_interfaces_is_no_proxy() -> None:
+def test_a_connection_to_all_interfaces_goes_through_no_proxy() -> None:
     assert local_peer.ends_at(("127.0.0.1", 8000), "0.0.0.0", 8000)
     assert not local_peer.ends_at(("127.0.0.1", 7890), "127.0.0.1", 8000)
     assert not local_peer.ends_at(("127.0.0.1", 8000), "trainer.invalid", 8000)

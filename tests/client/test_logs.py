@@ -102,7 +102,7 @@ def test_follow_goes_over_to_a_new_attempt(service: FakeService) -> None:
     assert follow(service, script)[:2] == (0, "first\nRuntimeError: why\nsecond\n")
 
 
-def test_follow_goes_over_from_an_attempt_without_a_log(service: FakeService) -> None:
+def test_follow_continues_after_an_attempt_without_a_log(service: FakeService) -> None:
     service.logs = {"3": "second\n"}
 
     def script(_: float) -> None:

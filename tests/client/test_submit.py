@@ -43,7 +43,7 @@ def test_off_a_terminal_warnings_stop_it(run: Run, service: FakeService) -> None
     assert [request.url.path for request in service.requests] == ["/jobs/plan"]
 
 
-def test_off_a_terminal_advice_does_not_stop_it(run: Run, service: FakeService) -> None:
+def test_without_a_terminal_advice_does_not_stop_a_submission(run: Run, service: FakeService) -> None:
     service.plan["advice"] = ['with training.dtype "float32" the run is faster']
     assert run("submit", "--data_path", "/d")[:2] == (0, "job_0\n")
 

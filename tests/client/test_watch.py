@@ -238,7 +238,7 @@ def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
     ]
 
 
-def test_lines_go_on_if_the_clock_is_set_back() -> None:
+def test_lines_continue_if_the_clock_is_set_back() -> None:
     to = console()
     view, scene = LinesView(to), WatchState("pre-12", URL, job())
     for second in (0, 1, 3600, 3601, -5, -4, 5):

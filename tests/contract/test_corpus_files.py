@@ -154,5 +154,5 @@ def test_a_reason_names_the_file_that_it_is_about() -> None:
 def test_a_fingerprint_of_too_many_files_is_not_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     small = files_fingerprint(["a", "b"], [1, 2], ["x", "y"])
     assert stored_fingerprint(small) == small
-    monkeypatch.setattr(corpus_files, "MAX_STORED_FILES", len('[["a", 1, "x"], ["b", 2, "y"]]') - 1)
+    monkeypatch.setattr(corpus_files, "MAX_FINGERPRINT_BYTES", len('[["a", 1, "x"], ["b", 2, "y"]]') - 1)
     assert stored_fingerprint(small) == {}

@@ -40,7 +40,7 @@ def test_a_directory_without_tokenizer_names_the_command(tmp_path: Path) -> None
         vocabulary_size(str(tmp_path))
 
 
-def test_a_directory_of_another_user_is_named_with_the_reason() -> None:
+def test_the_error_names_a_directory_that_cannot_be_read() -> None:
     with public_tmp_dir() as folder:
         (folder / "private" / "tokenizer").mkdir(parents=True)
         (folder / "private").chmod(0)

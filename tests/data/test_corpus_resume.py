@@ -328,14 +328,15 @@ def test_a_file_exchanged_while_it_is_read_changes_nothing(tmp_path: Path, small
         open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache", max_bad_lines=1.0, roots=[root])
 
 
-def test_a_packed_file_of_which_only_the_first_block_was_read(tmp_path: Path, small_batches: None) -> None:
-    """The block that is read to detect the format is then all that the interrupted build has read."""
+def test_a_compressed_file_resumes_after_its_first_block(tmp_path: Path, small_batches: None) -> None:
+    """The interrupted build has read only the block from which the format is detected."""
     zstandard = pytest.importorskip("zstandard")
     texts = ["".join(map(chr, random.Random(number).choices(range(97, 123), k=200))) for number in range(2000)]
     file = tmp_path / "corpus.jsonl.zst"
-    packed = zstandard.ZstdCompressor().compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
-    file.write_bytes(packed)
-    block = len(packed) // 1024 // 2 * 1024
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    compressed = zstandard.ZstdCompressor().compress(lines.encode())
+    file.write_bytes(compressed)
+    block = len(compressed) // 1024 // 2 * 1024
     with mock.patch.object(file_module, "BUFFER_BYTES", block):
         build(file, tmp_path / "whole")
         build(file, tmp_path / "cache", stop_after=1)

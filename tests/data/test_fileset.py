@@ -103,8 +103,8 @@ def test_a_file_of_a_corpus_of_its_own_is_copied(folder: Path, tmp_path: Path, m
     assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
 
 
-def test_links_to_the_same_files_may_have_names_of_another_form(folder: Path, tmp_path: Path) -> None:
-    """Whether a file is plain text depends on its name, which its inode and times do not show."""
+def test_links_with_another_extension_change_the_format(folder: Path, tmp_path: Path) -> None:
+    """The name of a file decides whether it is plain text. The cached keys have only its inode and times."""
     named = {}
     for form in ("jsonl", "txt"):
         (tmp_path / form).mkdir()
@@ -163,13 +163,13 @@ def test_a_request_that_was_not_sent_does_not_hide_the_error(tmp_path: Path) -> 
         fail()
 
 
-def test_a_killed_tokenizing_process_leaves_what_is_done_for_the_next_build(
+def test_the_next_build_continues_after_a_killed_tokenizing_process(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the kernel kills one if the host has too little memory: that is neither a full disk nor lost work."""
+    """The kernel kills a process if memory is short. It is not reported as a full disk, and no work is lost."""
 
     def killed(pool: fileset.TokenizerProcesses) -> fileset.TokenizerProcesses:
-        # The second one, so that the first one makes a part.
+        # The first process must finish a part, so the second one is killed.
         pool.processes[1].kill()
         pool.processes[1].wait()
         return pool

@@ -22,7 +22,7 @@ class ServiceKilled(BaseException):
     """Stands for a SIGKILL of the service at this very point; nothing in the service may catch it."""
 
 
-Failpoint = Literal["before_spawn", "after_spawn", "refuse", "no_answer", "no_answer_but_done", "break"]
+Failpoint = Literal["before_spawn", "after_spawn", "refuse", "no_answer", "no_answer_but_done", "error_after_spawn"]
 
 
 @dataclass
@@ -138,7 +138,7 @@ class FakeLauncher:
             self.attempts.setdefault(launch.name, FakeAttempt(launch))
         if failpoint == "after_spawn":
             raise ServiceKilled()
-        if failpoint == "break":
+        if failpoint == "error_after_spawn":
             raise RuntimeError("can't start new thread")
         if failpoint == "no_answer_but_done":
             raise LauncherUnavailable("the test does not answer")

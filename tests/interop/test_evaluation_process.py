@@ -88,7 +88,7 @@ def test_scores_are_those_of_training(
     facts: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the expected scores are a CPU's
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the expected scores were computed on a CPU
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"context": ""}\n')
     of_bad, scored, of_none = sent(request_of(bad=bad, facts=facts, none=tmp_path / "none.jsonl"))

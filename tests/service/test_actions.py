@@ -362,7 +362,7 @@ def test_resume_with_changes_while_it_is_being_resumed(rig: ServiceHarness) -> N
 def test_patch_of_a_job_whose_corpus_and_device_are_gone(
     make_rig: MakeHarness, any_url: str, changes: dict[str, Any]
 ) -> None:
-    """The corpus was moved after the run, say: the job can be described, labelled and discarded all the same."""
+    """For example, the corpus was moved after the run. The job can still be described, labelled and discarded."""
     rig = make_rig(any_url, devices=(Device("cuda:0", "cuda"), *cpu_slots(1)))
     job_id = rig.submit(resources={"device": "cuda:0"}, training={"recipe": "fast"})
     before = rig.job(job_id)["spec"]

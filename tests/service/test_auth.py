@@ -276,8 +276,8 @@ def test_uses_are_written_now_and_then(guarded: ServiceHarness, monkeypatch: pyt
     assert listed(guarded)["ci"]["last_used_at"] > first
 
 
-def test_a_reader_does_not_need_a_writer(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time of a use is not written while no one can write, and each request tried and failed with 503."""
+def test_a_read_is_answered_while_no_one_can_write(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of use cannot be written. Each request tried to write it, and failed with 503."""
     monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
     token = created(guarded)
     tried: list[str] = []
@@ -289,7 +289,7 @@ def test_a_reader_does_not_need_a_writer(guarded: ServiceHarness, monkeypatch: p
     with monkeypatch.context() as patched:
         patched.setattr(guarded.database, "write", refuse)
         assert [status(guarded, token) for _ in range(3)] == [200, 200, 200]
-    assert tried == ["write"], "one request waits for the writer, and no other one does"
+    assert tried == ["write"], "only one request waits for the database"
     assert listed(guarded)["ci"]["last_used_at"] is None
     monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.LAST_USED_INTERVAL)
     assert status(guarded, token) == 200
@@ -374,7 +374,7 @@ def test_a_stream_waits_while_its_token_cannot_be_checked(
         guarded.client.delete("/tokens/ci")
         attempt.metric(2)
         guarded.ship(attempt)
-        assert [event["event"] for event in reader.iterator] == [], "cut, once it can be checked"
+        assert [event["event"] for event in reader.iterator] == [], "the stream ends once its token can be checked"
         reader.close()
 
 

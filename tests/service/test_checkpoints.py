@@ -86,13 +86,13 @@ def test_a_file_whole_and_in_pieces(any_rig: ServiceHarness) -> None:
 def test_head_of_a_file_does_not_read_it(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     path = rig.home / "runs" / job_id / "checkpoints" / "step-00000010" / "model.safetensors"
-    os.truncate(path, 1 << 40)  # sparse; to read all of it would take minutes
+    os.truncate(path, 1 << 40)  # sparse: reading the whole file would take minutes
     with (
         served(rig) as (host, port),
         contextlib.closing(http.client.HTTPConnection(host, port, timeout=DEADLINE)) as line,
     ):
-        for asked, status, length in (({}, 200, 1 << 40), ({"Range": "bytes=5-"}, 206, (1 << 40) - 5)):
-            line.request("HEAD", url(job_id, 10), headers=asked)
+        for given, status, length in (({}, 200, 1 << 40), ({"Range": "bytes=5-"}, 206, (1 << 40) - 5)):
+            line.request("HEAD", url(job_id, 10), headers=given)
             answer = line.getresponse()
             assert (answer.status, answer.headers["content-length"], answer.read()) == (status, str(length), b"")
             assert answer.headers["etag"]
@@ -104,7 +104,7 @@ def test_head_of_a_file_does_not_read_it(rig: ServiceHarness) -> None:
 def test_a_file_is_not_read_on_when_the_client_has_left(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     path = rig.home / "runs" / job_id / "checkpoints" / "step-00000010" / "model.safetensors"
-    os.truncate(path, 1 << 40)  # sparse; to read all of it would take minutes
+    os.truncate(path, 1 << 40)  # sparse: reading the whole file would take minutes
 
     def is_open() -> bool:
         return any(os.path.realpath(f"/proc/self/fd/{number}") == str(path) for number in os.listdir("/proc/self/fd"))

@@ -229,7 +229,9 @@ def test_an_orphaned_process_is_ended_before_the_next_one(preparing: ServiceHarn
     assert process(rig, corpus_id, 2).state is AttemptState.ALIVE
 
 
-@pytest.mark.parametrize("point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse", "break"])
+@pytest.mark.parametrize(
+    "point", ["before_spawn", "after_spawn", "no_answer", "no_answer_but_done", "refuse", "error_after_spawn"]
+)
 def test_every_failed_launch_is_found(preparing: ServiceHarness, point: Any) -> None:
     rig = preparing
     job_id = rig.submit()
@@ -269,10 +271,10 @@ def test_a_restarted_service_finds_the_process_and_what_it_did(preparing: Servic
 
 @pytest.mark.parametrize("reports", [True, False])
 @pytest.mark.parametrize("restarts", [True, False])
-def test_a_process_that_went_on_for_days_without_the_service_is_not_killed(
+def test_a_process_that_continued_for_days_without_the_service_is_not_killed(
     preparing: ServiceHarness, restarts: bool, reports: bool
 ) -> None:
-    """The service was stopped over a weekend, or the whole host was suspended, so that the process was too."""
+    """The service was stopped for a weekend, or the whole host was suspended, with the process."""
     rig = preparing
     job_id = rig.submit(resources={"timeouts": {"preparing": 100}})
     rig.reconcile()
@@ -289,7 +291,7 @@ def test_a_process_that_went_on_for_days_without_the_service_is_not_killed(
     found = rig.get(f"/corpora/{corpus_id}")
     assert (found["status"], found["attempt"]) == ("preparing", 1)
     assert found["progress"]["done_bytes"] == (900 if reports else 100)
-    for _ in range(6):  # Now its silence is observed.
+    for _ in range(6):  # Now the service observes that there are no reports.
         rig.clock.forward(30)
         rig.reconcile()
     assert rig.get(f"/corpora/{corpus_id}")["attempt"] == 2

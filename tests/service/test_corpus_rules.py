@@ -195,7 +195,7 @@ def test_a_cluster_has_its_own_queue() -> None:
 def test_one_that_waits_after_a_crash_is_not_started() -> None:
     waits = preparation("c1", restart_at=NOW + timedelta(seconds=5))
     assert actions(Snapshot(devices=cpu_slots(2), preparations=[waits]), Prepare) == []
-    # No back-off is so long: the clock was set back.
+    # A back-off is never so long. The clock was set back.
     waits = preparation("c1", restart_at=NOW + timedelta(hours=1))
     assert actions(Snapshot(devices=cpu_slots(2), preparations=[waits]), Prepare) == [Prepare("c1", 2)]
 
@@ -225,8 +225,8 @@ def test_one_that_is_silent_for_too_long_is_killed() -> None:
 
 
 @pytest.mark.parametrize("inspected", [None, timedelta(days=2), timedelta(days=-2)])
-def test_silence_that_no_service_has_observed_is_none(inspected: timedelta | None) -> None:
-    """The service was down or suspended, or the clock was changed, while the process went on."""
+def test_a_time_that_no_service_observed_is_no_stall(inspected: timedelta | None) -> None:
+    """The service was down or suspended, or the clock was changed, while the process continued."""
     live = preparation(
         "c1",
         CorpusStatus.PREPARING,

@@ -153,10 +153,10 @@ def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
 
 
 def test_a_stuck_writer_leaves_threads_to_readers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within half a minute, the retries of 12 agents occupied all 32 threads, and no request could read any more."""
+    """Within half a minute, the retries of 12 agents occupied all 32 threads, so no request could read."""
     monkeypatch.setattr(engine, "STUCK_SECONDS", 0.02)
     lock = engine.WriteLock()
-    held, let_go = threading.Event(), threading.Event()
+    is_held, may_release = threading.Event(), threading.Event()
     outcomes: list[str] = []
 
     def write() -> None:
@@ -168,26 +168,26 @@ def test_a_stuck_writer_leaves_threads_to_readers(monkeypatch: pytest.MonkeyPatc
 
     def hold() -> None:
         with lock:
-            held.set()
-            let_go.wait(DEADLINE)
+            is_held.set()
+            may_release.wait(DEADLINE)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    assert held.wait(DEADLINE)
+    assert is_held.wait(DEADLINE)
     writers = [threading.Thread(target=write) for _ in range(40)]
     for writer in writers:
         writer.start()
     until(lambda: len(outcomes) == len(writers) - engine.MAX_WAITING)
     assert set(outcomes) == {"rejected"}
-    let_go.set()
+    may_release.set()
     for thread in (holder, *writers):
         thread.join(DEADLINE)
-    assert outcomes.count("written") == engine.MAX_WAITING, "the others waited, and had their turn"
+    assert outcomes.count("written") == engine.MAX_WAITING, "all that waited could write"
     write()
     assert outcomes[-1] == "written"
 
 
-def test_any_number_of_writers_waits_for_quick_ones() -> None:
+def test_any_number_of_writers_may_wait_for_fast_writers() -> None:
     lock = engine.WriteLock()
 
     def write(index: int) -> int:

@@ -170,7 +170,7 @@ def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarne
     assert export(rig, job_id, 20)[0] == 201
 
 
-WAITS_FOR_GO = """
+WAIT_FOR_FILE = """
 import pathlib, sys, time
 home = pathlib.Path(sys.argv[1]).parents[3]
 open(home / "begun", "a").write("x")
@@ -180,12 +180,12 @@ pathlib.Path(sys.argv[5]).mkdir()
 """
 
 
-def test_long_exports_leave_other_requests_their_threads(
+def test_exports_leave_threads_for_other_requests(
     make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """32 exports at once took all threads: no page, and no report of an agent, was answered for minutes."""
+    """With 32 exports at once, all threads were in use. No page and no agent got a response for minutes."""
     monkeypatch.setattr(app, "REQUEST_THREADS", 3)
-    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAITS_FOR_GO))
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAIT_FOR_FILE))
     rig = make_rig(sqlite_url)
     jobs = []
     for _ in range(6):

@@ -423,7 +423,7 @@ def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: ServiceHa
 
 @contextlib.contextmanager
 def lost_commit(rig: ServiceHarness, is_stored: bool) -> Iterator[None]:
-    """The database goes away while it commits the next transaction, before or after it is stored."""
+    """Lose the database during the next commit. ``is_stored``: whether the transaction was stored before."""
     write = rig.database.write
 
     @contextlib.contextmanager
@@ -443,7 +443,7 @@ def test_a_fork_whose_commit_was_lost_keeps_its_files_if_it_exists(any_rig: Serv
     job_id = ready(any_rig)
     with lost_commit(any_rig, is_stored):
         assert fork(any_rig, job_id, {"step": 400}, 503, "key")["code"] == "outcome_unknown"
-    deletion.sweep(any_rig.settings, any_rig.database)  # as the next start
+    deletion.sweep(any_rig.settings, any_rig.database)  # the next start does this
     assert list(any_rig.settings.trash.iterdir()) == []
     directories = {path.name for path in (any_rig.home / "runs").iterdir()}
     jobs = {job["id"] for job in any_rig.get("/jobs")["data"]}
@@ -468,7 +468,7 @@ def test_a_deletion_whose_commit_was_lost_keeps_the_files_of_a_job_that_exists(
     assert (any_rig.home / "runs" / job_id).exists() is not is_stored
 
 
-def test_a_deletion_that_waits_in_vain_for_another_leaves_nothing_open(
+def test_a_deletion_that_is_rejected_as_already_running_leaves_no_file_open(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deletion, "LOCK_SECONDS", 0.0)

@@ -81,7 +81,7 @@ def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class FailingNvml(NvmlHost):
-    """Three cards. ``failing``: the answers of the driver for some of them."""
+    """Three GPUs. ``failing``: the NVML error by query and index of the GPU."""
 
     def __init__(self) -> None:
         pci = [f"00000000:{bus}:00.0" for bus in ("1B", "43", "52")]
@@ -121,7 +121,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> FailingNvml:
 
 @pytest.mark.parametrize("query", ["handle", "memory", "processes"])
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN])
-def test_a_gpu_that_fails_does_not_take_the_others_along(failing: FailingNvml, query: str, code: int) -> None:
+def test_a_gpu_that_fails_does_not_affect_the_others(failing: FailingNvml, query: str, code: int) -> None:
     host = HostInventory(slots=1)
     before = host.devices()
     failing.failing[query, 1] = code
@@ -130,10 +130,10 @@ def test_a_gpu_that_fails_does_not_take_the_others_along(failing: FailingNvml, q
     assert [device.works for device in now] == [True, False, True, True]
     assert (now[1].fault, now[1].uuid, now[1].memory_used_bytes) == (str(pynvml.NVMLError(code)), before[1].uuid, None)
     failing.failing.clear()
-    assert host.devices() == before, "it was reset"
+    assert host.devices() == before, "the GPU was reset"
 
 
-def test_a_gpu_that_has_failed_before_the_start_is_listed_and_can_come_back(failing: FailingNvml) -> None:
+def test_a_gpu_that_failed_before_the_start_is_listed_and_can_recover(failing: FailingNvml) -> None:
     failing.failing["handle", 1] = pynvml.NVML_ERROR_GPU_IS_LOST
     host = HostInventory(slots=0)
     assert [(device.id, device.fault, device.uuid) for device in host.devices()] == [
@@ -160,7 +160,7 @@ def test_gpus_stay_listed_if_the_driver_does_not_answer_at_all(failing: FailingN
 
 
 @pytest.mark.parametrize("code", sorted(inventory.UNSUPPORTED))
-def test_what_a_gpu_does_not_report_is_no_fault(failing: FailingNvml, code: int) -> None:
+def test_a_query_that_a_gpu_does_not_support_is_no_fault(failing: FailingNvml, code: int) -> None:
     """A GPU that shares the host's memory, such as a GB10, reports no memory."""
     failing.failing = {("memory", 0): code, ("processes", 0): code}
     device = HostInventory(slots=0).devices()[0]

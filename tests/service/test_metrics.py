@@ -238,7 +238,7 @@ def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Servi
 
 
 def test_no_evaluation_is_lost_if_the_interval_changed(any_rig: ServiceHarness) -> None:
-    """Without an interval of its own, a run is evaluated at each save."""
+    """Without `eval_interval`, a run is evaluated at each save."""
     job_id, attempt = any_rig.running(steps=300, training={"max_steps": 300}, checkpoint={"save_interval": 30})
     expected = [30, 60, 90, 120, 250, 300, 500]
     for step in range(1, 301):

@@ -138,7 +138,7 @@ def test_a_full_disk_is_507_and_nothing_is_changed(
 def test_a_checkpoint_stays_if_its_deletion_cannot_be_stored(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Users delete checkpoints because the disk is full."""
+    """The typical case: a user deletes a checkpoint because the disk is full."""
     job_id, attempt = saved(rig, 4, 8)
     rig.exit(attempt, "completed", step=10)
     directory = rig.home / "runs" / job_id / "checkpoints"
@@ -302,7 +302,7 @@ def test_a_fork_whose_commit_was_lost_keeps_its_checkpoint(
     again = rig.client.post(f"/jobs/{parent}/fork", headers={"Idempotency-Key": "lost"})
     assert again.status_code == (200 if when == "after" else 201), again.text
     origin = RunDir(rig.home / "runs" / again.json()["id"]).artifacts(None).origin
-    assert (origin / "model.safetensors").is_file(), "it cannot start without its parent's checkpoint"
+    assert (origin / "model.safetensors").is_file(), "the fork cannot start without its parent's checkpoint"
     later = rig.restart()
     assert (origin / "model.safetensors").is_file()
     kept = {parent, again.json()["id"]}

@@ -149,9 +149,7 @@ def test_events_and_the_kernel_log_are_watched(tmp_path: Path, monkeypatch: pyte
     assert [error.xid for error in watcher.pending()] == [95]
 
 
-def test_a_gpu_that_is_lost_does_not_end_the_watch_of_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lost_gpu_does_not_end_the_watch_of_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = nvml.bridged_pairs()
     monkeypatch.setattr(xids, "pynvml", host)
     monkeypatch.setattr(xids, "WAIT_MILLISECONDS", 0)
@@ -172,7 +170,7 @@ def test_a_gpu_that_is_lost_does_not_end_the_watch_of_the_others(
     assert [(error.gpu_uuid, error.xid) for error in watcher.pending()] == [("GPU-00000002", 48)]
 
 
-def test_an_error_is_not_lost_if_the_database_is_away(
+def test_an_xid_error_is_stored_after_the_database_was_unavailable(
     make_rig: MakeHarness, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "kmsg").write_text(KERNEL_LOG)
@@ -267,7 +265,7 @@ def test_an_error_keeps_a_gpu_from_being_leased_until_it_is_cleared(make_rig: Ma
     assert rig.status(job_id) == "starting"
 
 
-def test_a_lost_gpu_is_shown_and_stops_no_other_job(make_rig: MakeHarness, sqlite_url: str) -> None:
+def test_a_lost_gpu_is_shown_and_blocks_no_other_job(make_rig: MakeHarness, sqlite_url: str) -> None:
     lost = Device("cuda:0", "cuda", uuid="GPU-a", fault="GPU is lost")
     rig = make_rig(sqlite_url, devices=(lost, Device("cuda:1", "cuda", uuid="GPU-b")))
     rig.reconcile()

@@ -78,9 +78,7 @@ def test_what_has_waited_long_is_not_overtaken_any_more() -> None:
 
 @pytest.mark.parametrize("lent", [(), ("cuda:0",)])
 @pytest.mark.parametrize("preempts", [False, True])
-def test_nothing_is_kept_free_for_a_job_that_needs_more_devices_than_work(
-    preempts: bool, lent: tuple[str, ...]
-) -> None:
+def test_no_device_is_reserved_for_a_job_that_cannot_fit(preempts: bool, lent: tuple[str, ...]) -> None:
     """A GPU has failed since its submission, or the service was restarted with fewer CPU slots."""
     old = BACKFILL_PATIENCE.total_seconds() + 1
     devices = (*gpus(2), Device("cuda:2", "cuda", xid_errors=(79,)), *cpu_slots(2))

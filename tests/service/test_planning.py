@@ -542,7 +542,7 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
 def test_a_gpu_that_a_run_uses_is_not_measured(
     make_rig: MakeHarness, sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process on it costs hundreds of megabytes, and the run may need all."""
+    """A second process on a GPU takes hundreds of megabytes. The run may need the whole memory."""
     ran: list[tuple[list[str], dict[str, str]]] = []
 
     def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:

@@ -122,10 +122,10 @@ def test_a_thinned_curve_keeps_its_outline(any_rig: ServiceHarness) -> None:
     assert again.removed["metrics"] == 0, "it remembers what it did, also in the next service"
 
 
-def test_a_part_of_a_thinned_curve_has_null_where_a_point_is_gone(
+def test_a_part_of_a_thinned_curve_has_null_for_removed_points(
     any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of a part are narrower than what was kept: the sums are there, and the last point may not be."""
+    """The buckets of a part are narrower than the kept ones. They have their sums, but may lack their last point."""
     monkeypatch.setattr(retention, "KEPT_BUCKETS", 6)
     job_id = long_run(any_rig, 1500)
     wanted: dict[str, Any] = {"max_points": 20, "fields": "eval_loss,eval,learning_rate,at"}

@@ -201,11 +201,11 @@ def test_a_refused_launch_is_tried_again_and_then_fails(any_rig: ServiceHarness)
     assert all(d["job_id"] is None for d in rig.get("/devices")["data"])
 
 
-def test_a_launcher_that_breaks_after_its_start_leaves_no_process(any_rig: ServiceHarness) -> None:
-    """Its devices are free then: the agent must not go on to use them."""
+def test_an_error_of_the_launcher_after_a_start_leaves_no_process(any_rig: ServiceHarness) -> None:
+    """The devices are free after the error, so the agent must not use them."""
     rig = any_rig
     job_id = rig.submit()
-    rig.launcher.fail_next = "break"
+    rig.launcher.fail_next = "error_after_spawn"
     rig.scheduler.reconcile()
     assert rig.launcher.of(job_id).ended_by_launcher == 1
     job = rig.job(job_id)

@@ -64,21 +64,21 @@ def test_loopback_needs_none(host: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["abc", " abc", "abc\n", "\tabc\r\n"])
-def test_blanks_around_a_token_are_none_of_it(text: str) -> None:
-    """No header can have them, so no client could use the service."""
+def test_whitespace_around_a_token_is_ignored(text: str) -> None:
+    """A header cannot contain it, so no client could use the service."""
     settings = Settings.read({"TRAINYARD_TOKEN": text})
     assert settings.token == "abc"
     TokenFile(settings.token, None).require("abc")
 
 
 @pytest.mark.parametrize("text", [" ", "\n", " \t "])
-def test_a_blank_token_protects_nothing(text: str) -> None:
+def test_a_blank_token_is_rejected(text: str) -> None:
     with pytest.raises(InvalidSettings, match=r"^TRAINYARD_TOKEN is blank$"):
         Settings.read({"TRAINYARD_TOKEN": text}, host="0.0.0.0")
 
 
 @pytest.mark.parametrize("days", ["36500", "1000000", "9" * 30])
-def test_any_number_of_days_can_be_counted_back(days: str) -> None:
+def test_any_number_of_days_gives_a_valid_date(days: str) -> None:
     names = ("IDEMPOTENCY", "CORPUS", "THIN_METRICS", "METRICS", "EVENTS")
     settings = Settings.read({f"TRAINYARD_{name}_DAYS": days for name in names})
     for name in names:

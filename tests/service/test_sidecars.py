@@ -170,7 +170,7 @@ def test_it_leases_a_free_gpu_and_gives_it_back_for_a_job(gpus: ServiceHarness) 
     gpus.scheduler.reclaim_devices_by(sidecars.reclaim)
     first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
     answer = ask(first)
-    # Without the order, CUDA's device 0 is the fastest card, which may be the one of a job.
+    # Without PCI_BUS_ID, CUDA's device 0 is the fastest GPU, which may belong to a job.
     assert (first.device, answer["cuda"], answer["order"]) == ("cuda:0", "0", "PCI_BUS_ID")
     assert leased(gpus) == ["cuda:0"]
     cpu = sidecars.start("echo", ["-c", ECHO])
@@ -201,7 +201,7 @@ def test_a_gpu_is_not_taken_by_a_service_that_does_not_schedule(gpus: ServiceHar
 
 
 class ReclaimedAtStart(Started):
-    """A job needs the device after it is leased, and before its process is started."""
+    """A job needs the device when it is leased, but the side process is not started yet."""
 
     def _spawn(self, name: str, command: Sequence[str], device: str) -> Sidecar:
         if device != "cpu":
@@ -209,24 +209,24 @@ class ReclaimedAtStart(Started):
         return super()._spawn(name, command, device)
 
 
-def test_a_device_that_is_reclaimed_while_its_process_starts_costs_no_other_process(gpus: ServiceHarness) -> None:
+def test_reclaiming_a_device_while_its_process_starts_ends_no_other_process(gpus: ServiceHarness) -> None:
     sidecars = ReclaimedAtStart(gpus)
     other = sidecars.start("echo", ["-c", ECHO])
     starting = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
-    assert leased(gpus) == ["cuda:0"], "it is not free: the process has started"
-    assert ask(other)["nice"] == ask(starting)["nice"], "both are alive"
+    assert leased(gpus) == ["cuda:0"], "the device is not free, because the process has started"
+    assert ask(other)["nice"] == ask(starting)["nice"], "both processes are alive"
     sidecars.reclaim("cuda:0")  # the next round
     assert (starting.reclaimed, other.ended.is_set(), leased(gpus)) == (True, False, [])
     sidecars.close()
 
 
-def test_a_late_end_frees_no_device_that_another_service_has_leased_since(gpus: ServiceHarness) -> None:
+def test_a_process_that_ends_late_keeps_the_lease_of_another_service(gpus: ServiceHarness) -> None:
     sidecars = Started(gpus)
     first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
     with gpus.database.write() as session:
         row = session.get(DeviceLeaseRow, "cuda:0")
         assert row is not None
-        row.sidecar = "another service's identity"  # it leads now, and has reclaimed and leased the device
+        row.sidecar = "another service's identity"  # the new leader has reclaimed and leased the device
     first.kill()
     assert first.ended.wait(60)
     assert leased(gpus) == ["cuda:0"]

@@ -55,8 +55,8 @@ def test_a_job_is_told_from_birth_to_death_in_order_and_signed(any_rig: ServiceH
     assert {name: job[name] for name in told} == told, (job, event)
 
 
-def test_an_event_never_has_the_id_of_one_of_a_deleted_job(any_rig: ServiceHarness, receiver: Receiver) -> None:
-    """Receivers ignore duplicates by the id. SQLite gives the numbers of deleted rows again."""
+def test_ids_of_events_are_not_reused_after_a_job_was_deleted(any_rig: ServiceHarness, receiver: Receiver) -> None:
+    """Receivers ignore an id that they know, and SQLite reuses the numbers of deleted rows."""
     register(any_rig, receiver.url, events=["*"])
     for _ in range(3):
         job_id = any_rig.submit()

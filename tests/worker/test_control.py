@@ -26,10 +26,8 @@ def test_a_stop_by_file_and_by_signal(tmp_path: Path) -> None:
         by_signal.on_signal(signal.SIGINT, None)
 
 
-def test_a_disk_that_does_not_answer_for_a_moment_requests_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as that of a network whose client was evicted. The request is seen when the disk is back."""
+def test_a_temporary_io_error_is_no_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may evict its client. The request is found once the files can be read again."""
 
     def fail(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
@@ -47,7 +45,7 @@ def test_a_disk_that_does_not_answer_for_a_moment_requests_nothing(
     assert not take_request(save)
 
 
-def test_a_run_directory_that_cannot_be_read_is_no_stop() -> None:
+def test_a_run_directory_that_cannot_be_read_requests_no_stop() -> None:
     with public_tmp_dir() as folder:
         (folder / "stop").touch()
         folder.chmod(0)

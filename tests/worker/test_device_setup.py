@@ -136,7 +136,7 @@ def test_on_a_gpu_flash_attention_is_that_of_the_mask_and_tf32_can_be_chosen() -
 def test_cuda_graphs_give_the_losses_of_the_compiled_model(use_moe: bool) -> None:
     from torch._inductor import cudagraph_trees
 
-    # A function that was compiled 8 times in a process runs uncompiled after that, without a CUDA graph.
+    # After 8 compilations of a function in one process, torch runs it uncompiled, without a CUDA graph.
     torch.compiler.reset()
     config = ModelConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=128, use_moe=use_moe)
     generator = torch.Generator().manual_seed(2)

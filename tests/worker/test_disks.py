@@ -142,7 +142,7 @@ def gone(path: Path) -> None:
     assert [event.code for event in bench.of(WarningEvent)][-1] == "save_failed"
 
 
-def locked(path: Path) -> None:
+def skip_private_directory(path: Path) -> None:
     """A directory in save_dir that only root may enter, such as lost+found at the root of a disk."""
     yard = Yard(path, save_dir=True)
     (path / "lost+found").mkdir(mode=0o700)
@@ -181,6 +181,6 @@ def test_a_directory_that_is_gone(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_a_directory_of_another_user_is_no_earlier_job() -> None:
+def test_from_resume_skips_a_directory_of_another_user() -> None:
     with public_tmp_dir() as folder:
-        of_its_own(locked, folder)
+        of_its_own(skip_private_directory, folder)

@@ -111,8 +111,8 @@ def test_what_was_evaluated_is_read_from_the_outboxes_of_all_attempts(tmp_path: 
     assert [evaluated_loss(run, step) for step in (4, 8, 80)] == [None, 2.5, None]
 
 
-def test_what_was_evaluated_before_the_run_went_back_does_not_count(tmp_path: Path) -> None:
-    """Otherwise the step that a stop or a crash left unevaluated on the new way was never evaluated."""
+def test_evaluations_of_discarded_steps_do_not_count(tmp_path: Path) -> None:
+    """If they counted, a repeated step whose evaluation was interrupted would never be evaluated."""
     run = RunDir(tmp_path)
     for attempt in (run.attempt(1), run.attempt(2), run.attempt(3)):
         attempt.path.mkdir()

@@ -81,10 +81,8 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("call", ["fstat", "write", "ftruncate"])
-def test_a_disk_that_does_not_answer_for_a_moment_loses_nothing(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Such as that of a network whose client was evicted."""
+def test_no_event_is_lost_by_a_temporary_io_error(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system may evict its client."""
     path, real_write = tmp_path / "events.jsonl", os.write
     outbox = EventWriter(path)
     outbox.emit(WarningEvent(code="a", message="first"))

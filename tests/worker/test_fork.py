@@ -137,8 +137,8 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     assert len(last) == 2
 
 
-def test_restarted_it_has_the_step_and_the_loss_of_a_new_run(parent: RunDir, tmp_path: Path) -> None:
-    """Its steps are as large as if all nodes of the range were there, and only its own losses can reach a target."""
+def test_a_fork_that_restarts_its_data_has_the_step_size_and_loss_of_a_new_run(parent: RunDir, tmp_path: Path) -> None:
+    """The size of its steps is that of all nodes of the range. Only its own losses can reach the target."""
     run = forked(parent, tmp_path / "run", "restart", training={"max_steps": 4}, reporting={"log_interval": 1})
     described = json.loads(run.spec.read_text())
     described["resources"]["nnodes"] = {"min": 1, "max": 2}

@@ -287,7 +287,7 @@ def limit_after(run: RunDir, step: int) -> None:
     mock.patch.object(StepHeartbeat, "beat", request_at).start()
 
 
-def die_instead_of_ending() -> None:
+def kill_at_the_limit() -> None:
     """SIGKILL this rank after the evaluation that reaches the target."""
     import os
 
@@ -307,7 +307,7 @@ def test_a_target_that_was_reached_before_a_crash_ends_the_next_attempt(text: Pa
     described = json.loads(run.spec.read_text())
     described["data"]["eval_fraction"] = 0.2
     run.spec.write_text(json.dumps(described))
-    assert rank_runner.start(run, 1, die_instead_of_ending).wait() == [-signal.SIGKILL]
+    assert rank_runner.start(run, 1, kill_at_the_limit).wait() == [-signal.SIGKILL]
     outcome = rank_runner.run_to_end(run)
     assert (outcome.outcome, outcome.reason, outcome.step) == ("completed", Reason.LIMIT, 2)
     assert "target_loss 100 is reached at step 2: the eval_loss is " in str(outcome.message)

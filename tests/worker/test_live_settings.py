@@ -30,7 +30,7 @@ def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) ->
     assert settings.poll() is None
     write_json(settings.file, {**FIRST.model_dump(), "log_interval": 0})
     assert settings.poll() is None
-    # The spec does not allow these. They would end the run.
+    # A spec does not allow these values. They would end the run.
     for name, value in (("max_minutes", 1e8), ("target_loss", 1e4), ("keep_last", 100_001)):
         write_json(settings.file, {**FIRST.model_dump(), name: value})
         assert settings.poll() is None

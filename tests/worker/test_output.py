@@ -22,7 +22,7 @@ PRINTING = """if True:
 
 
 @pytest.mark.parametrize("output", ["> /dev/full 2>&1", "2>&1 | true", ">&- 2>&-", ""])
-def test_what_cannot_be_printed_is_lost(output: str, tmp_path: Path) -> None:
+def test_text_that_cannot_be_printed_is_dropped_without_an_error(output: str, tmp_path: Path) -> None:
     ended = tmp_path / "ended"
     command = f'{{ "$0" -c "$1"; echo $? > "$2"; }} {output}'
     script = ["/bin/bash", "-c", command, sys.executable, PRINTING, str(ended)]
@@ -32,7 +32,7 @@ def test_what_cannot_be_printed_is_lost(output: str, tmp_path: Path) -> None:
     assert ("\\u4e2d" * 100_000 in done.stdout) == (not output)
 
 
-def test_a_run_whose_log_is_on_a_full_disk_goes_on_to_its_end(tmp_path: Path) -> None:
+def test_a_run_whose_log_is_on_a_full_disk_completes(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     corpus = tmp_path / "corpus.jsonl"

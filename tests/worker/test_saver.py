@@ -247,7 +247,7 @@ def test_what_was_allocated_of_a_copy_without_room_is_given_back(
 
 
 def test_the_moments_that_a_rollback_replaces_are_freed(tmp_path: Path) -> None:
-    """The copies of a save kept them until the next save: twice the optimizer state in the memory of a GPU."""
+    """A save kept references to them until the next save, so a GPU had the optimizer state twice."""
     bench = Bench(tmp_path)
     train_on(bench.train_state)
     bench.save(1)

@@ -260,8 +260,8 @@ def test_with_projections_at_zero_all_else_is_as_drawn(use_moe: bool) -> None:
     assert first[-1].loss < first[0].loss
 
 
-def test_for_cuda_graphs_gradients_have_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA graph frees what it returned at the next micro-batch, also a gradient that became ``.grad``."""
+def test_with_cuda_graphs_gradients_have_their_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph reuses the memory of its outputs at the next micro-batch, also that of a gradient in ``.grad``."""
     batches = [cut(rows(6, seed=step), 2) for step in range(2)]
     plain, graphs = train_state(), train_state()
     graphs = replace(graphs, train_step=replace(graphs.train_step, replays_graphs=True))

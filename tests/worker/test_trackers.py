@@ -205,7 +205,7 @@ def test_one_that_hangs_does_not_hold_up_a_step(tmp_path: Path, fakes: Path, mon
         process.close()
 
 
-def test_a_spec_that_names_many_files_is_no_sign_that_it_hangs(tmp_path: Path) -> None:
+def test_a_tracker_with_a_large_spec_is_not_taken_for_hung(tmp_path: Path) -> None:
     described = wanted().model_dump(mode="json")
     described["data"]["data_path"] = [f"/data/{number:0200}.jsonl" for number in range(8000)]
     idle = (sys.executable, "-c", "import time; time.sleep(600)")

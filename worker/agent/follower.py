@@ -128,7 +128,7 @@ def _watch(processes: ProcessTree, attempt: AttemptDir, parent: int) -> str | No
     while processes.torchrun_status() is None:
         if os.getppid() != parent:
             return "the cluster lost sight of this node's agent"
-        # Not Path.exists, which raises errors of a network file system: one of them would end the run on all nodes.
+        # Path.exists raises errors of a network file system. One such error would end the run on all nodes.
         if over_at is None and os.path.exists(attempt.over):
             over_at = time.monotonic()
         if over_at is not None and time.monotonic() - over_at > PEER_EXIT_GRACE_SECONDS:

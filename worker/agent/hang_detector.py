@@ -42,7 +42,8 @@ class HangDetector:
             if event.get("kind") == "phase" and event.get("phase") in set(Phase):
                 phase, self.phase = self.phase, Phase(event["phase"])
                 if self.phase is not phase:
-                    # The time in another phase is not that of a step. The finished micro-batches of a step are.
+                    # Time in another phase does not count as time of a step. Reports of finished micro-batches repeat
+                    # the phase, so they do not restart the measurement.
                     self._step_began_at = now
 
     def _poll_step(self, now: float) -> None:

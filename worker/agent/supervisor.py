@@ -206,7 +206,7 @@ class Supervisor:
     def write_report(self) -> None:
         """Write exit.json. From then on the attempt's end is on disk, whatever happens to agent and service.
 
-        If the disk is full, the report is only uploaded.
+        If the file cannot be written, the report is only uploaded.
         """
         oom_report = self.oom_monitor.report(time.monotonic())
         if self.node.nodes > 1:

@@ -140,7 +140,7 @@ class EventUploader:
         return self._retry_seconds or POLL_SECONDS
 
     def _with_backoff(self, work: Callable[[], object]) -> bool:
-        """Call ``work``; if the service or the disk is out of reach, double ``_retry_seconds`` and return False."""
+        """Call ``work``. If it cannot reach the service or the disk, double ``_retry_seconds`` and return False."""
         try:
             work()
         except (Unreachable, OSError) as error:
@@ -158,7 +158,7 @@ class EventUploader:
             if self._upload():
                 return
         except OSError:
-            # The outbox cannot be read at the moment. The service's requests must be heard meanwhile.
+            # The outbox cannot be read. The response to a heartbeat has the service's requests, such as a stop.
             self._send_heartbeat()
             raise
         if self._clock() >= self._next_heartbeat:

@@ -191,7 +191,7 @@ def export_huggingface(source: ExportSource, out: Path, tokenizer_path: str, tok
         # transformers rejects a file without this metadata.
         save_file(source.tensors(), building / WEIGHTS, metadata={"format": "pt"})
         _write_tokenizer(building, tokenizer_path, tokenizer)
-        # The libraries do not do it. After a power cut, an export with its final name could have empty files.
+        # The libraries do not call fsync. After a power cut, an export with its final name could have empty files.
         for path in building.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

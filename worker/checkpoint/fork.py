@@ -110,7 +110,7 @@ def _restart_data(state: RunState, identity: RunIdentity, spec: JobSpec, world: 
         base_tokens=state.tokens,
         interval=[],
         interval_bytes=[],
-        smoothed=[],  # `limits.target_loss` is for the loss of the new data
+        smoothed=[],  # `limits.target_loss` is compared with losses on the new data only
         trouble={},
         probe=state.probe if is_comparable else {},
     )

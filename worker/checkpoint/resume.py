@@ -53,9 +53,9 @@ def find_resume_point(
     """Return the checkpoint to resume from, every byte verified, or None to start at step 0. For rank 0 only.
 
     ``is_finished(state)``: whether nothing is left to train. ``from_step``: the step to go back to, if any. A fork
-    without a checkpoint of its own starts with its parent's; if its data restart, its steps have the rows of ``world``
-    ranks. ``shapes``: of the model. Raises TrainingError if the job's own checkpoints cannot be used: to start at step
-    0 silently would throw work away.
+    without a checkpoint of its own starts with its parent's. If it restarts the data, the size of its steps is that for
+    ``world`` ranks. ``shapes``: of the model. Raises TrainingError if the job's own checkpoints cannot be used: to
+    start at step 0 silently would throw work away.
     """
     hit("resume.find")
     delete_leftovers(artifacts)
@@ -196,13 +196,13 @@ def _resume_earlier_job(
 def _newest_first(folder: Path, own: ArtifactDir) -> Iterator[Path]:
     """Yield the published checkpoints of other jobs, the last written first."""
     jobs = [ArtifactDir(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
-    paths = [path for job in jobs if job.path.resolve() != own.path.resolve() for path in _readable(job)]
+    paths = [path for job in jobs if job.path.resolve() != own.path.resolve() for path in _published(job)]
     dated = [(written, path) for path in paths if (written := _written_at(path)) is not None]
     yield from (path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True))
 
 
-def _readable(job: ArtifactDir) -> list[Path]:
-    """Return the published checkpoints of ``job``; none if its directory is closed to this user, as lost+found is."""
+def _published(job: ArtifactDir) -> list[Path]:
+    """Return the published checkpoints of ``job``, or [] if its directory is closed to this user, as lost+found is."""
     try:
         return [path for _, path in job.published()]
     except PermissionError:

@@ -97,8 +97,8 @@ class StagingBuffers:
         """Complete the copies. Called by the writer thread."""
         try:
             if self._copy_event is not None:
-                # A new thread's current device is the first one, on which another rank trains: a context would be
-                # created there.
+                # The current device of a new thread is the first GPU. Without this line, CUDA would create a context on
+                # it, although another rank trains there.
                 with torch.cuda.device(self._device):
                     self._copy_event.synchronize()
             else:
@@ -106,7 +106,7 @@ class StagingBuffers:
                     # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
                     np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
-            self._pairs = []  # a rollback replaces the moments, and the old ones must be freed
+            self._pairs = []  # else the moments that a rollback replaces would stay in memory
             self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:

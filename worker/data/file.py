@@ -215,11 +215,11 @@ class _HashingReader(io.RawIOBase):
         self._size = size
 
     def expect(self, position: ReadPosition) -> None:
-        """Raise PrefixDiffers, now or once it is read, if the file does not begin with these bytes."""
+        """Raise PrefixDiffers if the file does not begin with these bytes: now, or when the last of them is read."""
         if position.bytes < self.bytes_read:
             raise PrefixDiffers
         self._expected = position
-        # The first bytes are read before, to detect the format. They may be all of them.
+        # The first bytes were read already, to detect the format. They may be all the expected ones.
         self._compare()
 
     def readable(self) -> bool:

@@ -97,7 +97,7 @@ class FileSetOptions:
 def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
     """Return the token shards of ``files``, in this order, built first if they are not in the cache.
 
-    Raises what `worker.data.corpus.open_corpus` raises, and TokenizerProcessEnded; the messages name the file.
+    Raises the errors of `worker.data.corpus.open_corpus`, and TokenizerProcessEnded. The messages name the file.
     """
     corpus = _open_file(files[0], options) if len(files) == 1 else _open_several(files, options)
     _update_names(corpus, files)
@@ -176,7 +176,7 @@ def _named_stats(files: Sequence[NamedFile], corpus: Corpus) -> ParseStats:
 def identify_files(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileKey]:
     """Return the keys of ``files``. If no file has changed since the last time, only their times are read."""
     identities = [_stat_identity(file) for file in files]
-    # A link may give the same file a name that makes it plain text.
+    # The name decides whether a file is plain text, and a link may give the same file another name.
     named = [[*identity, is_plain_text(file.path.name, b"")] for identity, file in zip(identities, files, strict=True)]
     name = hashlib.sha256(json.dumps(named).encode()).hexdigest()[:32]
     stored = options.cache / f"content-{name}.json"
@@ -633,7 +633,8 @@ class _CachedFiles:
 class TokenizerProcessEnded(Exception):
     """A tokenizing process ended early, for example because the kernel killed it for lack of memory.
 
-    It is not an OSError, after which an unfinished build is removed: what is done is valid, and the next build resumes.
+    It is no OSError, because an unfinished build is deleted after an OSError. Here the finished part is valid, and the
+    next build continues it.
     """
 
     def __init__(self, status: int, path: Path) -> None:

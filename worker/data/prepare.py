@@ -164,7 +164,7 @@ class TrainingData:
         return self.spec.data.sources is None and is_single_file(paths_of(self.spec))
 
     def _corpus_file(self) -> dict[str, Any]:
-        """Return the fingerprint of the corpus as it is now, or {} if it is not what was read or has too many files."""
+        """Return the fingerprint of the corpus as it is now, or {} if the corpus has changed or has too many files."""
         try:
             if self.is_one_file:
                 fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))), self.roots)
@@ -246,16 +246,16 @@ def prepare_data(
     split_by = ranks.broadcast_from_rank0(build)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
     data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
-    _require_same(data, ranks)
+    _require_same_data(data, ranks)
     _report_corpus(data, emit)
     return data
 
 
-def _require_same(data: TrainingData, ranks: "DistributedContext") -> None:
-    """Raise TrainingError on every rank if they have opened different files.
+def _require_same_data(data: TrainingData, ranks: "DistributedContext") -> None:
+    """Raise TrainingError on every rank if the ranks have opened different files.
 
     A file may be added or changed while the ranks open the corpus, and another node may see a directory as it was a
-    minute ago. The ranks would train on rows of different corpora.
+    minute ago. The ranks would train on different data.
     """
     opened = (data.tokenizer.fingerprint, _shards(data))
     if any(other != opened for other in ranks.gather_objects(opened)):

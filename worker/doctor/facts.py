@@ -246,7 +246,7 @@ def read_disks(environment: Mapping[str, str]) -> list[DiskFacts]:
 
 def read_disk(path: Path, size: int = PROBE_BYTES) -> DiskFacts:
     """Write a file with fsync in ``path``, or in its nearest existing parent, and delete it."""
-    # Not Path.exists, which raises PermissionError below a directory of another user.
+    # Path.exists raises PermissionError below another user's directory.
     probed = next(each for each in (path, *path.parents) if os.path.exists(each))
     try:
         usage = shutil.disk_usage(probed)

@@ -127,10 +127,10 @@ class TrackerProcess:
         self._points, self._failure = self._process.stdin, self._process.stdout
         os.set_blocking(self._points.fileno(), False)
         os.set_blocking(self._failure.fileno(), False)
-        # It may name thousands of files, and a tracker that is still being imported reads nothing.
-        described = {"spec": spec.model_dump(mode="json")}
-        self._max_unsent = MAX_UNSENT + len(json.dumps(described))
-        self._send(described)
+        # The spec may list thousands of files. A tracker reads nothing while it imports its library.
+        first = {"spec": spec.model_dump(mode="json")}
+        self._max_unsent = MAX_UNSENT + len(json.dumps(first))
+        self._send(first)
 
     def start_at(self, step: int) -> None:  # noqa: ARG002 - a tracker knows its own last step
         self._send({"rewind": True})

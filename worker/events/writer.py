@@ -26,7 +26,7 @@ class EventWriter:
         self.seq = _truncate_torn_line(self._descriptor)
 
     def emit(self, event: Event) -> None:
-        """Append ``event`` with the next ``seq``. Never raises if the disk is full or does not answer."""
+        """Append ``event`` with the next ``seq``. A full or unreachable disk raises no error."""
         with self._lock:
             self.seq += 1
             line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)

@@ -36,14 +36,14 @@ def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
 
 
 def take_request(file: Path) -> bool:
-    """Return whether a request was made by creating ``file``, and delete it. Never raises."""
-    # os.path and not pathlib, which raises the error of a file system that does not answer for a moment.
+    """Return whether ``file``, which is a request, exists, and delete it. Never raises."""
+    # Path.exists raises a temporary error of a network file system, which would end the run.
     if not os.path.exists(file):
         return False
     try:
         file.unlink(missing_ok=True)
     except OSError:
-        return False  # it is still there at the next step
+        return False  # the next step finds the file again
     return True
 
 

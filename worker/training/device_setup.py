@@ -58,7 +58,7 @@ def computes_attention(device: torch.device, head_dim: int) -> bool:
     length, heads, half = 128, 4, 48
     shapes = [(1, length, count, head_dim) for count in (heads, heads // 2, heads // 2)]
     exact = [torch.randn(shape, generator=generator, device=device, requires_grad=True) for shape in shapes]
-    # With empty segments at the end, as in a batch.
+    # Empty segments at the end, as each batch has.
     offsets = torch.tensor([0, half, length, length, length], dtype=torch.int32, device=device)
     number = (torch.arange(length, device=device) >= half).int()
     mask = (number[:, None] == number[None, :]).tril()

@@ -187,7 +187,7 @@ class TrainStep:
             self.optimizer.zero_grad(set_to_none=not (self.is_ddp or self.replays_graphs))
 
     def _allocate_gradients(self) -> None:
-        """Give each parameter a gradient of zeros in memory of its own, unless it has one."""
+        """Allocate a zero gradient for each parameter that has none."""
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -234,8 +234,8 @@ class TrainStep:
         expert_counts: list[torch.Tensor] = []
         done: list[MicroBatch] = []
         if self.replays_graphs and self.split is None and not self.is_ddp:
-            # Else the first backward pass would leave its gradients in the memory of the CUDA graph, which frees them
-            # at the next micro-batch. DDP, and with it zero1, copies them to its buckets.
+            # Without this, the gradients of the first backward pass are in memory of the CUDA graph, which reuses it
+            # for the next micro-batch. DDP, and so zero1, copies gradients to its buckets.
             self._allocate_gradients()
         for index, (micro, is_last) in enumerate(_with_last(micro_batches)):
             seed_micro_batch(index)

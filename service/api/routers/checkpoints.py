@@ -81,7 +81,7 @@ def delete_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str, step: 
         with state.database.write() as session:
             unpublished = checkpoint_deletion.unpublish(session, state.settings, job_id, step, caller, utc_now())
     except OutcomeUnknown:
-        raise  # It may be off the list already. The job's next attempt deletes the files.
+        raise  # The deletion may have been stored. The job's next attempt deletes the files.
     except Exception:
         if unpublished is not None:
             checkpoint_deletion.restore(unpublished, roots)

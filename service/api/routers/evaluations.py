@@ -85,7 +85,7 @@ def evaluate_checkpoint(
         with state.database.write() as session:
             requests.create(session, job_id, evaluation_id, found, tasks, caller.name, utc_now())
     except OutcomeUnknown:
-        raise  # The evaluation may have been stored, and then it needs the weights.
+        raise  # If the evaluation was stored, it needs the weights.
     except BaseException:
         requests.release_weights(artifacts.evaluation(evaluation_id), roots)
         raise

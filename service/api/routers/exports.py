@@ -42,8 +42,8 @@ async def export_checkpoint(
 ) -> Response:
     """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
 
-    Responds after the export: 201, or 200 if the same weights were exported before. A job has one export at a time, and
-    the service a few; others wait.
+    Responds after the export: 201, or 200 if the same weights were exported before. A job has one export at a time.
+    The service runs a few at a time, and others wait.
     """
     request, exists = await asyncio.to_thread(_find, state, job_id, step, body.format)
     work = partial(copy_context().run, _export, state, caller, job_id, request, exists)

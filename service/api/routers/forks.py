@@ -103,7 +103,7 @@ def _create(
                     # A concurrent request with the same key was first; its job is returned below.
                     raise KeyReused()
         except OutcomeUnknown:
-            raise  # The record may exist: the note stays, and the next start deletes the files if it does not.
+            raise  # The fork may have been stored. The note stays: the next start deletes the files if there is no job.
         except (ServiceError, OSError) as error:
             pending_deletion.delete_files()
             earlier = find_replay(state, caller, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None

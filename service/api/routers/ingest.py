@@ -113,7 +113,7 @@ def heartbeat(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody) -
     """Record a heartbeat."""
     beat = _message(Heartbeat, body)
     now = utc_now()
-    # A report that seems to come from the future was stored before the clock was set back.
+    # A time in the future was stored before the clock was set back.
     if reporter.heard_at is not None and abs(now - reporter.heard_at) < CONTACT_INTERVAL:
         with state.database.read() as session:
             return _ack(repository.find(session, reporter.job_id), reporter)

@@ -337,7 +337,7 @@ def delete_job(state: StateDep, job_id: str) -> None:
             with state.database.write() as session:
                 actions.remove(session, job_id)
         except OutcomeUnknown:
-            raise  # The record may be gone: the note stays, and the next start deletes the files if it is.
+            raise  # The deletion may have been stored. The note stays: the next start deletes the files if it was.
         except ServiceError:
             pending_deletion.cancel()
             raise

@@ -110,7 +110,7 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
 def _queue_position(
     session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]
 ) -> tuple[QueuePosition, list[str]]:
-    """Return the place in the queue, and the ids of the free devices of this kind."""
+    """Return the position in the queue, and the ids of the free devices of this kind."""
     is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))

@@ -54,7 +54,7 @@ export async function request(path, options = {}) {
 
 export const get = async (path, options) => (await request(path, options)).json();
 
-/** Returns the entries of a list after the one with the id `after`, from as many pages as `most` entries need. */
+/** Returns at least `most` entries of a list, if there are so many, from the one after the id `after`. Reads page by page. */
 export async function getAll(path, { most = 1000, after = null } = {}) {
   const items = [];
   for (let more = true; more && items.length < most; ) {
@@ -65,7 +65,7 @@ export async function getAll(path, { most = 1000, after = null } = {}) {
   return items;
 }
 
-/** For `catch`: null if what was asked for does not exist; throws other errors, which say nothing about that. */
+/** For `catch`: returns null if the requested object does not exist (404), and throws all other errors. */
 export function nullIfNotFound(error) {
   if (error instanceof ApiError && error.status === 404) return null;
   throw error;
@@ -79,7 +79,7 @@ export async function sendJson(method, path, body, more = {}) {
   return response.status === 204 ? null : response.json();
 }
 
-/** A new idempotency key. Not by `crypto.randomUUID`, which a page has only with https or on the same host. */
+/** Returns a new idempotency key. `crypto.randomUUID` exists only on pages with https or of the same host. */
 export const randomKey = () => [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
 
 /** Adds query parameters to a path; empty values are left out, lists repeat the name. */

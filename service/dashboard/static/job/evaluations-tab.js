@@ -9,7 +9,7 @@ import { wordFor } from "../status.js";
 import { isDark } from "../theme.js";
 
 const PAGE = 1000;
-const MAX_SCORES = 20_000; // the newest of them
+const MAX_SCORES = 20_000; // the newest ones
 const MAX_ROWS = 500; // of the table; the charts have all
 const PERCENT = ".3~p";
 const OPEN_STATES = new Set(["pending", "running"]);

@@ -341,7 +341,7 @@ export class LogsTab {
       }
     } catch (error) {
       if (searchNumber !== this.searchNumber) return;
-      this.searchFailed = Boolean(searchedFor); // tried again with the next poll
+      this.searchFailed = Boolean(searchedFor); // the next poll tries again
       this.setNote(error.message);
     }
   }

@@ -176,7 +176,7 @@ async function download(place, name) {
 // Generated samples as a table: one row per prompt, one column per step, newest first.
 
 const INITIAL_STEPS = 6;
-const MAX_SAMPLES = 5000; // the newest of them
+const MAX_SAMPLES = 5000; // the newest ones
 
 class SamplesTab {
   constructor(place, address) {
@@ -208,7 +208,7 @@ class SamplesTab {
 
   /** Fetches samples after the last one known; a sample never changes. */
   async fetchNew() {
-    this.samples = await withNewer(this.samples, `${this.address}/samples`, MAX_SAMPLES);
+    this.samples = await appendNewer(this.samples, `${this.address}/samples`, MAX_SAMPLES);
   }
 
   toggleAll() {
@@ -259,7 +259,7 @@ class OverviewTab extends ListTab {
   }
 }
 
-const MAX_EVENTS = 1000; // the newest of them
+const MAX_EVENTS = 1000; // the newest ones
 
 class EventsTab extends ListTab {
   constructor(place, address) {
@@ -271,15 +271,15 @@ class EventsTab extends ListTab {
     this.events = [];
   }
 
-  /** An event never changes, so only those after the last one known are fetched. A long run has thousands: two for each save. */
+  /** Fetches only the events after the last known one, because an event never changes. A long run has thousands: two for each save. */
   async fetchAll() {
-    this.events = await withNewer(this.events, `${this.address}/events`, MAX_EVENTS);
+    this.events = await appendNewer(this.events, `${this.address}/events`, MAX_EVENTS);
     return [...this.events].reverse();
   }
 }
 
-/** Returns the newest `most` entries of a list that begins with the oldest. `known`: those that were fetched before, which never change. */
-async function withNewer(known, path, most) {
+/** Returns the newest `most` entries of a list in which the oldest entry is first. `known`: entries that were fetched before. */
+async function appendNewer(known, path, most) {
   const newer = await getAll(path, { most: Infinity, after: known.at(-1)?.id });
   return [...known, ...newer].slice(-most);
 }

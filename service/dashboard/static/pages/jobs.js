@@ -119,7 +119,7 @@ class Workspace {
     this.draw();
   }
 
-  /** Fetches chosen jobs that no list has, such as a discarded one; again while they have not ended. */
+  /** Fetches the chosen jobs that are in no list, such as a discarded one, with each poll until they have ended. */
   async findChosen() {
     this.others ??= new Map();
     const isKnown = (id) => this.others.get(id) === null || FINAL_STATUSES.has(this.others.get(id)?.status);
