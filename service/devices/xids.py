@@ -87,28 +87,34 @@ class XidWatcher:
         try:
             gpus = _gpus()
             self._add(kernel_log_errors(self._kmsg, {pci: uuid for pci, uuid, _ in gpus}))
-            self._watch(gpus)
+            can_report = self._watch(gpus)
+            while can_report and not self._stopping.wait(WAIT_MILLISECONDS / 1000):
+                self._watch(_gpus())
         except pynvml.NVMLError as error:
             log.warning("XID errors of GPUs are no longer watched: %s", error)
 
-    def _watch(self, gpus: "list[tuple[str, str, Any]]") -> None:
+    def _watch(self, gpus: "list[tuple[str, str, Any]]") -> bool:
+        """Collect events until `stop`, or until a GPU is lost: from then on NVML may report nothing else for their set.
+
+        Return whether any of these cards can report events.
+        """
         events = pynvml.nvmlEventSetCreate()
         try:
             # A card that cannot report them, such as a virtual one, is left out.
             registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
             while registered and not self._stopping.is_set():
-                try:
-                    event = _next_event(events)
-                    if event is not None:
+                event = _next_event(events)
+                if event is not None:
+                    with contextlib.suppress(pynvml.NVMLError):  # it is of the GPU that is lost
                         uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
                         self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
-                except pynvml.NVMLError as error:
-                    if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
-                        raise
-                    # One GPU is lost. The inventory shows it, and the errors of the others must be watched.
-                    self._stopping.wait(WAIT_MILLISECONDS / 1000)
+        except pynvml.NVMLError as error:
+            if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
+                raise
+            # The inventory shows it. The others are watched again, in a set without it.
         finally:
             pynvml.nvmlEventSetFree(events)
+        return bool(registered)
 
     def _add(self, errors: Iterable[XidError]) -> None:
         found = [error for error in errors if error.xid not in APPLICATION_XIDS]

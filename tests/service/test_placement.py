@@ -14,6 +14,7 @@ from sqlalchemy import select
 from tests.fakes import nvml
 from tests.fakes.inventory import FixedInventory
 from tests.fakes.nvml import NvmlHost
+from tests.faults.service_home import until
 from tests.service.conftest import Command, MakeHarness
 from tests.work import count_calls
 from trainyard.service.db.models import XidErrorRow
@@ -168,6 +169,41 @@ def test_a_lost_gpu_does_not_end_the_watch_of_the_others(tmp_path: Path, monkeyp
         pass
     watcher.stop()
     assert [(error.gpu_uuid, error.xid) for error in watcher.pending()] == [("GPU-00000002", 48)]
+
+
+def test_the_others_are_watched_in_a_set_without_the_gpu_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVML reports the loss again and again for a set with that GPU, and nothing of the others."""
+    host = nvml.bridged_pairs()
+    monkeypatch.setattr(xids, "pynvml", host)
+    monkeypatch.setattr(xids, "WAIT_MILLISECONDS", 0)
+    sets: list[list[int]] = []
+    lost: set[int] = set()
+    wait = host.nvmlEventSetWait_v2
+
+    def answer(index: int) -> int:
+        if index in lost:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return index
+
+    def wait_of_set(events: str, milliseconds: int) -> object:
+        if len(sets) == 1:
+            lost.add(0)
+        for index in sets[-1]:
+            answer(index)
+        return wait(events, milliseconds)
+
+    monkeypatch.setattr(host, "nvmlEventSetCreate", lambda: sets.append([]))
+    monkeypatch.setattr(host, "nvmlDeviceRegisterEvents", lambda index, *_: sets[-1].append(answer(index)))
+    monkeypatch.setattr(host, "nvmlEventSetWait_v2", wait_of_set)
+    host.events = [SimpleNamespace(device=2, eventData=48)]
+    watcher = XidWatcher(tmp_path / "none")
+    watcher.start()
+    until(lambda: not host.events)
+    watcher.stop()
+    assert [(error.gpu_uuid, error.xid) for error in watcher.pending()] == [("GPU-00000002", 48)]
+    assert sets == [[0, 1, 2, 3], [1, 2, 3]]
 
 
 def test_an_xid_error_is_stored_after_the_database_was_unavailable(

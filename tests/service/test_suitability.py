@@ -31,13 +31,9 @@ MOUNTS = r"""
 34 22 254:3 / /lustre rw - ext4 /dev/vdc rw
 """
 
-MORE_MOUNTS = (
-    b"35 22 254:4 / /mnt/B\xfccher rw - ext4 /dev/vdd rw\n"
-    + (
-        # The kernel escapes blanks, tabs and line ends, and no other separators of lines and words.
-        "36 22 254:5 / /mnt/a\u2028b\fc rw - ext4 /dev/vde rw\n37 22 0:29 / /mnt/旧\u3000盘 rw - nfs4 server:/old rw\n"
-    ).encode()
-)
+# The kernel escapes blanks, tabs and line ends, and no other separators of lines and words.
+NAMES = "36 22 254:5 / /mnt/a\u2028b\fc rw - ext4 /dev/vde rw\n37 22 0:29 / /mnt/旧\u3000盘 rw - nfs4 server:/old rw\n"
+MORE_MOUNTS = b"35 22 254:4 / /mnt/B\xfccher rw - ext4 /dev/vdd rw\n" + NAMES.encode()
 
 Pooler = Callable[..., str]
 
