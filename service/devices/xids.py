@@ -99,9 +99,9 @@ class XidWatcher:
         Return whether any of these cards can report events.
         """
         events = pynvml.nvmlEventSetCreate()
+        # A card that cannot report them, such as a virtual one, is left out.
+        registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
         try:
-            # A card that cannot report them, such as a virtual one, is left out.
-            registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
             while registered and not self._stopping.is_set():
                 event = _next_event(events)
                 if event is not None:

@@ -46,8 +46,8 @@ def is_exported(request: ExportRequest) -> bool:
     return _directory(request).is_dir() and _exported_sha256(request) == manifest[MODEL_FILE].sha256
 
 
-def run_export(request: ExportRequest) -> None:
-    """Export the checkpoint, unless it is exported already.
+def run_export(request: ExportRequest) -> bool:
+    """Export the checkpoint. Return False if another request has exported it meanwhile.
 
     Raises StepUnavailable, StorageError, ExportUnavailable, ExportInProgress, ExportFailed or ExportTimedOut.
     """
@@ -59,8 +59,10 @@ def run_export(request: ExportRequest) -> None:
             except LockBusy:
                 raise ExportInProgress() from None
             with lock:
-                if not is_exported(request):
+                is_due = not is_exported(request)
+                if is_due:
                     _export(request, folder, lock)
+                return is_due
     except OSError as error:
         raise StorageError.from_os_error(error) from error
 

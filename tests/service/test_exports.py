@@ -17,6 +17,7 @@ from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.locks import FileLock
 from trainyard.service import app
+from trainyard.service.api import dependencies
 from trainyard.service.api.dependencies import MAX_EXPORTS
 from trainyard.service.exports import subprocess as child
 
@@ -207,6 +208,34 @@ def test_exports_leave_threads_for_other_requests(
     *exported, listed = in_threads(len(jobs) + 1, act)
     assert listed == 200
     assert exported == [201] * len(jobs)
+
+
+def test_a_request_that_waited_for_an_equal_one_finds_its_export(
+    make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that gave up after its timeout and asked again: the same is not exported and recorded twice."""
+    monkeypatch.setattr(dependencies, "MAX_EXPORTS", 1)
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAITS_FOR_GO))
+    rig = make_rig(sqlite_url)
+    first, asked_twice = (saved(rig, 10)[0] for _ in range(2))
+    waiting: Any = vars(rig.app.state.app_state.exports)["_work_queue"]
+
+    def act(index: int) -> int:
+        if index == 0:
+            return export(rig, first, 10)[0]
+        try:
+            until((rig.home / "begun").exists)
+            if index < 3:
+                return export(rig, asked_twice, 10)[0]
+            until(lambda: waiting.qsize() == 2)
+            return 0
+        finally:
+            if index == 3:
+                (rig.home / "go").touch()
+
+    statuses = in_threads(4, act)
+    assert (statuses[0], sorted(statuses[1:3])) == (201, [200, 201])
+    assert [event["kind"] for event in rig.data(asked_twice, "events")].count("exported") == 1
 
 
 def test_without_torch_it_says_so_at_once(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:

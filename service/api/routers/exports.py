@@ -71,7 +71,9 @@ def _find(state: AppState, job_id: str, step: int, form: Format) -> tuple[export
 def _export(state: AppState, caller: Principal, job_id: str, request: exporter.ExportRequest, exists: bool) -> Response:
     try:
         if not exists:
-            exporter.run_export(request)
+            # An equal request may have been done while this one waited.
+            exists = not exporter.run_export(request)
+        if not exists:
             _record_event(state, job_id, request, caller)
         exported = exporter.describe_export(request.artifacts, request.step, request.format)
     except (ServiceError, OSError):
