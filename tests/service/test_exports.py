@@ -215,7 +215,7 @@ def test_a_request_that_waited_for_an_equal_one_finds_its_export(
 ) -> None:
     """A client that gave up after its timeout and asked again: the same is not exported and recorded twice."""
     monkeypatch.setattr(dependencies, "MAX_EXPORTS", 1)
-    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAITS_FOR_GO))
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAIT_FOR_FILE))
     rig = make_rig(sqlite_url)
     first, asked_twice = (saved(rig, 10)[0] for _ in range(2))
     waiting: Any = vars(rig.app.state.app_state.exports)["_work_queue"]
