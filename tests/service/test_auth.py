@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
+from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import Reader, served
@@ -333,6 +334,14 @@ def test_names_that_mean_something_else_are_not_given(guarded: ServiceHarness) -
             assert answer.status_code in (404, 422), (method, path, answer.text)
 
 
+def events_after_revocation(guarded: ServiceHarness, attempt: FakeAttempt, reader: Reader) -> list[str]:
+    """Revoke the token, report another point, and return the events that the stream still has."""
+    guarded.client.delete("/tokens/ci")
+    attempt.metric(2)
+    guarded.ship(attempt)
+    return [event["event"] for event in reader.iterator]
+
+
 def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "TOKEN_RECHECK_SECONDS", 0.0)
     token = created(guarded)
@@ -343,10 +352,7 @@ def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, mo
         attempt.metric(1)
         guarded.ship(attempt)
         assert reader.take(1)[0]["data"]["step"] == 1
-        guarded.client.delete("/tokens/ci")
-        attempt.metric(2)
-        guarded.ship(attempt)
-        assert [event["event"] for event in reader.iterator] == [], "cut, without its last event"
+        assert events_after_revocation(guarded, attempt, reader) == [], "cut, without its last event"
         reader.close()
         with contextlib.closing(Reader(address, path, Authorization=f"Bearer {token}")) as refused:
             assert refused.status == 401
@@ -371,10 +377,7 @@ def test_a_stream_waits_while_its_token_cannot_be_checked(
             attempt.metric(1)
             guarded.ship(attempt)
             assert reader.take(1)[0]["data"]["step"] == 1
-        guarded.client.delete("/tokens/ci")
-        attempt.metric(2)
-        guarded.ship(attempt)
-        assert [event["event"] for event in reader.iterator] == [], "the stream ends once its token can be checked"
+        assert events_after_revocation(guarded, attempt, reader) == [], "the stream ends once its token can be checked"
         reader.close()
 
 
