@@ -4,6 +4,7 @@ The runs are made up: their points come from a formula with a seed, so that the 
 no GPU. `TRAINYARD_SCREENSHOTS=docs/screenshots make soak PYTEST_ARGS=tests/browser/test_screenshot_tour.py` takes them.
 """
 
+import json
 import math
 import random
 import re
@@ -19,7 +20,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
@@ -40,6 +41,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 GIGABYTE = 1 << 30
 STEPS = 4000
 LONG = 40_000
+COPIES = 100
+"""Of the docstrings in the corpus, so that the plan of a run over it is one that a user may have."""
+
 EVERY = 20
 SEQUENCES, LENGTH = 96, 340
 TOKENS = SEQUENCES * LENGTH
@@ -200,6 +204,7 @@ def tour() -> Iterator[Tour]:
         for i in range(4)
     ]
     rig = ServiceHarness(folder / "home", f"sqlite:///{folder}/trainyard.db", devices=devices)
+    rig.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in docstrings()) * COPIES)
     ids = {}
     for rate in RATES:
         for seed in (1, 2, 3):
@@ -226,6 +231,16 @@ def tour() -> Iterator[Tour]:
 
 def drawn(page: Page, name: str = "Train loss") -> None:
     expect(figure(page, name).locator(".scatterlayer .trace").first).to_be_visible()
+
+
+def with_scheduler(route: Route) -> None:
+    """Answer as a service does whose scheduler runs. Here it does not, because the runs are made up."""
+    response = route.fetch()
+    status = response.json()
+    parts = [
+        {**part, "ok": True, "detail": "runs here"} if part["name"] == "scheduler" else part for part in status["parts"]
+    ]
+    route.fulfill(response=response, json={**status, "ready": True, "parts": parts})
 
 
 def test_the_workspace(tour: Tour, page: Page) -> None:
@@ -267,6 +282,7 @@ def test_compare(tour: Tour, page: Page) -> None:
 
 def test_submit(tour: Tour, page: Page) -> None:
     page.goto(f"{tour.url}/submit?like={tour.ids['lr1e-3-s1']}")
+    page.get_by_label("max_steps", exact=True).fill("")
     page.get_by_label("batch_size", exact=True).fill("2048")
     plan = page.get_by_role("region", name="Plan", exact=True)
     expect(plan.get_by_role("img", name=re.compile("Does not fit"))).to_be_visible()
@@ -287,6 +303,8 @@ def test_data_and_system(tour: Tour, page: Page, tmp_path: Path) -> None:
     page.goto(f"{tour.url}/data/corpus_a")
     expect(page.get_by_role("heading", name="Source web")).to_be_visible()
     check_both_themes(page, "corpus")
+    page.route("**/status", with_scheduler)
     page.goto(f"{tour.url}/system")
     expect(page.get_by_role("heading", name="Devices")).to_be_visible()
+    expect(page.get_by_text("The service is ready.")).to_be_visible()
     check_both_themes(page, "system")
