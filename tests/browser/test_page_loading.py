@@ -39,3 +39,28 @@ def test_a_page_that_cannot_be_loaded_says_so(rig: ServiceHarness, page: Page) -
         page.unroute("**/pages/system.js")
         page.get_by_role("button", name="Load again").click()
         expect(page.get_by_role("heading", name="System")).to_be_visible()
+
+
+BLOCKED = """for (const name of ['localStorage', 'sessionStorage'])
+  Object.defineProperty(window, name, {get() { throw new DOMException('blocked', 'SecurityError') }});"""
+FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') };"
+
+
+@pytest.mark.parametrize("fault", [BLOCKED, FULL], ids=["blocked", "full"])
+def test_every_page_works_without_the_browser_s_storage(rig: ServiceHarness, page: Page, fault: str) -> None:
+    page.add_init_script(fault)
+    rig.submit(name="kept")
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        expect(page.get_by_role("link", name="kept").first).to_be_visible()
+        page.get_by_role("button", name="Dark").click()
+        page.get_by_role("link", name="System").click()
+        expect(page.get_by_role("heading", name="Devices")).to_be_visible()
+        expect(page.get_by_role("button", name="Light")).to_be_visible()
+        page.get_by_role("link", name="Submit").click()
+        page.get_by_label("name", exact=True).fill("draft")
+        page.get_by_role("link", name="Jobs").click()
+        page.get_by_role("link", name="Submit").click()
+        expect(page.get_by_label("name", exact=True)).to_have_value("draft")
+        page.get_by_role("button", name="中文").click()
+        expect(page.locator("html")).to_have_attribute("lang", "zh-CN")

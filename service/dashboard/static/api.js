@@ -1,5 +1,6 @@
 // Client of the public API. The token is sent in a header, never in a URL, and is kept as long as the tab.
 import { t } from "./i18n.js";
+import { tabStorage } from "./storage.js";
 const STORAGE_KEY = "trainyard-token";
 
 /** An error response (RFC 9457), with `errors` for each invalid field of a request. */
@@ -21,8 +22,8 @@ export const connection = new EventTarget();
 let isOffline = false;
 
 export const token = {
-  get: () => sessionStorage.getItem(STORAGE_KEY),
-  set: (value) => (value ? sessionStorage.setItem(STORAGE_KEY, value) : sessionStorage.removeItem(STORAGE_KEY)),
+  get: () => tabStorage.get(STORAGE_KEY),
+  set: (value) => (value ? tabStorage.set(STORAGE_KEY, value) : tabStorage.remove(STORAGE_KEY)),
 };
 
 export function requestHeaders(more = {}) {

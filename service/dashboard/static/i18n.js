@@ -1,5 +1,6 @@
 // The language of the page's own words: English or Chinese. The English text is the key, so an English page fetches nothing.
 // Other modules wait for this one, so that their constants can be translated too.
+import { browserStorage } from "./storage.js";
 
 const STORAGE_KEY = "trainyard-language";
 const LANGUAGES = ["en", "zh"];
@@ -9,12 +10,12 @@ const HTML_LANG = { en: "en", zh: "zh-CN" };
 function chooseLanguage() {
   const address = new URL(location.href);
   const named = address.searchParams.get("lang")?.toLowerCase().split("-")[0];
-  if (LANGUAGES.includes(named)) localStorage.setItem(STORAGE_KEY, named);
+  if (LANGUAGES.includes(named)) browserStorage.set(STORAGE_KEY, named);
   if (named !== undefined) {
     address.searchParams.delete("lang");
     history.replaceState(history.state, "", address);
   }
-  const kept = localStorage.getItem(STORAGE_KEY);
+  const kept = browserStorage.get(STORAGE_KEY);
   if (LANGUAGES.includes(kept)) return kept;
   return navigator.languages.map((name) => name.toLowerCase().split("-")[0]).find((name) => LANGUAGES.includes(name)) ?? "en";
 }
@@ -61,7 +62,8 @@ export function setUpLanguage(button) {
   button.textContent = { en: "English", zh: "中文" }[other];
   button.lang = HTML_LANG[other];
   button.addEventListener("click", () => {
-    localStorage.setItem(STORAGE_KEY, other);
-    location.reload();
+    const address = new URL(location.href);
+    address.searchParams.set("lang", other);
+    location.replace(address);
   });
 }

@@ -1,13 +1,14 @@
 // Single-key shortcuts of the pages, and the dialog that lists them. They can be switched off, because some input methods send single keys.
 import { h } from "./dom.js";
 import { t } from "./i18n.js";
+import { browserStorage } from "./storage.js";
 
 const STORAGE_KEY = "trainyard-shortcuts";
 const SEARCH = { key: "/", does: t("search this page"), run: () => [...document.querySelectorAll("#main input[type=search]")].find((field) => field.checkVisibility())?.focus() };
 const HELP = { key: "?", does: t("show the keys"), run: showKeys };
 let ofPage = [];
 
-const isOn = () => localStorage.getItem(STORAGE_KEY) !== "off";
+const isOn = () => browserStorage.get(STORAGE_KEY) !== "off";
 
 /** Adds the shortcuts of a page, `[{key, does, run}]`; `run` may return false if there was nothing to do. Returns a function that removes them. */
 export function addShortcuts(list) {
@@ -33,7 +34,7 @@ function isTyping(node) {
 
 function showKeys() {
   const rows = [...ofPage, SEARCH, HELP].map(({ key, does }) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, key)), h("td", {}, does)));
-  const on = h("input", { type: "checkbox", onchange: () => localStorage.setItem(STORAGE_KEY, on.checked ? "on" : "off") });
+  const on = h("input", { type: "checkbox", onchange: () => browserStorage.set(STORAGE_KEY, on.checked ? "on" : "off") });
   on.checked = isOn();
   const close = h("button", { type: "button", onclick: () => box.close() }, t("Close"));
   const box = h("dialog", { class: "keys", "aria-labelledby": "keys-title" }, h("h2", { id: "keys-title" }, t("Keys")), h("table", {}, h("tbody", {}, rows)),

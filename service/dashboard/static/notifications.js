@@ -4,6 +4,7 @@ import { announce } from "./dom.js";
 import { t } from "./i18n.js";
 import { navigate } from "./router.js";
 import { FINAL_STATUSES, STATUSES, wordFor } from "./status.js";
+import { browserStorage } from "./storage.js";
 
 const STORAGE_KEY = "trainyard-watched";
 const ASKED_KEY = "trainyard-notifications-asked";
@@ -13,13 +14,13 @@ const ACTIVE = STATUSES.filter((name) => !FINAL_STATUSES.has(name));
 /** Returns the names of the watched jobs by id. */
 function read() {
   try {
-    return JSON.parse(localStorage.getItem(STORAGE_KEY)) ?? {};
+    return JSON.parse(browserStorage.get(STORAGE_KEY)) ?? {};
   } catch {
     return {};
   }
 }
 
-const write = (names) => localStorage.setItem(STORAGE_KEY, JSON.stringify(names));
+const write = (names) => browserStorage.set(STORAGE_KEY, JSON.stringify(names));
 
 export const canWatch = (job) => !FINAL_STATUSES.has(job.status);
 export const isWatched = (job) => job.id in read();
@@ -39,8 +40,8 @@ export async function setWatched(jobs, wanted) {
 
 async function askOnce() {
   if (!("Notification" in window)) return false;
-  if (Notification.permission === "default" && localStorage.getItem(ASKED_KEY) === null) {
-    localStorage.setItem(ASKED_KEY, "yes");
+  if (Notification.permission === "default" && browserStorage.get(ASKED_KEY) === null) {
+    browserStorage.set(ASKED_KEY, "yes");
     await Notification.requestPermission();
   }
   return Notification.permission === "granted";

@@ -1,5 +1,6 @@
 // Light or dark theme: the system's, until the user picks one.
 import { t } from "./i18n.js";
+import { browserStorage } from "./storage.js";
 const STORAGE_KEY = "trainyard-theme";
 const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
@@ -7,7 +8,7 @@ export const themeChange = new EventTarget();
 export const isDark = () => (document.documentElement.dataset.theme ?? (systemDark.matches ? "dark" : "light")) === "dark";
 
 export function setUpTheme(button) {
-  const kept = localStorage.getItem(STORAGE_KEY);
+  const kept = browserStorage.get(STORAGE_KEY);
   if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
   const tell = () => {
     button.textContent = isDark() ? `☀ ${t("Light")}` : `☾ ${t("Dark")}`;
@@ -15,7 +16,7 @@ export function setUpTheme(button) {
   };
   button.addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    localStorage.setItem(STORAGE_KEY, document.documentElement.dataset.theme);
+    browserStorage.set(STORAGE_KEY, document.documentElement.dataset.theme);
     tell();
   });
   systemDark.addEventListener("change", tell);

@@ -1,4 +1,6 @@
 // Drafts of specs in session storage, one per kind of form, until they are launched.
+import { tabStorage } from "../storage.js";
+
 const KEY_PREFIX = "trainyard-draft";
 
 /** Key of the draft of a new job, of a job `like` another one, of a `fork`, or of a job with a `corpus`. */
@@ -7,5 +9,5 @@ export const draftKey = ({ like = null, fork = null, corpus = null } = {}) =>
 
 /** Stores a draft for the submit page. */
 export function saveDraft(source, value) {
-  sessionStorage.setItem(draftKey(source), JSON.stringify(value, null, 2));
+  tabStorage.set(draftKey(source), JSON.stringify(value, null, 2));
 }

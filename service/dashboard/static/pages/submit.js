@@ -10,6 +10,7 @@ import { t, tNodes, tn } from "../i18n.js";
 import { retryUntilReachable } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
 import { wordFor } from "../status.js";
+import { tabStorage } from "../storage.js";
 
 const PLAN_DELAY_MS = 500; // after the last change
 const DIAL_DELAY_MS = 150;
@@ -77,7 +78,7 @@ class SubmitForm {
     const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.planButton, this.launchButton, startOver), this.changeCount, this.error, this.plan.node);
     place.append(h("h1", {}, ...this.title()), h("form", { class: "submit", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press(false)) },
       h("div", { class: "what" }, this.forkControls(), this.depthControls(), this.editor.node), side));
-    const storedDraft = sessionStorage.getItem(this.draftKey());
+    const storedDraft = tabStorage.get(this.draftKey());
     this.start(storedDraft ?? this.initialDraft());
   }
 
@@ -185,7 +186,7 @@ class SubmitForm {
 
   /** One idempotency key per draft: pressing again after a lost response does not create a second job. */
   changed() {
-    sessionStorage.setItem(this.draftKey(), this.editor.draft);
+    tabStorage.set(this.draftKey(), this.editor.draft);
     this.idempotencyKey = randomKey();
     this.planned = null;
     this.plan.stale(true);
@@ -274,7 +275,7 @@ class SubmitForm {
 
   async send(spec) {
     const job = await sendJson("POST", ...this.request(spec, true), { "Idempotency-Key": this.idempotencyKey });
-    sessionStorage.removeItem(this.draftKey());
+    tabStorage.remove(this.draftKey());
     announce(`${job.name}: ${wordFor(job.status)}`);
     navigate(`/jobs/${job.id}`);
   }
