@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ class DemoFailed(Exception):
 def run(args: SimpleNamespace, console: Console) -> int:
     """Run the demo. Return 1 if a step failed, after printing the logs."""
     home = demo_home(args.home)
-    with DemoService(home) as service:
+    with ended_by_signals(), DemoService(home) as service:
         story = Story(home, service, console)
         try:
             story.play()
@@ -84,6 +85,23 @@ def run(args: SimpleNamespace, console: Console) -> int:
             story.clean_up()
         story.epilogue(service.detach() if args.keep else None)
     return Exit.SUCCEEDED
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP (a closed terminal) end the demo as Ctrl-C does, so that its run and its service end too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # Under nohup SIGHUP is ignored.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def demo_home(given: str | None) -> Path:

@@ -283,11 +283,16 @@ def test_a_service_that_does_not_start_is_explained(
     assert "the service's last words" in err
 
 
-def test_ctrl_c_ends_the_run_too(
-    perform: Callable[..., tuple[int, str, str]], played: PlayedService, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_and_a_closed_terminal_end_the_run_too(
+    perform: Callable[..., tuple[int, str, str]],
+    played: PlayedService,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
     def interrupted(*_: Any) -> tuple[int, int]:
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
+        raise AssertionError("the demo goes on")
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path.endswith("/kill"):
