@@ -47,7 +47,7 @@ FULL = "Storage.prototype.setItem = () => { throw new DOMException('full', 'Quot
 
 
 @pytest.mark.parametrize("fault", [BLOCKED, FULL], ids=["blocked", "full"])
-def test_every_page_works_without_the_browser_s_storage(rig: ServiceHarness, page: Page, fault: str) -> None:
+def test_pages_work_without_the_browser_s_storage(rig: ServiceHarness, page: Page, fault: str) -> None:
     page.add_init_script(fault)
     rig.submit(name="kept")
     with served(rig) as (host, port):

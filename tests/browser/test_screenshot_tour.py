@@ -4,7 +4,6 @@ The runs are made up: their points come from a formula with a seed, so that the 
 no GPU. `TRAINYARD_SCREENSHOTS=docs/screenshots make soak PYTEST_ARGS=tests/browser/test_screenshot_tour.py` takes them.
 """
 
-import json
 import math
 import random
 import re
@@ -25,7 +24,7 @@ from playwright.sync_api import Page, Route, expect
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
 from tests.browser.test_data_page import PREPARING, answer, corpus, source_report
-from tests.data.texts import docstrings
+from tests.data.texts import docstrings, write_jsonl
 from tests.fakes.launcher import STARTED, FakeAttempt
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
@@ -204,7 +203,7 @@ def tour() -> Iterator[Tour]:
         for i in range(4)
     ]
     rig = ServiceHarness(folder / "home", f"sqlite:///{folder}/trainyard.db", devices=devices)
-    rig.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in docstrings()) * COPIES)
+    write_jsonl(rig.corpus, docstrings() * COPIES)
     ids = {}
     for rate in RATES:
         for seed in (1, 2, 3):

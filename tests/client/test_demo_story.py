@@ -292,7 +292,7 @@ def test_ctrl_c_and_a_closed_terminal_end_the_run_too(
 ) -> None:
     def interrupted(*_: Any) -> tuple[int, int]:
         signal.raise_signal(number)
-        raise AssertionError("the demo goes on")
+        raise AssertionError("the signal did not end the demo")
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path.endswith("/kill"):
