@@ -2,6 +2,7 @@
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainyard.contract.rundir import RunDir
 from trainyard.model import layers
 from trainyard.model.costs import parameters
 from trainyard.model.varlen_attention import varlen_attention
@@ -223,3 +225,26 @@ def test_the_sizes_on_a_gpu_are_those_of_the_goals() -> None:
     # The heads of the trials fit the flash kernel.
     assert all(config.head_dim is not None and config.head_dim % 8 == 0 for config in (speed, GPU_SIZES.model))
     assert len(set(PROMISES)) == 8
+
+
+@pytest.mark.parametrize("trial_of", ["finish", "kill_after_save"])
+def test_ctrl_c_ends_the_ranks_of_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trial_of: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    run = runs.WorkerRun(RunDir(tmp_path), Trial.__new__(Trial))
+    monkeypatch.setattr(runs.WorkerRun, "start", lambda self: process)
+    interrupts = iter([KeyboardInterrupt])
+
+    def interrupted(*_: Any) -> None:
+        for error in interrupts:
+            raise error
+
+    def wait(timeout: float | None = None) -> int:
+        interrupted()
+        return real_wait(timeout)
+
+    real_wait = process.wait
+    monkeypatch.setattr(process, "wait", wait)
+    monkeypatch.setattr("time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        getattr(run, trial_of)()
+    assert process.poll() == -signal.SIGKILL

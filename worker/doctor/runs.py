@@ -80,9 +80,9 @@ class WorkerRun:
         """Run it to its end. Raises RunFailed."""
         process = process or self.start()
         try:
-            code = process.wait(RUN_SECONDS)
+            with killed_on_error(process):
+                code = process.wait(RUN_SECONDS)
         except subprocess.TimeoutExpired:
-            kill_group(process)
             raise RunFailed(f"the run did not end within {RUN_SECONDS:.0f} s: {self._last_words()}") from None
         if code != 0:
             raise RunFailed(f"the run ended with {code}: {self._last_words()}")
@@ -91,11 +91,12 @@ class WorkerRun:
         """Start it, and kill it without a warning after its first checkpoint. Return False if it ended before."""
         process, deadline = self.start(), time.monotonic() + RUN_SECONDS
         saved = self.run.artifacts(None).checkpoint(SAVE_AT)
-        while not saved.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                self.finish(process)
-                return False
-            time.sleep(0.002)
+        with killed_on_error(process):
+            while not saved.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    self.finish(process)
+                    return False
+                time.sleep(0.002)
         alive = process.poll() is None
         kill_group(process)
         return alive and not self.run.artifacts(None).checkpoint(STEPS).exists()
@@ -113,6 +114,16 @@ class WorkerRun:
     def _last_words(self) -> str:
         lines = (self.run.path / "printed.log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it printed nothing"
+
+
+@contextlib.contextmanager
+def killed_on_error(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Kill the process and its children if the block raises: Ctrl-C does not reach their session."""
+    try:
+        yield
+    except BaseException:
+        kill_group(process)
+        raise
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
