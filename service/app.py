@@ -156,6 +156,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
             ready()
         yield
         state.broadcaster.stop()
+        # Python waits for threads of a pool before it exits, and a thread waits for its export.
+        state.exports_stopping.set()
         state.exports.shutdown(wait=False, cancel_futures=True)
         maintenance.stop()
         # First: the end of its processes is then not taken for a failure.

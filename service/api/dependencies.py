@@ -1,5 +1,6 @@
 """The application state, created once, and the dependency by which routes get it."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,6 +48,7 @@ class AppState:
     rendered_jobs: RenderedJobs = field(default_factory=RenderedJobs)
     line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
     matrix_speed: MatrixSpeed | None = None
+    exports_stopping: threading.Event = field(default_factory=threading.Event)
 
     @cached_property
     def exports(self) -> ThreadPoolExecutor:

@@ -7,6 +7,7 @@ exports/.lock                    locked while an export of the job is in progres
 
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,10 +47,11 @@ def is_exported(request: ExportRequest) -> bool:
     return _directory(request).is_dir() and _exported_sha256(request) == manifest[MODEL_FILE].sha256
 
 
-def run_export(request: ExportRequest) -> bool:
+def run_export(request: ExportRequest, stopping: threading.Event) -> bool:
     """Export the checkpoint. Return False if another request has exported it meanwhile.
 
-    Raises StepUnavailable, StorageError, ExportUnavailable, ExportInProgress, ExportFailed or ExportTimedOut.
+    Raises StepUnavailable, StorageError, ExportUnavailable, ExportInProgress, ExportFailed, ExportTimedOut, or
+    ServiceStopping once ``stopping`` is set.
     """
     require_exporter()
     try:
@@ -61,13 +63,13 @@ def run_export(request: ExportRequest) -> bool:
             with lock:
                 is_due = not is_exported(request)
                 if is_due:
-                    _export(request, folder, lock)
+                    _export(request, folder, lock, stopping)
                 return is_due
     except OSError as error:
         raise StorageError.from_os_error(error) from error
 
 
-def _export(request: ExportRequest, folder: Path, lock: FileLock) -> None:
+def _export(request: ExportRequest, folder: Path, lock: FileLock, stopping: threading.Event) -> None:
     """Export to ``folder``, another path of the directory of exports, which no link can replace."""
     final = _directory(request)
     source, building = (final.with_name(f".{kind}-{final.name}") for kind in ("source", "building"))
@@ -80,7 +82,7 @@ def _export(request: ExportRequest, folder: Path, lock: FileLock) -> None:
         link_checkpoint(request.checkpoint, source, request.save_roots)
         names = ["--tokenizer", request.tokenizer, "--stem", request.stem]
         arguments = [str(source), "--format", request.format, "--out", str(building), *names]
-        run_exporter(arguments, lock, data_roots=request.data_roots, save_roots=request.save_roots)
+        run_exporter(arguments, lock, stopping, data_roots=request.data_roots, save_roots=request.save_roots)
         _publish(request, folder, source.name, building.name)
     finally:
         for directory in temporary:

@@ -1,21 +1,25 @@
 """Runs the worker's exporter as a child process: the service does not import torch, and a child can be killed."""
 
+import contextlib
 import importlib.util
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from trainyard.contract.locks import FileLock
-from trainyard.service.errors import ExportFailed, ExportTimedOut, ExportUnavailable
+from trainyard.service.errors import ExportFailed, ExportTimedOut, ExportUnavailable, ServiceStopping
 from trainyard.service.launch.environment import IMPORT_ROOT, inherited, roots_environment
 
 WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.checkpoint.export")
 """-P: without it a folder `trainyard/` in the working directory would be imported instead."""
 
 TIMEOUT_SECONDS = 900.0
+POLL_SECONDS = 0.5
 ERROR_PREFIX = "trainyard export: "
 MAX_REASON = 1000
 
@@ -29,12 +33,14 @@ def require_exporter() -> None:
 def run_exporter(
     arguments: list[str],
     lock: FileLock,
+    stopping: threading.Event,
     seconds: float | None = None,
     data_roots: Sequence[Path] = (),
     save_roots: Sequence[Path] = (),
 ) -> None:
-    """Run the exporter for at most ``seconds``. Raises ExportFailed with the exporter's reason, or ExportTimedOut.
+    """Run the exporter for at most ``seconds``, and until ``stopping`` is set.
 
+    Raises ExportFailed with the exporter's reason, ExportTimedOut or ServiceStopping.
     ``data_roots``, ``save_roots``: the directories below which it may read and write, if any.
     """
     child = subprocess.Popen(
@@ -48,15 +54,24 @@ def run_exporter(
         pass_fds=[lock.descriptor],
     )
     try:
-        _, stderr = child.communicate(timeout=seconds or TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise ExportTimedOut() from None
+        stderr = _wait(child, stopping, seconds or TIMEOUT_SECONDS)
     finally:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.communicate()
     if child.returncode != 0:
         raise ExportFailed(_reason(stderr.decode(errors="replace"), child.returncode))
+
+
+def _wait(child: subprocess.Popen[bytes], stopping: threading.Event, seconds: float) -> bytes:
+    """Return the standard error of the child after its end."""
+    deadline = time.monotonic() + seconds
+    while not stopping.is_set():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return child.communicate(timeout=min(POLL_SECONDS, max(deadline - time.monotonic(), 0)))[1]
+        if time.monotonic() >= deadline:
+            raise ExportTimedOut()
+    raise ServiceStopping()
 
 
 def _environment(data_roots: Sequence[Path], save_roots: Sequence[Path]) -> dict[str, str]:

@@ -148,6 +148,31 @@ def test_one_that_takes_too_long_is_ended(rig: ServiceHarness, monkeypatch: pyte
     FileLock(rig.home / "runs" / job_id / "exports" / ".lock").take().release()
 
 
+def test_a_service_that_stops_ends_its_exports(rig: ServiceHarness) -> None:
+    """Python waits for the threads of a pool before it exits, so the service would run until the export has ended."""
+    job_id, _ = saved(rig, 10)
+    exports = rig.home / "runs" / job_id / "exports"
+    broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
+
+    def act(index: int) -> None:
+        if index == 0:
+            export(rig, job_id, 10)
+        else:
+            until(lambda: any(exports.glob(".source-*")))
+            rig.client.__exit__(None, None, None)
+
+    in_threads(2, act)
+    until(lambda: [path.name for path in exports.iterdir()] == [".lock"], seconds=20)
+    FileLock(exports / ".lock").take().release()
+
+
+def test_an_export_is_refused_while_the_service_stops(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10)
+    rig.app.state.app_state.exports_stopping.set()
+    status, problem = export(rig, job_id, 10)
+    assert (status, problem["code"]) == (503, "service_stopping")
+
+
 def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10, 20)
     broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")

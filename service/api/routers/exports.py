@@ -72,7 +72,7 @@ def _export(state: AppState, caller: Principal, job_id: str, request: exporter.E
     try:
         if not exists:
             # An equal request may have been done while this one waited.
-            exists = not exporter.run_export(request)
+            exists = not exporter.run_export(request, state.exports_stopping)
         if not exists:
             _record_event(state, job_id, request, caller)
         exported = exporter.describe_export(request.artifacts, request.step, request.format)
