@@ -73,11 +73,8 @@ def _export(request: ExportRequest, folder: Path, lock: FileLock, stopping: thre
     """Export to ``folder``, another path of the directory of exports, which no link can replace."""
     final = _directory(request)
     source, building = (final.with_name(f".{kind}-{final.name}") for kind in ("source", "building"))
-    # The last is the exporter's own temporary directory.
-    temporary = (source, building, building.with_name(f".{building.name}.exporting"))
+    _remove_temporary(folder)  # of an export of any step whose service was killed: its links keep deleted weights
     try:
-        for directory in temporary:
-            shutil.rmtree(folder / directory.name, ignore_errors=True)
         # Retention may remove the checkpoint during the export; the links keep its files.
         link_checkpoint(request.checkpoint, source, request.save_roots)
         names = ["--tokenizer", request.tokenizer, "--stem", request.stem]
@@ -85,8 +82,15 @@ def _export(request: ExportRequest, folder: Path, lock: FileLock, stopping: thre
         run_exporter(arguments, lock, stopping, data_roots=request.data_roots, save_roots=request.save_roots)
         _publish(request, folder, source.name, building.name)
     finally:
-        for directory in temporary:
-            shutil.rmtree(folder / directory.name, ignore_errors=True)
+        _remove_temporary(folder)
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Remove the directories of unfinished exports. The caller holds the lock of the job's exports."""
+    # The last kind is the exporter's own.
+    for pattern in (".source-*", ".building-*", "..building-*"):
+        for directory in folder.glob(pattern):
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _publish(request: ExportRequest, folder: Path, source: str, building: str) -> None:

@@ -153,24 +153,33 @@ def test_a_service_that_stops_ends_its_exports(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     exports = rig.home / "runs" / job_id / "exports"
     broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
+    stopping = rig.app.state.app_state.exports_stopping
 
-    def act(index: int) -> None:
+    def act(index: int) -> tuple[int, str]:
         if index == 0:
-            export(rig, job_id, 10)
-        else:
-            until(lambda: any(exports.glob(".source-*")))
-            rig.client.__exit__(None, None, None)
+            status, problem = export(rig, job_id, 10)
+            return status, problem["code"]
+        until(lambda: any(exports.glob(".source-*")))
+        stopping.set()
+        return 0, ""
 
-    in_threads(2, act)
-    until(lambda: [path.name for path in exports.iterdir()] == [".lock"], seconds=20)
-    FileLock(exports / ".lock").take().release()
+    assert in_threads(2, act)[0] == (503, "service_stopping")
+    assert [path.name for path in exports.iterdir()] == [".lock"]
+    FileLock.acquire(exports / ".lock").release()
+    stopping.clear()
+    rig.client.__exit__(None, None, None)
+    assert stopping.is_set()
 
 
-def test_an_export_is_refused_while_the_service_stops(rig: ServiceHarness) -> None:
-    job_id, _ = saved(rig, 10)
-    rig.app.state.app_state.exports_stopping.set()
-    status, problem = export(rig, job_id, 10)
-    assert (status, problem["code"]) == (503, "service_stopping")
+def test_what_a_killed_service_left_is_removed_by_the_next_export_of_any_step(rig: ServiceHarness) -> None:
+    """The links of `.source-` keep the weights of a checkpoint that was deleted."""
+    job_id, _ = saved(rig, 10, 20)
+    exports = rig.home / "runs" / job_id / "exports"
+    for name in (".source-step-00000010-hf", ".building-step-00000010-hf", "..building-step-00000010-hf.exporting"):
+        (exports / name).mkdir(parents=True)
+    assert export(rig, job_id, 20)[0] == 201
+    names = {path.name for path in exports.iterdir()}
+    assert names == {".lock", "step-00000020-hf", ".step-00000020-hf.json"}
 
 
 def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarness) -> None:
