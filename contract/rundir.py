@@ -288,6 +288,14 @@ class RunDir:
             return ArtifactDir(self.path)
         return ArtifactDir(Path(save_dir) / (job_name or self.path.name))
 
+    def artifact_dirs(self, save_dir: str | None) -> Iterator["ArtifactDir"]:
+        """Yield the directory for ``save_dir``, then those of earlier attempts.
+
+        A resume may change ``save_dir``, and the next attempt moves the files only when it starts.
+        """
+        yield self.artifacts(save_dir)
+        yield from (self.artifacts(earlier) for earlier in self.save_dirs() if earlier != save_dir)
+
 
 @dataclass(frozen=True)
 class ArtifactDir:

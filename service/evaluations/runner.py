@@ -187,10 +187,13 @@ class EvaluationRunner:
             for row in rows:
                 row.state, row.started_at = RUNNING, row.started_at or self._clock()
             job = repository.find(session, rows[0].job_id)
-            artifacts = RunDir(self._settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+            run = RunDir(self._settings.runs / job.id)
+            # A resume may have changed save_dir since the evaluation was requested.
+            held = [each.evaluation(evaluation_id) for each in run.artifact_dirs(job.spec["checkpoint"]["save_dir"])]
+            directory = next((path for path in held if path.is_dir()), held[0])
             spec = JobSpec.model_validate_json(json.dumps(job.spec))
             tasks = [TaskSpec.model_validate({"name": row.task, "path": row.path, "kind": row.kind}) for row in rows]
-            return _Work(rows[0].step, spec, artifacts.evaluation(evaluation_id), tasks)
+            return _Work(rows[0].step, spec, directory, tasks)
 
     def _run_process(self, evaluation_id: str, work: _Work) -> str | None:
         """Evaluate in a side process and store the results. Return why it failed, or None.

@@ -8,7 +8,7 @@ exports/.lock                    locked while an export of the job is in progres
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from trainyard.service.exports.subprocess import require_exporter, run_exporter
 from trainyard.service.storage.checkpoint_files import read_manifest
 from trainyard.service.storage.share import link_checkpoint
 
-EXPORT_NAME = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
+EXPORT_NAME = re.compile(r"step-[0-9]{8,}-(hf|minimind)")
 
 
 class ExportRequest(NamedTuple):
@@ -120,13 +120,16 @@ def _exported_sha256(request: ExportRequest) -> str | None:
     return content.get("sha256") if isinstance(content, dict) else None
 
 
-def list_exports(artifacts: ArtifactDir) -> Iterator[dict[str, Any]]:
-    """Yield a description of each export, newest step first."""
-    paths = artifacts.exports.iterdir() if artifacts.exports.is_dir() else ()
-    for path in sorted(paths, reverse=True):
-        match = EXPORT_NAME.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
-            yield describe_export(artifacts, int(match.group(1)), match.group(2))
+def list_exports(places: Iterable[ArtifactDir]) -> Iterator[dict[str, Any]]:
+    """Yield a description of each export, newest step first; of those with one name, that of the first place."""
+    found: dict[str, ArtifactDir] = {}
+    for artifacts in places:
+        for path in artifacts.exports.iterdir() if artifacts.exports.is_dir() else ():
+            if EXPORT_NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                found.setdefault(path.name, artifacts)
+    for name in sorted(found, reverse=True):
+        _, step, form = name.split("-")
+        yield describe_export(found[name], int(step), form)
 
 
 def describe_export(artifacts: ArtifactDir, step: int, form: str) -> dict[str, Any]:

@@ -44,8 +44,8 @@ def find_parent(session: Session, runs: Path, job_id: str, request: ForkRequest)
     """Find the parent and its checkpoint. Raises JobNotFound or StepUnavailable."""
     job = repository.find(session, job_id)
     row = _find_checkpoint(session, job, request)
-    artifacts = RunDir(runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
-    directory = checkpoint_directory(artifacts, row.step, row.path)
+    save_dir = job.spec["checkpoint"]["save_dir"]
+    directory = checkpoint_directory(RunDir(runs / job.id), save_dir, row.step, row.path)
     if directory is None:
         raise StepUnavailable()
     rows_per_step = job.facts.get("global_batch") or JobSpec.model_validate_json(json.dumps(job.spec)).rows_per_step

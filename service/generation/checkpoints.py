@@ -31,12 +31,12 @@ def parse_step(text: str) -> int | None:
 
 def find_checkpoint(session: Session, settings: Settings, job: JobRow, step: int | None) -> tuple[int, Path]:
     """Return the step and directory of a checkpoint; None: the newest. Raises CheckpointNotFound, with the reason."""
-    artifacts = RunDir(settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    run, save_dir = RunDir(settings.runs / job.id), job.spec["checkpoint"]["save_dir"]
     # The full checkpoint first, if its weights are also kept as a milestone.
     order = (CheckpointRow.step.desc(), CheckpointRow.kind)
     others: dict[int, None] = {}
     for row in session.scalars(select(CheckpointRow).where(CheckpointRow.job_id == job.id).order_by(*order)):
-        path = checkpoint_directory(artifacts, row.step, row.path)
+        path = checkpoint_directory(run, save_dir, row.step, row.path)
         if path is None or not path.is_dir():
             continue
         if step is None or row.step == step:

@@ -33,10 +33,9 @@ def unpublish(session: Session, settings: Settings, job_id: str, step: int, by: 
     rows = session.scalars(
         select(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
     ).all()
-    artifacts = RunDir(settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
-    paths = {
-        row.step: path for row in rows if (path := checkpoint_directory(artifacts, row.step, row.path)) is not None
-    }
+    run, save_dir = RunDir(settings.runs / job.id), job.spec["checkpoint"]["save_dir"]
+    found = {row.step: checkpoint_directory(run, save_dir, row.step, row.path) for row in rows}
+    paths = {number: path for number, path in found.items() if path is not None}
     if step not in paths or not paths[step].is_dir():
         raise CheckpointNotFound()
     others = [other for other, path in paths.items() if other != step and is_valid(path, settings.writable_roots)]

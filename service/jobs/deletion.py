@@ -93,8 +93,7 @@ def mark_for_deletion(settings: Settings, job_id: str, save_dir: str | None) -> 
     except LockBusy:
         raise Conflict() from None
     try:
-        # A resume may have changed save_dir, and the next attempt moves the files only when it starts.
-        artifacts = {run.artifacts(path).path for path in (save_dir, *run.save_dirs())}
+        artifacts = {each.path for each in run.artifact_dirs(save_dir)}
         note.write(sorted({run.path, *artifacts}))
         yield note
     finally:

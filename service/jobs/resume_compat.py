@@ -44,18 +44,20 @@ class ResumeCandidate:
 
 def resume_candidates(session: Session, settings: Settings, job: JobRow, step: int | None) -> list[ResumeCandidate]:
     """Return the checkpoints that a resume of ``job`` would try, in order; [] if it starts from scratch."""
-    artifacts = RunDir(settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    run, save_dir = RunDir(settings.runs / job.id), job.spec["checkpoint"]["save_dir"]
     full = select(CheckpointRow.step, CheckpointRow.path).where(
         CheckpointRow.job_id == job.id, CheckpointRow.kind == "full"
     )
     if step is not None:
         full = full.where(CheckpointRow.step == step)
     rows = session.execute(full.order_by(CheckpointRow.step.desc()).limit(MAX_CANDIDATES)).all()
-    paths = [(row.step, checkpoint_directory(artifacts, row.step, row.path)) for row in rows]
+    paths = [(row.step, checkpoint_directory(run, save_dir, row.step, row.path)) for row in rows]
     candidates = [ResumeCandidate(number, path) for number, path in paths if path is not None]
     if job.parent_step is not None:
         restarts_data = (job.lineage or {}).get("data") == "restart"
-        candidates.append(ResumeCandidate(job.parent_step, artifacts.origin, restarts_data))
+        origins = [artifacts.origin for artifacts in run.artifact_dirs(save_dir)]
+        origin = next((path for path in origins if path.is_dir()), origins[0])
+        candidates.append(ResumeCandidate(job.parent_step, origin, restarts_data))
     return candidates
 
 

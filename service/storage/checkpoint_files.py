@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from trainyard.contract.allowed_paths import directory_inside
 from trainyard.contract.failpoints import failpoint
-from trainyard.contract.rundir import MANIFEST_FILE, ArtifactDir, FileDigest, parse_manifest
+from trainyard.contract.rundir import MANIFEST_FILE, FileDigest, RunDir, parse_manifest
 from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
 MAX_MANIFEST = 16 << 20
@@ -37,10 +37,13 @@ class ByteRange:
         return self.last - self.first + 1
 
 
-def checkpoint_directory(artifacts: ArtifactDir, step: int, path: str) -> Path | None:
+def checkpoint_directory(run: RunDir, save_dir: str | None, step: int, path: str) -> Path | None:
     """Return ``path`` if it is a directory where checkpoints of the step belong, else None. An attempt reported it."""
-    valid = artifacts.checkpoint(step), artifacts.milestone(step)
-    return next((directory for directory in valid if str(directory) == path), None)
+    for artifacts in run.artifact_dirs(save_dir):
+        for directory in (artifacts.checkpoint(step), artifacts.milestone(step)):
+            if str(directory) == path:
+                return directory
+    return None
 
 
 @failpoint("share.manifest")

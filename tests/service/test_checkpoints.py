@@ -16,8 +16,12 @@ import pytest
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.live_server import DEADLINE, served
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Reason
 from trainyard.service.errors import RangeUnsatisfiable
+from trainyard.service.generation.checkpoints import find_checkpoint
+from trainyard.service.jobs import repository
+from trainyard.service.jobs.resume_compat import resume_candidates
 from trainyard.service.storage.checkpoint_files import (
     ByteRange,
     is_valid,
@@ -216,6 +220,28 @@ def test_a_save_dir_of_its_own(make_rig: MakeHarness, sqlite_url: str, monkeypat
     assert rig.client.get(url(job_id, 2)).content == MODEL
     assert rig.client.delete(f"/jobs/{job_id}/checkpoints/1").status_code == 204
     rig.close()
+
+
+def resume_elsewhere(rig: ServiceHarness, job_id: str) -> None:
+    """Resume with another ``save_dir``: the next attempt will move the files of the run directory to it."""
+    attempt = RunDir(rig.home / "runs" / job_id).attempt(1)
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    attempt.spec.write_text(json.dumps({"checkpoint": {"save_dir": None}}))
+    (rig.home / "larger").mkdir()
+    rig.post_action(job_id, "resume", {"save_dir": str(rig.home / "larger")})
+
+
+def test_checkpoints_can_be_used_before_the_next_attempt_moves_them(rig: ServiceHarness) -> None:
+    job_id = at_rest(rig, 10, 20, 30)
+    resume_elsewhere(rig, job_id)
+    assert rig.client.get(url(job_id, 20)).content == MODEL
+    forked = rig.client.post(f"/jobs/{job_id}/fork", json={"step": 20, "overrides": {"training": {"epochs": 9}}})
+    assert forked.status_code == 201, forked.text
+    with rig.database.read() as session:
+        job = repository.find(session, job_id)
+        assert [each.step for each in resume_candidates(session, rig.settings, job, None)] == [30, 20, 10]
+        assert find_checkpoint(session, rig.settings, job, None)[0] == 30
+    assert rig.client.delete(f"/jobs/{job_id}/checkpoints/10").status_code == 204
 
 
 # Removal

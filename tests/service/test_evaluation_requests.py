@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from tests.service.test_checkpoints import saved
+from tests.service.test_checkpoints import at_rest, resume_elsewhere, saved
 from tests.service.test_evaluations import CHOICE, listed, task_file
 from trainyard.contract.status import Reason
 from trainyard.service.api.dependencies import AppState
@@ -210,6 +210,17 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_still_evaluated(evaluator: Se
     shutil.rmtree(rig.home / "runs" / job_id / "evaluations")
     run_all(rig)
     assert again(rig, other)["error"] == runner.GONE
+
+
+def test_an_evaluation_finds_its_weights_after_a_resume_with_another_save_dir(evaluator: ServiceHarness) -> None:
+    rig = evaluator
+    job_id = at_rest(rig, 10)
+    asked = evaluate(rig, job_id, 10, tasks=tasks(rig, "a"))
+    resume_elsewhere(rig, job_id)
+    run_all(rig)
+    assert again(rig, asked)["state"] == "done"
+    assert not (rig.home / "runs" / job_id / "evaluations").exists()
+    assert again(rig, evaluate(rig, job_id, 10, tasks=tasks(rig, "b")))["state"] == "pending"
 
 
 def test_a_job_that_is_deleted_meanwhile_ends_its_evaluation(evaluator: ServiceHarness) -> None:

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.service_home import until
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
-from tests.service.test_checkpoints import saved, write_checkpoint
+from tests.service.test_checkpoints import at_rest, resume_elsewhere, saved, write_checkpoint
 from trainyard.contract.locks import FileLock
 from trainyard.service import app
 from trainyard.service.api import dependencies
@@ -270,6 +270,18 @@ def test_a_request_that_waited_for_an_equal_one_finds_its_export(
     statuses = in_threads(4, act)
     assert (statuses[0], sorted(statuses[1:3])) == (201, [200, 201])
     assert [event["kind"] for event in rig.data(asked_twice, "events")].count("exported") == 1
+
+
+def test_exports_can_be_had_before_the_next_attempt_moves_them(rig: ServiceHarness) -> None:
+    job_id = at_rest(rig, 10, 20)
+    assert export(rig, job_id, 10)[0] == 201
+    resume_elsewhere(rig, job_id)
+    assert export(rig, job_id, 20)[0] == 201
+    larger = str(rig.home / "larger")
+    listed = [(each["step"], each["path"].startswith(larger)) for each in rig.data(job_id, "exports")]
+    assert listed == [(20, True), (10, False)]
+    for step in (10, 20):
+        assert rig.client.get(f"/jobs/{job_id}/exports/{step}/hf/files/config.json").status_code == 200
 
 
 def test_without_torch_it_says_so_at_once(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:

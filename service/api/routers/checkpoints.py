@@ -1,5 +1,6 @@
 """Routes that download and delete a checkpoint."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,17 +61,22 @@ def find_checkpoint(state: AppState, job_id: str, step: int | None) -> tuple[int
         if step is not None:
             query = query.where(CheckpointRow.step == step)
         rows = session.execute(query.order_by(CheckpointRow.step.desc(), CheckpointRow.kind)).all()
-    artifacts = artifact_dir(state, job)
+    run, save_dir = RunDir(state.settings.runs / job.id), job.spec["checkpoint"]["save_dir"]
     for row in rows:
-        path = checkpoint_directory(artifacts, row.step, row.path)
+        path = checkpoint_directory(run, save_dir, row.step, row.path)
         if path is not None and path.is_dir():
             return row.step, path
     raise CheckpointNotFound("The job has no checkpoint yet." if step is None else None)
 
 
 def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:
-    """Return the directory of the job's checkpoints and exports."""
-    return RunDir(state.settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    """Return the directory for new exports and evaluations of the job."""
+    return next(artifact_dirs(state, job))
+
+
+def artifact_dirs(state: AppState, job: JobRow) -> Iterator[ArtifactDir]:
+    """Yield the directories that may hold checkpoints and exports of the job, see `RunDir.artifact_dirs`."""
+    return RunDir(state.settings.runs / job.id).artifact_dirs(job.spec["checkpoint"]["save_dir"])
 
 
 @router.delete("", status_code=204, dependencies=[SUBMIT, OWN_JOB])

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Header, Response
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
-from trainyard.service.api.routers.checkpoints import BYTES, Name, Step, artifact_dir, find_directory
+from trainyard.service.api.routers.checkpoints import BYTES, Name, Step, artifact_dir, artifact_dirs, find_directory
 from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText, find_job
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
@@ -95,7 +95,7 @@ def _record_event(state: AppState, job_id: str, request: exporter.ExportRequest,
 @router.get("/exports", dependencies=[READ])
 def list_exports(state: StateDep, job_id: str, limit: OptionalLimit = None, after: OptionalText = None) -> Page[Export]:
     """List the exports, newest step first."""
-    found = exporter.list_exports(artifact_dir(state, find_job(state, job_id)))
+    found = exporter.list_exports(artifact_dirs(state, find_job(state, job_id)))
     data, has_more = page_of_all([_to_response(job_id, one) for one in found], limit, after)
     return Page(data=list(data), has_more=has_more)
 
@@ -115,7 +115,8 @@ def download_export_file(
     range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
 ) -> Response:
     """Download a file of an export. `Range` requests a part of it."""
-    directory = artifact_dir(state, find_job(state, job_id)).export(step, form)
+    places = [place.export(step, form) for place in artifact_dirs(state, find_job(state, job_id))]
+    directory = next((place for place in places if place.is_dir()), places[0])
     try:
         if not FILE_NAME.fullmatch(name):
             raise FileNotFoundError(name)
