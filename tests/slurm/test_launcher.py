@@ -458,6 +458,25 @@ def test_the_agent_s_report_counts_before_everything(
     assert judged(launcher).report == said
 
 
+def test_a_report_that_nfs_hides_until_the_directory_is_opened_counts(
+    slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS client remembers for up to a minute that a file was missing. The run would be restarted as agent_lost."""
+    launcher.start(LAUNCH)
+    begin(attempt)
+    slurm.queue({"job_state": "COMPLETED"})
+    written = ExitReport(outcome="completed", step=3, reason=None, message="", last_seq=0, ended_at=datetime.now(UTC))
+    list_directory = os.listdir
+
+    def open_directory(path: Path) -> list[str]:
+        if path == attempt.path:
+            write_json(attempt.exit, written.model_dump(mode="json"))
+        return list_directory(path)
+
+    monkeypatch.setattr(os, "listdir", open_directory)
+    assert judged(launcher).report == written
+
+
 def test_nodes_without_the_home_are_thought_of_where_not_even_a_log_was_written(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir
 ) -> None:

@@ -120,7 +120,10 @@ class SlurmLauncher:
             return AttemptStatus(AttemptState.UNKNOWN, silence=str(error))
         if job is not None and not job.ended:
             return AttemptStatus(AttemptState.ALIVE, placement=self._placement(job, attempt))
-        # Read again: an agent that ended between the two checks has written its report by now.
+        # Read again: an agent that ended between the two checks has written its report by now. An NFS client may
+        # remember for a minute that the file was missing, unless the directory is opened (close-to-open consistency).
+        with contextlib.suppress(OSError):
+            os.listdir(attempt.path)
         report = read_message(ExitReport, attempt.exit)
         if report is None and job is None and not attempt.started.exists() and not attempt.submitted.exists():
             return AttemptStatus(AttemptState.ABSENT)
