@@ -89,6 +89,8 @@ def test_losses_and_samples_are_those_of_one_rank(kind: str, text: Path, tmp_pat
     expected = None
     for parallelism, world in [
         ("ddp", 1),
+        ("zero1", 1),
+        ("fsdp", 1),
         ("ddp", 2),
         ("zero1", 2),
         ("fsdp", 2),
