@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from trainyard.model.config import ModelConfig
 from trainyard.model.grouped_gemm import ALIGNMENT, can_group, grouped_mm
 from trainyard.model.layers import FeedForward, Linear
+from trainyard.model.loss import IGNORED
 
 
 class TokenDispatch(NamedTuple):
@@ -72,7 +73,7 @@ class Segments(NamedTuple):
         # Segments of a row are numbered 0 to S. The largest number in use is data, and reading it would be a sync.
         per_row = S + 1 if segment_ids is not None else 1
         segment = (rows * per_row + segment_ids if segment_ids is not None else rows).flatten()
-        counted = (labels != -100).float().flatten()
+        counted = (labels != IGNORED).float().flatten()
         size = torch.zeros(B * per_row, device=labels.device).scatter_add(0, segment, counted)
         return cls(segment, counted, size.clamp(min=1.0), B * per_row)
 

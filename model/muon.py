@@ -24,13 +24,11 @@ MAX_STACKED = 1 << 24
 """Elements of the matrices that are orthogonalized at once: about 0.4 GB of temporary memory."""
 
 
-def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of attention, feed-forward layers and experts; not embeddings, head, router or norms."""
-    return [parameter for name, parameter in model.named_parameters() if is_matrix(name)]
-
-
 def is_matrix(name: str) -> bool:
-    """Return whether the parameter ``name`` is one of `matrix_parameters`."""
+    """Return whether the parameter ``name`` is a matrix of attention, of a feed-forward layer or of an expert.
+
+    False for embeddings, head, routers and norms.
+    """
     return name.endswith("_proj.weight")
 
 

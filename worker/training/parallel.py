@@ -230,7 +230,6 @@ class FsdpModel(SplitModel):
         fully_shard(model, mesh=mesh)
         for method in ("generate", "score_tokens"):
             register_fsdp_forward_method(model, method)
-        register_fsdp_forward_method(model, "score_tokens")
         sharded = dict(model.named_parameters())
         parts = [_fsdp_part(name, parameter, ranks) for name, parameter in sharded.items()]
         own = {part.name: TensorPart(part.tensor.data, part.shape, part.start) for part in parts}
