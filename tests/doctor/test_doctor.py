@@ -45,11 +45,11 @@ def test_this_host_as_json_and_as_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report" / "doctor.json").read_text()) == document
     lines = (tmp_path / "report" / "doctor.txt").read_text().splitlines()
     assert lines[0].startswith(f"trainyard {document['version']} on ")
-    # It creates no home, and leaves nothing behind.
+    # The doctor creates no home, and deletes its temporary files.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a host without CUDA")
 def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
     done = doctor("--gpu")
     assert (done.returncode, done.stdout) == (2, "")
@@ -58,7 +58,7 @@ def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
-    # A file in the path, which stops root as well.
+    # A file in the path, because root may write in any directory.
     (tmp_path / "file").touch()
     disk = facts.read_disk(tmp_path / "file" / "home")
     assert disk.error is not None
@@ -74,7 +74,7 @@ def test_a_home_below_a_folder_of_another_user_is_a_fault() -> None:
         assert checks.check_disk(disk).health == "fault"
 
 
-def test_save_roots_are_tried_beside_the_home(tmp_path: Path) -> None:
+def test_home_and_save_roots_are_tried(tmp_path: Path) -> None:
     environment = {"TRAINYARD_HOME": str(tmp_path / "h"), "TRAINYARD_SAVE_ROOTS": f"{tmp_path}/a:{tmp_path}/h"}
     disks = facts.read_disks(environment)
     assert [disk.path for disk in disks] == [str(tmp_path / "h"), str(tmp_path / "a")]
