@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.doctor import checks, facts
+from trainyard.worker.openmp import SPINS
 
 ROOT = Path(__file__).parents[2]
 CHECKS = "python torch driver cuda nccl compiler bf16 memory disk clock ulimits ports slurm".split()  # noqa: SIM905
@@ -89,6 +91,21 @@ def test_a_port_in_use_is_named() -> None:
         found = facts.read_ports({"TRAINYARD_PORT": str(port)})
     assert found.error == "Address already in use"
     assert facts.read_ports({"TRAINYARD_PORT": "many"}).error == "TRAINYARD_PORT=many is no port"
+
+
+def test_torch_is_measured_with_threads_that_wait_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        environments.append(options["env"])
+        return subprocess.CompletedProcess(command, 1, "", "not tested here")
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    facts.read_torch()
+    [environment] = environments
+    assert (environment["OMP_WAIT_POLICY"], environment["GOMP_SPINCOUNT"]) == ("PASSIVE", SPINS)
 
 
 def test_a_torch_that_does_not_answer_is_named() -> None:

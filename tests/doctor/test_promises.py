@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -190,6 +191,20 @@ def test_a_promise_is_judged_by_its_numbers(result: CheckResult, health: HealthL
     assert text in result.message or text in result.advice
     assert result.data
     assert bool(result.advice) is (health is not OK)
+
+
+@pytest.mark.parametrize(
+    ("generation", "health"),
+    [(8, WARNING), (9, FAULT), (10, FAULT), (12, WARNING)],
+    ids=["A100", "H100", "B200", "5090"],
+)
+def test_a_wait_of_moe_is_a_fault_only_on_cards_with_grouped_products(
+    generation: int, health: HealthLevel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(major=generation)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert judge_syncs("MoE", 5, {"cudaStreamSynchronize": 10}, "cuda").health is health
+    assert judge_syncs("dense", 5, {"cudaStreamSynchronize": 10}, "cuda").health is FAULT
 
 
 def test_an_error_in_a_trial_is_a_fault(trial: Trial) -> None:
