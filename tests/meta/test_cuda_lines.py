@@ -62,7 +62,7 @@ COVERED = {
     "worker/training/metrics.py:RankTimer._mark_end": TIMER,
     "worker/training/metrics.py:RankTimer._now": TIMER,
     "worker/training/metrics.py:device_name": RUN,
-    "worker/training/metrics.py:memory_bytes": RUN,
+    "worker/training/metrics.py:peak_memory_bytes": RUN,
     "worker/training/startup.py:device_warnings": RUN,
     "worker/training/startup.py:rank_info": RUN,
     "worker/training/startup.py:supports_bfloat16": RUN,

@@ -7,7 +7,7 @@ import torch
 
 from trainyard.contract.events import SampleEvent
 from trainyard.worker.data.tokenizers import ByteTokenizer
-from trainyard.worker.training.evaluate import generate_samples
+from trainyard.worker.training.samples import generate_samples
 from trainyard.worker.training.step import Precision
 
 TOKENIZER = ByteTokenizer()

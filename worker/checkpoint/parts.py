@@ -116,7 +116,7 @@ def gather_layout(own: Mapping[str, TensorPart], ranks: DistributedContext) -> d
     return layout([*all_described])
 
 
-def exchange(
+def gather_parts(
     tensors: Mapping[str, SavedTensor], buffers: Mapping[str, Tensor], rank: int, group: dist.ProcessGroup
 ) -> None:
     """Send this rank's parts to rank 0, which receives them into whole ``buffers``. All ranks call it together.

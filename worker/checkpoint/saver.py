@@ -23,7 +23,7 @@ from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
-from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, exchange, gather_layout
+from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, gather_layout, gather_parts
 from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck
 from trainyard.worker.checkpoint.update_gate import UpdateGate
 from trainyard.worker.checkpoint.weights import publish_weights
@@ -157,7 +157,7 @@ class PartStagingBuffers(StagingBuffers):
 
     def fill(self) -> None:
         super().fill()
-        exchange(self._layout, self._buffers, self._ranks.rank, self._held.group)
+        gather_parts(self._layout, self._buffers, self._ranks.rank, self._held.group)
 
 
 def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:

@@ -238,7 +238,7 @@ class MetricsProcessor:
     ) -> MetricEvent:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
         own_seconds = self._timer.seconds() if self._timer is not None else math.nan
-        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), own_seconds, *_with_bytes(self.window)]
+        own = [self._data_seconds, float(peak_memory_bytes(self._ranks.device)), own_seconds, *_with_bytes(self.window)]
         columns = list(zip(*self._ranks.gather(own), strict=True))
         data_seconds, memory = max(columns[0]), max(columns[1])
         slowest, spread = slowest_rank(columns[2])
@@ -296,8 +296,8 @@ def device_name(device: torch.device) -> str:
         return "CPU"
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: allocated on the GPU if there is one, else resident memory."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this rank in bytes: allocated on the GPU if there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
