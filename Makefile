@@ -36,7 +36,7 @@ help:
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
 	@echo "make nightly MINUTES=480    random kills of everything for the given time, and their account as JSON"
-	@echo "make gpu     the tests that need a GPU; \`trainyard doctor --gpu\` tries the promises without the repository"
+	@echo "make gpu     the tests that need a GPU; \`trainyard doctor --gpu\` tests training without the repository"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
 setup: $(STAMP)

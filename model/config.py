@@ -13,7 +13,7 @@ Count = Annotated[int, Ge(1), Le(4096)]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """MiniMind's decoder, which has the shapes of Qwen3, and of Qwen3-MoE with ``use_moe``.
+    """Sizes of MiniMind's decoder, which has the shapes of Qwen3, and of Qwen3-MoE with ``use_moe``.
 
     Sizes that are None are derived when the object is created: ``head_dim`` = hidden / heads, ``intermediate_size`` =
     ceil(hidden * pi / 64) * 64, ``moe_intermediate_size`` = ``intermediate_size``. ``vocab_size`` None means "as the

@@ -78,8 +78,8 @@ def memory_bytes(
     the gradient of the output matrix, which is computed with the loss, and in float32 the experts' stacked matrices,
     which backward needs. Temporary buffers of single operations and the libraries' own memory are not counted.
 
-    With ``gradient_checkpointing`` the layers keep their inputs alone. Copies, activations and stacks are those of the
-    one layer that is computed again; the peak is there, or at the end of the forward pass.
+    With ``gradient_checkpointing`` the layers keep only their inputs. Copies, activations and stacks are those of the
+    one layer that is computed again. The peak is in that layer, or at the end of the forward pass.
 
     On ``world`` ranks, ``zero1`` splits the optimizer state and ``fsdp`` also weights and gradients; then the weights
     include the gathered ones, see `gathered_bytes`, instead of copies.
@@ -106,7 +106,7 @@ def memory_bytes(
 
 
 def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:
-    """Return the bytes of weights and gradients that are gathered at the peak with FSDP.
+    """Return the bytes of gathered weights and gradients at the peak of a step with FSDP.
 
     Embedding, head and last norm are gathered in float32 during the whole step, and so are their gradients. Two layers
     are gathered in ``dtype``: the one that runs, and the next one. Added to them are the buffer of their exchange and
@@ -120,7 +120,7 @@ def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:
 def snapshot_bytes(
     config: ModelConfig, optimizer: Optimizer = "adamw", parallelism: Parallelism = "ddp", ranks: int = 1
 ) -> int:
-    """Return the bytes of the copies in the memory of a host from which a save is written.
+    """Return the bytes of host memory for the copies from which a save is written.
 
     Rank 0 has a copy of everything. With ``zero1`` and ``fsdp`` the other ``ranks`` of its host copy their parts first.
     """
@@ -130,7 +130,7 @@ def snapshot_bytes(
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
-    """Return the bytes of optimizer state: two moments a parameter; one for the matrices with Muon, but routers."""
+    """Return the bytes of optimizer state: two moments per parameter, but one for the matrices of Muon."""
     both = ADAM_MOMENTS * FLOAT32 * parameters(config)
     return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - _routers(config))
 
@@ -142,7 +142,7 @@ def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int
 
 def _vocabulary(config: ModelConfig) -> int:
     if config.vocab_size is None:
-        raise ValueError("vocab_size must be set: it is what the tokenizer has")
+        raise ValueError("vocab_size must be set: it is the number of tokens of the tokenizer")
     return config.vocab_size
 
 
@@ -191,7 +191,7 @@ def _layer_bytes(config: ModelConfig, width: int) -> int:
 
 
 def _tail_bytes(config: ModelConfig, width: int) -> int:
-    """The same for the last norm's input and output, and the gradient of the output, computed with the loss."""
+    """Bytes for each token of the last norm's input and output, and of the output's gradient."""
     return FLOAT32 * (config.hidden_size + 1) + 2 * width * config.hidden_size
 
 

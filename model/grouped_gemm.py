@@ -16,17 +16,24 @@ ALIGNMENT = 8
 """An expert's slots begin at a multiple of this: CUDA's grouped products read 16 bytes at a time."""
 
 
+GROUPED_GENERATIONS = (9, 10)
+"""Generations of CUDA cards with a kernel for grouped products: Hopper, and Blackwell cards of data centers.
+
+On Blackwell cards for desktops (12) torch falls back to a loop, which waits for the device.
+"""
+
+
 def can_group(x: Tensor, inputs: int, outputs: int) -> bool:
     """Return whether grouped products of ``x`` [M, inputs], forward and backward, run without a device sync.
 
-    On CUDA the kernel needs a Hopper card, or a Blackwell card of a data center, bfloat16, and rows of a multiple of 16
-    bytes. On Blackwell cards for desktops (generation 12) torch falls back to a loop, which waits for the device.
+    On CUDA the kernel needs a card of `GROUPED_GENERATIONS`, bfloat16, and rows of a multiple of 16 bytes.
     """
     if not x.is_cuda:
         return True
     aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
     # Read from the properties and not by get_device_capability: torch.compile treats the properties as constants.
-    return aligned and x.dtype is torch.bfloat16 and torch.cuda.get_device_properties(x.device).major in (9, 10)
+    has_kernel = torch.cuda.get_device_properties(x.device).major in GROUPED_GENERATIONS
+    return aligned and x.dtype is torch.bfloat16 and has_kernel
 
 
 @torch.library.custom_op("trainyard::grouped_mm", mutates_args=())

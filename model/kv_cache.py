@@ -1,4 +1,4 @@
-"""Caches of keys and values for generation: of one batch of equal length, and of rows that are added and removed.
+"""Caches of keys and values for generation: for one batch of equal lengths, and for rows that are added and removed.
 
 Legend: ``B`` rows, ``K`` key-value heads, ``S`` positions, ``D`` head size.
 """

@@ -80,7 +80,7 @@ class RotaryTables(NamedTuple):
 
     @classmethod
     def at(cls, positions: Tensor, head_dim: int, theta: float) -> "RotaryTables":
-        """Compute the tables for ``positions`` [B or 1, S], once each forward pass: DDP would send a buffer."""
+        """Compute the tables for ``positions`` [B or 1, S], once per forward pass: DDP would broadcast a buffer."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
         angles = positions[..., None, None].float() * theta**-exponents
         return cls(angles.cos(), angles.sin())
@@ -99,7 +99,7 @@ class RotaryTables(NamedTuple):
 
 
 CACHED = 1 << 18
-"""Elements that several operators pass over in turn on a CPU: few enough to stay in a core's cache in between."""
+"""Elements of a chunk that several operators process in turn on a CPU: few enough to stay in the cache of a core."""
 
 
 def chunks(rows: int, size: int) -> Iterator[slice]:

@@ -15,7 +15,7 @@ IGNORED = -100
 """Label of a position without a token to predict."""
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Logits in memory at once: few enough to stay in a CPU's cache, enough to occupy a GPU."""
+"""Number of logits in memory at once: few enough for the cache of a CPU, enough to occupy a GPU."""
 
 
 def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Each choice of a token gets a slot. The slots of an expert are adjacent, and grouped matrix products take them expert by
 expert. The ends of the experts' slots stay on the device, so nothing waits for it, whatever the number of experts.
-Tokens are copied to slots and back, forward and backward: no sum has an order that could differ from run to run.
+Tokens are copied to slots and back, forward and backward, so no sum has an order that differs from run to run.
 An expert without tokens has products of no rows, so its weights get a zero gradient and not None:
 DistributedDataParallel never finds an unused parameter.
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from trainyard.model.config import ModelConfig
 from trainyard.model.grouped_gemm import ALIGNMENT, can_group, grouped_mm
 from trainyard.model.layers import FeedForward, Linear
+from trainyard.model.loss import IGNORED
 
 
 class TokenDispatch(NamedTuple):
@@ -43,10 +44,10 @@ class TokenDispatch(NamedTuple):
         counts = starts.diff()
         widths = (counts + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         ends = widths.cumsum(0)
-        # How far alignment has moved an expert's first slot from its first place in the sorted choices.
+        # By how much alignment moves an expert's first slot from its first index in the sorted choices.
         shift = ends - widths - starts[:-1]
         slot = torch.empty_like(choices).scatter_(0, order, index) + shift[choices]
-        # Enough for any choice: the host does not know the counts, and to ask for them would wait for the device.
+        # Enough for any choice: reading the counts would wait for the device.
         total = -(-len(choices) // ALIGNMENT) * ALIGNMENT + experts * ALIGNMENT
         ends = torch.cat((ends[:-1], ends.new_full((1,), total)))
         return cls(slot, ends.to(torch.int32), counts, total)
@@ -72,7 +73,7 @@ class Segments(NamedTuple):
         # Segments of a row are numbered 0 to S. The largest number in use is data, and reading it would be a sync.
         per_row = S + 1 if segment_ids is not None else 1
         segment = (rows * per_row + segment_ids if segment_ids is not None else rows).flatten()
-        counted = (labels != -100).float().flatten()
+        counted = (labels != IGNORED).float().flatten()
         size = torch.zeros(B * per_row, device=labels.device).scatter_add(0, segment, counted)
         return cls(segment, counted, size.clamp(min=1.0), B * per_row)
 

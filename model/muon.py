@@ -1,7 +1,7 @@
-"""Muon for the hidden matrices, which makes the momentum orthogonal before it is applied; AdamW for all the rest.
+"""Muon for the hidden matrices: their momentum is orthogonalized before it is applied. AdamW for all other weights.
 
 `torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"`` computes the same update. It is not used, because it does not
-know ``found_inf``: the flag on the device by which fused AdamW leaves everything as it is after a non-finite gradient.
+know ``found_inf``, the flag on the device with which fused AdamW skips an update after a non-finite gradient.
 Without it, each step would have to wait for the device to learn whether it may update.
 
 Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). The scale of the update is that of Liu et al.
@@ -24,13 +24,11 @@ MAX_STACKED = 1 << 24
 """Elements of the matrices that are orthogonalized at once: about 0.4 GB of temporary memory."""
 
 
-def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of attention, feed-forward layers and experts; not embeddings, head, router or norms."""
-    return [parameter for name, parameter in model.named_parameters() if is_matrix(name)]
-
-
 def is_matrix(name: str) -> bool:
-    """Return whether the parameter ``name`` is one of `matrix_parameters`."""
+    """Return whether the parameter ``name`` is a matrix of attention, of a feed-forward layer or of an expert.
+
+    False for embeddings, head, routers and norms.
+    """
     return name.endswith("_proj.weight")
 
 
@@ -127,9 +125,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def cautious_decay(weight: Tensor, direction: Tensor, decay: float) -> Tensor:
-    """Return ``weight``, smaller by the share ``decay`` where a step against ``direction`` makes it smaller as well.
+    """Return ``weight``, reduced by the share ``decay`` in the elements that a step against ``direction`` reduces too.
 
-    Elsewhere the decay would work against the gradient, so the weight stays as it is (Chen et al. 2025, arXiv
+    In the others the decay would work against the gradient, so they stay as they are (Chen et al. 2025, arXiv
     2510.12402).
     """
     return torch.where(weight * direction > 0, weight * (1 - decay), weight)

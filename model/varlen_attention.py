@@ -1,8 +1,9 @@
 """Causal attention in packed rows, where each token sees only the tokens of its own segment, at or before it.
 
-A mask over whole rows makes every kernel compute what the mask then throws away. With the segments' offsets, CUDA's
-flash attention for variable lengths skips it, and so does `model.cpu_attention`. `use_flash` says if one of them can be
-used; if not, `model.decoder` gives `torch.nn.functional.scaled_dot_product_attention` a block-diagonal mask.
+With a mask over whole rows, a kernel also computes the scores that the mask discards. With the segments' offsets,
+CUDA's flash attention for variable lengths skips them, and so does `model.cpu_attention`. `use_flash` returns whether
+one of them can be used. If not, `model.decoder` passes a block-diagonal mask to
+`torch.nn.functional.scaled_dot_product_attention`.
 
 Legend: ``B`` rows, ``S`` positions, ``T`` = B * S tokens, ``H`` query heads, ``K`` key-value heads, ``D`` head size,
 ``P`` segments.

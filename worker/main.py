@@ -27,7 +27,7 @@ from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.events.writer import AnyEventWriter, EventWriter, NullEventWriter
 from trainyard.worker.stop_signal import StopSignal
 from trainyard.worker.train import EventSink, train
-from trainyard.worker.training.metrics import memory_bytes
+from trainyard.worker.training.metrics import peak_memory_bytes
 
 FAILED, USAGE = 1, 2
 
@@ -131,7 +131,7 @@ def _run_training(
             step=heartbeat.step,
             training=spec.training,
             resources=spec.resources,
-            peak_bytes=memory_bytes(ranks.device),
+            peak_bytes=peak_memory_bytes(ranks.device),
         )
         if known is None:
             raise

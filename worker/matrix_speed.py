@@ -1,6 +1,6 @@
 """Measure the speed of matrix products for about a second: ``python -m trainyard.worker.matrix_speed cpu bfloat16``.
 
-Prints FLOP/s. The service runs it once per home, for the first estimates of time, before any run was made.
+Prints FLOP/s. The service runs it once per kind of device and type, for estimates of time without an earlier run.
 """
 
 import sys
@@ -10,11 +10,11 @@ import torch
 
 SECONDS = 1.0
 SIZES = {"cpu": 768, "cuda": 4096}
-"""Rows and columns of the matrices: as large as those of a small model, so that a product is not bound by its start."""
+"""Rows and columns of the matrices. In products of this size the time of the start of a kernel does not matter."""
 
 
 def measure(device: str, dtype: str, seconds: float = SECONDS) -> float:
-    """Return FLOP/s of products of two square matrices."""
+    """Return FLOP/s of products of two square matrices, measured for ``seconds``."""
     place = torch.device(device)
     size = SIZES[place.type]
     left, right = (torch.ones(size, size, dtype=getattr(torch, dtype), device=place) for _ in range(2))

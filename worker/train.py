@@ -44,13 +44,13 @@ from trainyard.worker.training.control import (
     with_settings,
 )
 from trainyard.worker.training.device_setup import set_up_device
-from trainyard.worker.training.evaluate import generate_samples
 from trainyard.worker.training.heldout import HeldOutEvaluator
 from trainyard.worker.training.limits import RunLimits
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, RankTimer, restore_window
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, StragglerMonitor, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
+from trainyard.worker.training.samples import generate_samples
 from trainyard.worker.training.schedule import StepIntervals, is_finished, last_step
 from trainyard.worker.training.startup import (
     device_warnings,

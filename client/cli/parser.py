@@ -232,7 +232,7 @@ COMMANDS = (
         Option("--port", type=int, help="port to bind (8000)"),
         _flag("--no-scheduler", help="only answer requests: another service here schedules"), *STORE),
     Command("doctor", "cli.commands.local:doctor", "check what this host can do; each line says what to do about it",
-        _flag("--gpu", help="also try the promises on the GPU, in about four minutes; exit 2 without one"),
+        _flag("--gpu", help="also test training on the GPU, in about four minutes; exit 2 without one"),
         Option("--out", type=FILE, metavar="DIR", help="write the report there, as text and JSON"), JSON, HOME),
     _spec_command(SUBMIT, "launch a run: SPEC.json, or MiniMind's flags",
         _flag("-y", "--yes", help="do not ask, and submit in spite of warnings"),

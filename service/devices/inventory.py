@@ -64,7 +64,7 @@ class Device:
         return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
-        """Return whether ``name`` is its id, its UUID or its PCI address. The latter in any of the usual spellings."""
+        """Return whether ``name`` is its id, its UUID or its PCI address, in any of the usual spellings."""
         names = {self.id, self.uuid, self.pci_bus_id}
         return name in names or (self.pci_bus_id is not None and same_pci_address(name, self.pci_bus_id))
 
@@ -92,7 +92,7 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str | None:
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What does not change while the host runs."""
+    """Facts about a GPU that do not change while the host runs."""
 
     uuid: str | None
     pci_bus_id: str | None
@@ -161,7 +161,7 @@ class HostInventory:
         return device
 
     def _with_fault(self, index: int, error: pynvml.NVMLError) -> Device:
-        """Return the GPU as it was at the last answer of the driver, with the error, without values that change."""
+        """Return the GPU as at the last answer of the driver, with ``error`` and without values that change."""
         before = self._last_seen.get(index) or Device(f"cuda:{index}", "cuda")
         unknown: dict[str, Any] = {"memory_used_bytes": None, "temperature_celsius": None}
         device = replace(before, **unknown, processes=(), strangers=(), fault=str(error))
@@ -176,7 +176,7 @@ def _without(devices: Iterable[Device], excluded: Sequence[str]) -> tuple[Device
 
 
 def same_pci_address(one: str, other: str) -> bool:
-    """Return whether both are one PCI address: ``3b:00.0``, ``0000:3b:00`` and ``00000000:3B:00.0`` are."""
+    """Return whether both are the same PCI address, as ``3b:00.0``, ``0000:3b:00`` and ``00000000:3B:00.0`` are."""
     return _pci_numbers(one) == _pci_numbers(other) is not None
 
 
@@ -186,7 +186,7 @@ def _pci_numbers(text: str) -> tuple[int, int, int] | None:
 
 
 def kind_for(device: str, devices: Sequence[Device]) -> str:
-    """Resolve ``resources.device`` of a spec: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
+    """Return ``device``, the ``resources.device`` of a spec, with ``auto`` resolved to ``cuda`` or ``cpu``."""
     if device != "auto":
         return device
     return "cuda" if count_by_kind(devices, "cuda") else "cpu"
@@ -253,7 +253,7 @@ def _has_nvlink(one: Any, other: Any) -> bool:
 
 
 def _numa_node(handle: Any) -> int | None:
-    # A set of bits: the NUMA nodes whose memory is nearest to the GPU. With more than one, none is preferred.
+    # One bit for each NUMA node whose memory is nearest to the GPU. If there are several, none is preferred.
     words = pynvml.nvmlDeviceGetMemoryAffinity(handle, NODE_SET_WORDS, pynvml.NVML_AFFINITY_SCOPE_NODE)
     nodes = [64 * i + bit for i, word in enumerate(words) for bit in range(64) if int(word) >> bit & 1]
     return nodes[0] if len(nodes) == 1 else None
@@ -274,7 +274,7 @@ def _if_supported(query: Callable[[], T]) -> T | None:
 
 
 def _or_none(query: Callable[[], T]) -> T | None:
-    """Return the answer of NVML, or None if the driver or the card does not know it."""
+    """Return the answer of NVML, or None if the query fails."""
     try:
         return query()
     except pynvml.NVMLError:

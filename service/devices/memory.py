@@ -17,7 +17,7 @@ def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | N
 
 
 def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
-    """Return the memory available to a run in bytes: for all its ranks on a CPU, for each on a GPU. None if unknown."""
+    """Return the memory available to a run in bytes: on a CPU for all its ranks, on a GPU for each. None if unknown."""
     if kind == "cpu":
         return host_memory()
     return min(
@@ -28,7 +28,7 @@ def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
 def free_memory(kind: str, devices: Sequence[Device], ranks: int = 1, meminfo: Path = MEMINFO) -> int | None:
     """Return the bytes that are free now: of the host on a CPU, else of one GPU. None if unknown.
 
-    Of several GPUs it is the one with the least among those that ``ranks`` would use.
+    With several ranks, it is the GPU with the least free memory among those that the run would use.
     """
     if kind == "cpu":
         sizes = [size for size in (_meminfo(meminfo, "MemAvailable"), host_memory(meminfo)) if size is not None]

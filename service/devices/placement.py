@@ -1,4 +1,4 @@
-"""The choice of GPUs for a job of several ranks: near each other, so that they exchange gradients fast. Pure."""
+"""The choice of GPUs for a job of several ranks: near each other, so that gradients are exchanged fast. Pure."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,13 +6,12 @@ from trainyard.service.devices.inventory import Device
 
 NVLINK, SAME_NODE, FAR = 0, 1, 2
 
-
 MAX_GPUS = 64
-"""Free GPUs among which distances are compared. No host has more."""
+"""With more free GPUs than this, distances are not compared. No host has so many."""
 
 
 def has_neighbours(device: Device) -> bool:
-    """Return whether anything is known of the devices near it."""
+    """Return whether the NUMA node or the NVLinks of the device are known."""
     return device.numa_node is not None or bool(device.nvlink_peers)
 
 
@@ -26,8 +25,8 @@ def distance(one: Device, other: Device) -> int:
 def choose(free: Sequence[Device], count: int) -> tuple[str, ...]:
     """Return the ids of ``count`` of the ``free`` devices, in their order: the group with the shortest distances.
 
-    Of equally good groups, the one that separates the fewest neighbours from each other, so that a job with one rank
-    does not take a GPU from a free pair. ``free`` has at least ``count`` devices.
+    If several groups are equally good, the one that separates the fewest neighbours is chosen, so that a job with one
+    rank does not take a GPU from a free pair. ``free`` has at least ``count`` devices.
     """
     if count >= len(free) or len(free) > MAX_GPUS or not any(map(has_neighbours, free)):
         return tuple(device.id for device in free[:count])

@@ -1,8 +1,8 @@
 """XID errors of GPUs: reported by the driver, stored, and counted for 24 hours or until they are cleared.
 
-Two sources, both without root: events of NVML, from the moment that the service starts, and the kernel log, which also
-has what happened before. The kernel log is readable only if ``kernel.dmesg_restrict`` is 0 or the service has
-CAP_SYSLOG; without it the events alone count.
+There are two sources, and neither needs root: events of NVML since the start of the service, and the kernel log, which
+also has earlier errors. The kernel log is readable only if ``kernel.dmesg_restrict`` is 0 or the service has
+CAP_SYSLOG. Otherwise only the events are used.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from trainyard.service.devices.inventory import Device, same_pci_address
 
 MAX_AGE = timedelta(hours=24)
 SAME_ERROR = timedelta(seconds=10)
-"""Both sources report an error, the kernel log again at each start of the service."""
+"""Equal errors of a GPU within this time are one: both sources report it, the kernel log at each start again."""
 
 APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 109})
 """Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: the list of NVIDIA's
@@ -94,7 +94,7 @@ class XidWatcher:
             log.warning("XID errors of GPUs are no longer watched: %s", error)
 
     def _watch(self, gpus: "list[tuple[str, str, Any]]") -> bool:
-        """Collect events until `stop`, or until a GPU is lost: from then on NVML may report nothing else for their set.
+        """Collect events until `stop`, or until a GPU is lost: NVML may then report nothing else for this set of GPUs.
 
         Return whether any of these cards can report events.
         """
@@ -105,13 +105,13 @@ class XidWatcher:
             while registered and not self._stopping.is_set():
                 event = _next_event(events)
                 if event is not None:
-                    with contextlib.suppress(pynvml.NVMLError):  # it is of the GPU that is lost
+                    with contextlib.suppress(pynvml.NVMLError):  # the event is of the lost GPU
                         uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
                         self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
         except pynvml.NVMLError as error:
             if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
                 raise
-            # The inventory shows it. The others are watched again, in a set without it.
+            # The inventory shows the lost GPU. `_run` watches the others in a new set without it.
         finally:
             pynvml.nvmlEventSetFree(events)
         return bool(registered)
@@ -210,9 +210,9 @@ def clear(session: Session, gpu_uuid: str, now: datetime) -> int:
     return int(session.execute(rows.values(cleared_at=now)).rowcount)  # type: ignore[attr-defined]
 
 
-def marked(devices: Sequence[Device], errors: Mapping[str, Sequence[XidError]]) -> tuple[Device, ...]:
-    """Return the devices, each with its errors. A device whose errors are the same is the same object."""
-    # Most devices of most rounds have none: a copy of each would be the largest part of a round of many devices.
+def with_xid_errors(devices: Sequence[Device], errors: Mapping[str, Sequence[XidError]]) -> tuple[Device, ...]:
+    """Return the devices, each with its errors. A device whose errors have not changed is not copied."""
+    # Most devices have none. With many devices, copies of all would take most of the time of a scheduler round.
     found = {uuid: tuple(error.xid for error in each) for uuid, each in errors.items()}
     return tuple(
         device if device.xid_errors == (now := found.get(device.uuid or "", ())) else replace(device, xid_errors=now)

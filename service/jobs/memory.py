@@ -1,4 +1,4 @@
-"""Memory of a run with each parallelism, with and without gradient checkpointing; and what makes a run fit. Pure."""
+"""Memory of a run with each parallelism and gradient checkpointing, and the settings that make it fit. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ def per_rank(spec: JobSpec) -> costs.MemoryEstimate:
 
 
 def snapshot(spec: JobSpec) -> int:
-    """Return the host memory of the copies that a save is written from, in bytes."""
+    """Return the bytes of host memory for the copies from which a save is written."""
     resources = spec.resources
     return costs.snapshot_bytes(spec.model, spec.training.optimizer, resources.parallelism, resources.nproc_per_node)
 
@@ -36,11 +36,11 @@ def needed(spec: JobSpec, kind: str) -> int:
 
 
 def state_bytes(spec: JobSpec, kind: str) -> int:
-    """Return the minimum of a rank: float32 weights, gradients and optimizer state, without temporary memory."""
+    """Return the bytes of float32 weights, gradients and optimizer state, on a CPU of all ranks, on a GPU of one."""
     own = per_rank(with_settings(spec, {"training": {"dtype": "float32"}}))
     is_gathered = spec.resources.parallelism == "fsdp" and spec.resources.ranks > 1
-    momentary = costs.gathered_bytes(spec.model, "float32") if is_gathered else 0
-    state = own.weights - momentary + own.gradients + own.optimizer
+    gathered = costs.gathered_bytes(spec.model, "float32") if is_gathered else 0
+    state = own.weights - gathered + own.gradients + own.optimizer
     return state * spec.resources.nproc_per_node if kind == "cpu" else state
 
 

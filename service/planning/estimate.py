@@ -1,4 +1,4 @@
-"""Estimate of a run's size from a sample of its corpus, or from the report of a tokenized one. Pure."""
+"""Estimate of a run's size from a sample of its corpus, or from the report of a tokenized corpus. Pure."""
 
 import math
 from collections import defaultdict
@@ -65,7 +65,7 @@ class PlannedEvalSet:
 
 
 def plan_eval_set(name: str, files: int, size: RunSize | None, max_tokens: int | None) -> PlannedEvalSet:
-    """Return a held-out set whose files have this size together, and of which at most ``max_tokens`` are evaluated."""
+    """Return the planned held-out set of files of ``size`` together; at most ``max_tokens`` are evaluated."""
     if size is None:
         return PlannedEvalSet(name, files, None, None)
     share = min(1.0, max_tokens / size.targets) if max_tokens is not None else 1.0
@@ -73,7 +73,7 @@ def plan_eval_set(name: str, files: int, size: RunSize | None, max_tokens: int |
 
 
 def plan_split(name: str, files: int, size: RunSize | None, fraction: float) -> PlannedEvalSet:
-    """Return the held-out documents of a source of this size."""
+    """Return the planned held-out set that is split from a source of ``size``."""
     if size is None:
         return PlannedEvalSet(name, files, None, None)
     targets = size.targets / (1 - fraction) * fraction
@@ -81,7 +81,7 @@ def plan_split(name: str, files: int, size: RunSize | None, fraction: float) -> 
 
 
 def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None:
-    """Return the size of a run over all sources, or None if that of a source is unknown."""
+    """Return the size of a run on all sources, or None if the size of a source is unknown."""
     known = [size for size in sizes if size is not None]
     if len(known) < len(sizes) or len(known) == 1:
         return known[0] if len(sizes) == len(known) == 1 else None

@@ -1,4 +1,4 @@
-"""Expected throughput before any run was made: the speed of a matrix product, measured once on this host."""
+"""Expected throughput without an earlier run: from the speed of a matrix product, measured once on this host."""
 
 import os
 import subprocess
@@ -36,8 +36,8 @@ class MatrixEstimate:
 class MatrixSpeed:
     """Measures in a separate process, because the service has no torch. Results are kept in the home.
 
-    ``wait_seconds``: how long a plan waits for a measurement. After it the plan has no expected time, and the
-    measurement continues for the next one.
+    ``wait_seconds``: how long a plan waits for a measurement. After that the plan has no expected time, and the
+    measurement continues for a later plan.
     """
 
     home: Path
@@ -68,11 +68,11 @@ class MatrixSpeed:
     def bfloat16_on_cpu(self, spec: JobSpec, kind: str) -> tuple[float, float] | None:
         """Return the FLOP/s of a product in bfloat16 and in float32 for a run in bfloat16 on the CPU, else None.
 
-        Also None if they are not known yet. A CPU without AMX or AVX512-BF16 computes bfloat16 by float32, and slower.
+        Also None if they are not known yet. A CPU without AMX or AVX512-BF16 emulates bfloat16, slower than float32.
         """
         if kind != "cpu" or spec.training.dtype != "bfloat16":
             return None
-        # Without waiting: the plan has waited for its own type already, and the next one has the warning.
+        # Without waiting: this plan has waited for its own type, and a later plan has the advice.
         own, other = (self._flops(kind, dtype, None, wait_seconds=0.0) for dtype in ("bfloat16", "float32"))
         return (own, other) if own is not None and other is not None else None
 
@@ -92,7 +92,7 @@ class MatrixSpeed:
 
     def _measure(self, device: str, dtype: str, name: str, file: Path) -> None:
         try:
-            with self._measuring:  # two at once would slow each other down
+            with self._measuring:  # two measurements at once would slow each other down
                 measured = _measure(device, dtype)
         except subprocess.TimeoutExpired:
             with self._lock:
@@ -119,7 +119,7 @@ def _measure(device: str, dtype: str) -> float | None:
     kind, _, index = device.partition(":")
     environment = dict(os.environ)
     if kind == "cuda" and index:
-        # A run may use the whole memory of CUDA's first device.
+        # Not CUDA's first device: a run may use all of its memory.
         environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}
     command = [sys.executable, "-m", MODULE, kind, dtype]
     try:

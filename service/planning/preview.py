@@ -1,6 +1,6 @@
 """The plan preview: computed from the spec, the corpus, this host's devices and earlier runs.
 
-A part of the corpus that is tokenized has a report with its exact numbers; of any other a sample is read.
+If a part of the corpus is tokenized, its report has exact numbers. Of other parts a sample is read.
 """
 
 from collections import Counter
@@ -126,7 +126,7 @@ def _eval_sets(spec: JobSpec, roots: Sequence[Path], reports: Reports) -> Iterat
 
 
 def _other_format(sources: Sequence[Sequence[Path]], roots: Sequence[Path]) -> str | None:
-    """Return the format of a file that cannot be sampled, as the warning says it."""
+    """Return the format of the files that cannot be sampled, as text for the warning."""
     for paths in sources:
         for path in sampled_paths(paths):
             if (found := other_format(path, roots)) is not None:
@@ -181,9 +181,9 @@ def preview(
     settings: Settings,
     bfloat16_on_cpu: tuple[float, float] | None = None,
 ) -> PlanPreview:
-    """Return the plan as the API shows it.
+    """Return the plan of the API.
 
-    ``kind`` is what the spec's device means where the job will run; ``devices`` are those of this host.
+    ``kind``: the kind or id of the device on which the job will run. ``devices``: those of this host.
     ``bfloat16_on_cpu``: see `MatrixSpeed.bfloat16_on_cpu`.
     """
     facts = initial_plan(spec, kind)

@@ -1,4 +1,4 @@
-"""Throughput of earlier runs of this service that are like the planned one."""
+"""Throughput of earlier runs of this service with the shape of the planned one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +36,10 @@ class Throughput:
 
 
 def find_throughput(session: Session, spec: JobSpec, kind: str) -> Throughput | None:
-    """Return that of the newest job with the same shape on the same kind of device, or None.
+    """Return the throughput of the newest job with the same shape on the same kind of device, or None.
 
-    The shape is the model, sequence length, packing, batch, dtype, number of ranks, and what saves memory.
+    The shape is the model, sequence length, packing, the settings `SAME_TRAINING`, parallelism, gradient checkpointing
+    and number of ranks.
     """
     shape = _shape(spec.model_dump(mode="json"))
     columns = (JobRow.id, JobRow.name, JobRow.spec, JobRow.facts, JobRow.progress)

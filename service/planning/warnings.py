@@ -17,7 +17,7 @@ MIN_KEPT = 2  # checkpoints that are kept even if ``keep_last`` is smaller
 
 @dataclass(frozen=True)
 class HostCapacity:
-    """Resources of the host that the run needs, in bytes; None: unknown. ``kind`` is the device's, e.g. ``cuda``.
+    """Resources of the host, and what the run needs of them, in bytes. None: unknown. ``kind``: such as ``cuda``.
 
     ``memory_needed``, ``settings_that_fit``: see `jobs.memory`. ``other_format``: the corpus's, if it is not JSONL.
     ``names``: keys with texts in the first line that is no document. ``bfloat16_on_cpu``: FLOP/s of a product in
@@ -69,7 +69,7 @@ def source_warnings(sources: Sequence[PlannedSource]) -> list[str]:
 
 
 def limit_warnings(spec: JobSpec, size: RunSize | None, tokens_per_second: float | None) -> Iterator[str]:
-    """Yield the warnings about a limit of time that ends the run before its schedule does."""
+    """Yield a warning if ``limits.max_minutes`` ends the run before the end of its learning rate schedule."""
     minutes = spec.limits.max_minutes
     if minutes is None or size is None or tokens_per_second is None:
         return

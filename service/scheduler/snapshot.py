@@ -153,7 +153,7 @@ def load_snapshot(
         restarts_due=[row.id for row in restarts if timing.is_due(row.restart_at, now)],
         leases={device: job_id for device, job_id, _ in leases if job_id is not None},
         lent=frozenset(device for device, _, sidecar in leases if sidecar is not None),
-        devices=xids.marked(devices, xids.uncleared(session, now)),
+        devices=xids.with_xid_errors(devices, xids.uncleared(session, now)),
         preempts=preempts,
         preparations=_preparations(session, memory, waiting),
         waiting_jobs=[job for job, _ in waiting],

@@ -232,7 +232,9 @@ class Sidecars:
         with contextlib.suppress(IntegrityError), self._database.write() as session:
             leased = set(session.scalars(select(DeviceLeaseRow.device)))
             waits = session.scalar(select(JobRow.id).where(JobRow.status == JobStatus.QUEUED).limit(1))
-            usable = [device for device in xids.marked(gpus, xids.uncleared(session, utc_now())) if device.works]
+            usable = [
+                device for device in xids.with_xid_errors(gpus, xids.uncleared(session, utc_now())) if device.works
+            ]
             free = next((device.id for device in usable if device.id not in leased), None)
             if waits is None and free is not None:
                 session.add(DeviceLeaseRow(device=free, sidecar=own_identity()))

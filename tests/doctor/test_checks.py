@@ -51,7 +51,7 @@ SLURM = SlurmFacts(True, "slurm 24.05", ["gpu"])
 
 
 @pytest.mark.parametrize(
-    ("result", "health", "said"),
+    ("result", "health", "text"),
     [
         (checks.check_python(PYTHON), OK, "3.11.7"),
         (checks.check_python(replace(PYTHON, version=(3, 10, 1))), FAULT, "3.11 or newer"),
@@ -122,11 +122,11 @@ SLURM = SlurmFacts(True, "slurm 24.05", ["gpu"])
         (checks.check_slurm(replace(SLURM, wanted=False, error="munge")), WARNING, "scontrol ping"),
     ],
 )
-def test_a_check_judges_facts(result: CheckResult, health: HealthLevel, said: str) -> None:
+def test_a_check_judges_facts(result: CheckResult, health: HealthLevel, text: str) -> None:
     assert result.health is health
-    assert said in result.line()
+    assert text in result.line()
     assert result.data
-    # Whoever reads a warning or a fault must learn what to do.
+    # Every warning and fault has advice, and nothing else has.
     assert bool(result.advice) is (health is not OK)
 
 
@@ -140,7 +140,7 @@ def test_a_check_judges_facts(result: CheckResult, health: HealthLevel, said: st
         (TorchFacts(error="gone"), [], None),
     ],
 )
-def test_bfloat16_is_judged_where_it_would_train(
+def test_bfloat16_is_judged_on_the_device_that_trains(
     torch: TorchFacts, devices: list[str], health: HealthLevel | None
 ) -> None:
     results = list(checks.check_bfloat16(torch))

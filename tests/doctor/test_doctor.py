@@ -7,12 +7,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.doctor import checks, facts
+from trainyard.worker.openmp import SPINS
 
 ROOT = Path(__file__).parents[2]
 CHECKS = "python torch driver cuda nccl compiler bf16 memory disk clock ulimits ports slurm".split()  # noqa: SIM905
@@ -45,11 +47,11 @@ def test_this_host_as_json_and_as_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report" / "doctor.json").read_text()) == document
     lines = (tmp_path / "report" / "doctor.txt").read_text().splitlines()
     assert lines[0].startswith(f"trainyard {document['version']} on ")
-    # It creates no home, and leaves nothing behind.
+    # The doctor creates no home, and deletes its temporary files.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a host without CUDA")
 def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
     done = doctor("--gpu")
     assert (done.returncode, done.stdout) == (2, "")
@@ -58,7 +60,7 @@ def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
-    # A file in the path, which stops root as well.
+    # A file in the path, because root may write in any directory.
     (tmp_path / "file").touch()
     disk = facts.read_disk(tmp_path / "file" / "home")
     assert disk.error is not None
@@ -74,7 +76,7 @@ def test_a_home_below_a_folder_of_another_user_is_a_fault() -> None:
         assert checks.check_disk(disk).health == "fault"
 
 
-def test_save_roots_are_tried_beside_the_home(tmp_path: Path) -> None:
+def test_home_and_save_roots_are_tried(tmp_path: Path) -> None:
     environment = {"TRAINYARD_HOME": str(tmp_path / "h"), "TRAINYARD_SAVE_ROOTS": f"{tmp_path}/a:{tmp_path}/h"}
     disks = facts.read_disks(environment)
     assert [disk.path for disk in disks] == [str(tmp_path / "h"), str(tmp_path / "a")]
@@ -89,6 +91,21 @@ def test_a_port_in_use_is_named() -> None:
         found = facts.read_ports({"TRAINYARD_PORT": str(port)})
     assert found.error == "Address already in use"
     assert facts.read_ports({"TRAINYARD_PORT": "many"}).error == "TRAINYARD_PORT=many is no port"
+
+
+def test_torch_is_measured_with_threads_that_wait_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        environments.append(options["env"])
+        return subprocess.CompletedProcess(command, 1, "", "not tested here")
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    facts.read_torch()
+    [environment] = environments
+    assert (environment["OMP_WAIT_POLICY"], environment["GOMP_SPINCOUNT"]) == ("PASSIVE", SPINS)
 
 
 def test_a_torch_that_does_not_answer_is_named() -> None:

@@ -20,7 +20,7 @@ GRAPHS = "tests/worker/test_device_setup.py::test_cuda_graphs_give_the_losses_of
 PREFETCH = "tests/worker/test_device_setup.py::test_on_a_gpu_micro_batches_are_prefetched_in_pinned_memory"
 DIGESTS = "tests/worker/test_replicas.py::test_on_a_gpu_the_digests_are_of_the_step"
 TIMER = "tests/worker/test_metrics.py::test_on_a_gpu_events_measure_a_ranks_own_time"
-STACKS = "tests/model/test_muon.py::test_a_stack_of_matrices_is_each_of_them"
+STACKS = "tests/model/test_muon.py::test_a_stack_gives_the_result_of_each_matrix"
 
 COVERED = {
     "model/decoder.py:Decoder.score_tokens": "tests/worker/test_tasks.py::test_scores_on_a_gpu_are_those_of_a_cpu",
@@ -38,7 +38,7 @@ COVERED = {
     "worker/checkpoint/replicas.py:DigestSender.start": DIGESTS,
     "worker/checkpoint/saver.py:StagingBuffers.__init__": SAVES,
     "worker/checkpoint/saver.py:StagingBuffers._allocate": "tests/worker/test_saver.py::"
-    "test_on_a_gpu_the_copy_is_of_the_step_too",
+    "test_on_a_gpu_the_copy_is_of_its_step",
     "worker/checkpoint/saver.py:StagingBuffers._start_copy": SAVES,
     "worker/checkpoint/saver.py:StagingBuffers.fill": SAVES,
     "worker/checkpoint/update_gate.py:UpdateGate._delay": SAVES,
@@ -62,7 +62,7 @@ COVERED = {
     "worker/training/metrics.py:RankTimer._mark_end": TIMER,
     "worker/training/metrics.py:RankTimer._now": TIMER,
     "worker/training/metrics.py:device_name": RUN,
-    "worker/training/metrics.py:memory_bytes": RUN,
+    "worker/training/metrics.py:peak_memory_bytes": RUN,
     "worker/training/startup.py:device_warnings": RUN,
     "worker/training/startup.py:rank_info": RUN,
     "worker/training/startup.py:supports_bfloat16": RUN,

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same gradients, bit for bit, and the memory that the plan says."""
+"""Gradient checkpointing: the same gradients, bit for bit, and the planned memory."""
 
 from typing import Any
 

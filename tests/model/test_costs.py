@@ -1,4 +1,4 @@
-"""What the formulas say against what is there."""
+"""The formulas of parameters, FLOPs and memory, compared with real models."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def counted(model: Decoder, ids: torch.Tensor) -> dict[str, float]:
 
 
 def of_empty_slots(config: ModelConfig, tokens: int) -> float:
-    """Of each token: what its experts make of slots that hold nothing, `ALIGNMENT` for each of them."""
+    """Operations per token for empty slots, of which each expert has `ALIGNMENT`."""
     if not config.use_moe:
         return 0.0
     assert config.moe_intermediate_size is not None
@@ -125,7 +125,7 @@ def test_activations_are_what_autograd_keeps(changes: dict[str, Any], dtype: Any
     assert expected.activations + copies == pytest.approx(measured, rel=0.08)
 
 
-def test_memory_of_the_rest() -> None:
+def test_memory_of_weights_gradients_and_optimizer() -> None:
     config = small_config()
     memory = memory_bytes(config, batch_size=1, seq_len=8, dtype="float32")
     count = parameters(config)
@@ -134,11 +134,11 @@ def test_memory_of_the_rest() -> None:
     assert memory.total == 16 * count + memory.activations
 
 
-def test_vocabulary_is_needed() -> None:
+def test_costs_need_a_vocabulary_size() -> None:
     with pytest.raises(ValueError, match="vocab_size must be set"):
         parameters(ModelConfig())
 
 
-def test_costs_is_torch_free() -> None:
+def test_costs_does_not_import_torch() -> None:
     code = "import sys, trainyard.model.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

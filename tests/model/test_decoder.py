@@ -111,7 +111,7 @@ def test_loss_is_torch_s_cross_entropy_of_the_logits(changes: dict[str, Any]) ->
     assert out.loss_sum.dtype == out.aux_sum.dtype == out.logits.dtype == torch.float32
 
 
-def test_what_is_returned_follows_what_is_asked() -> None:
+def test_the_output_has_what_was_requested() -> None:
     model, ids = small_decoder(), random_ids(1, 4)
     assert model(ids).loss_sum is None
     assert model(ids).logits.shape == (1, 4, 97)
@@ -235,7 +235,7 @@ def test_dropout_only_in_training_and_by_the_global_seed() -> None:
 
 
 @BOTH
-def test_it_learns_a_text_by_heart(changes: dict[str, Any]) -> None:
+def test_a_decoder_memorizes_a_text(changes: dict[str, Any]) -> None:
     model, ids = small_decoder(**changes), random_ids(2, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loss = math.inf
@@ -251,7 +251,7 @@ def test_it_learns_a_text_by_heart(changes: dict[str, Any]) -> None:
 # torch's own graph capture warns of what it does itself; taken for errors, its warnings break the capture.
 @pytest.mark.filterwarnings("ignore")
 @BOTH
-def test_compiled_it_gives_the_same_loss_and_gradients(changes: dict[str, Any]) -> None:
+def test_a_compiled_decoder_gives_the_same_loss_and_gradients(changes: dict[str, Any]) -> None:
     model, inputs = small_decoder(num_hidden_layers=1, **changes), packed(DOCUMENTS, ROWS, 16)
     plain = train_on(model, **inputs)
     model.zero_grad()
@@ -312,7 +312,7 @@ def test_rows_of_different_lengths_are_added_to_and_removed_from_a_batch(changes
     assert (cache.lengths, cache.capacity) == ([], 0)
 
 
-def test_generation_leaves_the_mode_and_the_gradients_alone() -> None:
+def test_generation_changes_neither_the_mode_nor_the_gradients() -> None:
     model = small_decoder(dropout=0.5)
     prompts = random_ids(1, 3)
     model.train()

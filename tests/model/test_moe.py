@@ -172,7 +172,7 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize("number_of_experts", [2, 16])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_the_host_waits_for_the_sizes_of_slices_and_for_nothing_where_products_are_grouped(
+def test_the_host_waits_for_the_device_once_without_grouped_products_and_never_with_them(
     number_of_experts: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x = experts(num_experts=number_of_experts), hidden().requires_grad_()
@@ -198,7 +198,7 @@ def test_the_host_waits_for_the_sizes_of_slices_and_for_nothing_where_products_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_slices_one_by_one_are_what_grouped_products_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_of_slices_equal_grouped_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = experts(num_experts=6), hidden()
     found = []
     for grouped in (True, False):
@@ -213,7 +213,7 @@ def test_slices_one_by_one_are_what_grouped_products_are(dtype: torch.dtype, mon
         torch.testing.assert_close(mine, theirs)
 
 
-def test_the_product_is_an_operator_by_torch_s_own_tests() -> None:
+def test_the_product_passes_torchs_own_checks_of_operators() -> None:
     drawn = torch.Generator().manual_seed(1)
     x, matrices = (torch.randn(shape, generator=drawn).requires_grad_() for shape in ((24, 8), (3, 16, 8)))
     for grouped in (True, False):

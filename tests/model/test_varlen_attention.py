@@ -69,7 +69,7 @@ def uneven(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, T
     return (q.requires_grad_(), k.requires_grad_(), v.requires_grad_()), upstream, offsets
 
 
-def test_in_bfloat16_values_and_gradients_are_as_near_as_bfloat16_comes() -> None:
+def test_in_bfloat16_values_and_gradients_are_within_its_rounding() -> None:
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         parts, upstream, offsets = uneven(dtype)
@@ -100,7 +100,7 @@ def test_in_bfloat16_a_segment_does_not_depend_on_its_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_is_what_a_compiler_may_take_it_for(dtype: torch.dtype) -> None:
+def test_the_operators_pass_torchs_own_checks(dtype: torch.dtype) -> None:
     flat = [part.detach().flatten(0, 1).to(dtype).requires_grad_() for part in heads(SEED, 4, 2)]
     # By the checks of torch itself: shapes, strides, aliases and gradients with and without real data.
     checked = torch.library.opcheck(cpu_varlen_attention, (*flat, OFFSETS))
@@ -131,7 +131,7 @@ def test_the_decoder_gives_the_loss_and_gradients_of_its_mask(use_moe: bool) -> 
         torch.testing.assert_close(found[1][1][name], grad, rtol=1e-4, atol=1e-5)
 
 
-def test_with_dropout_the_mask_is_taken() -> None:
+def test_with_dropout_the_mask_is_used() -> None:
     model, inputs = decoder(dropout=0.5)
     wrong = torch.tensor([0, 48], dtype=torch.int32)
     torch.manual_seed(SEED)
@@ -191,7 +191,7 @@ def test_without_torchs_private_operators_the_mask_gives_the_same_loss() -> None
         (8, torch.bfloat16, 264, False),
     ],
 )
-def test_what_cudas_flash_kernel_supports(generation: int, dtype: torch.dtype, head_dim: int, known: bool) -> None:
+def test_the_limits_of_cudas_flash_kernel(generation: int, dtype: torch.dtype, head_dim: int, known: bool) -> None:
     assert flash_supports(generation, dtype, head_dim) is known
 
 

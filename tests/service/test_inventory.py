@@ -36,7 +36,7 @@ class FakeNvml(NvmlHost):
         return [SimpleNamespace(pid=77), SimpleNamespace(pid=78)] if index else []
 
 
-def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_devices_and_their_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "77").mkdir()
     (tmp_path / "77" / "environ").write_bytes(f"A=1\0{MARKER}=job_a/1\0".encode())
     monkeypatch.setattr(processes, "PROC", tmp_path)
@@ -61,7 +61,7 @@ def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert kind_for("auto", host.devices()) == "cuda"
 
 
-def test_the_processor_has_the_name_that_the_kernel_gives_it(tmp_path: Path) -> None:
+def test_the_name_of_the_processor_is_that_of_the_kernel(tmp_path: Path) -> None:
     file = tmp_path / "cpuinfo"
     assert inventory.cpu_model(file) is None
     file.write_text("processor : 0\n")

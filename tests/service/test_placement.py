@@ -235,10 +235,10 @@ def job(device: str = "cuda", ranks: int = 1) -> QueuedJob:
 def test_only_devices_whose_errors_change_are_copied() -> None:
     quiet, failing = Device("cuda:0", "cuda", uuid="a"), Device("cuda:1", "cuda", uuid="b")
     errors = {"b": [XidError("b", 79, NOW)]}
-    first = xids.marked((quiet, failing), errors)
+    first = xids.with_xid_errors((quiet, failing), errors)
     assert (first[0] is quiet, first[1].xid_errors) == (True, (79,))
-    assert all(a is b for a, b in zip(xids.marked(first, errors), first, strict=True))
-    assert xids.marked(first, {})[1] == failing
+    assert all(a is b for a, b in zip(xids.with_xid_errors(first, errors), first, strict=True))
+    assert xids.with_xid_errors(first, {})[1] == failing
 
 
 @pytest.mark.parametrize(

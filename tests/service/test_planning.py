@@ -267,19 +267,19 @@ def sentences(size: RunSize | None = SIZE, here: HostCapacity = HERE, **groups: 
     return warnings(JobSpec.model_validate(spec), size, here)
 
 
-def test_bytes_are_warned_of_unless_they_were_named(rig: ServiceHarness) -> None:
+def test_a_byte_tokenizer_that_was_not_named_gives_a_warning(rig: ServiceHarness) -> None:
     assert any("tokenizer_path was not given" in text for text in plan(rig)["warnings"])
     data = {**rig.spec()["data"], "tokenizer_path": "byte"}
     named = plan(rig, data=data)["warnings"]
     assert not any("tokenizer_path" in text for text in named)
 
 
-def test_nothing_to_say() -> None:
+def test_a_usual_run_gives_no_warning() -> None:
     assert sentences() == []
 
 
 @pytest.mark.parametrize(
-    ("size", "here", "groups", "said"),
+    ("size", "here", "groups", "text"),
     [
         (SIZE, HERE, {"resources": {"device": "auto"}}, "will use the CPU"),
         (SIZE, replace(HERE, memory_limit=1 << 29), {}, "needs about 1.1 GB of memory and this host has 0.5 GB"),
@@ -312,8 +312,8 @@ def test_nothing_to_say() -> None:
         (SIZE, replace(HERE, memory_limit=3 << 29, memory_needed=2 << 30), {}, "needs about 2.1 GB of memory"),
     ],
 )
-def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], said: str) -> None:
-    assert [text for text in sentences(size, here, **groups) if said in text], sentences(size, here, **groups)
+def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], text: str) -> None:
+    assert [found for found in sentences(size, here, **groups) if text in found], sentences(size, here, **groups)
 
 
 def test_a_batch_too_small_for_a_gpu_is_advice_and_no_warning() -> None:
@@ -323,7 +323,7 @@ def test_a_batch_too_small_for_a_gpu_is_advice_and_no_warning() -> None:
     assert sentences(here=here, training={"batch_size": 1}) == []
 
 
-def test_what_is_not_known_is_not_warned_of() -> None:
+def test_unknown_facts_give_no_warning() -> None:
     assert sentences(here=replace(HERE, memory_limit=None, disk_free=None)) == []
     assert sentences(replace(SIZE, steps=999), checkpoint={"save_minutes": 5}) == []
 
@@ -427,7 +427,7 @@ def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> No
     assert len(answers[0]["errors"]) == 3
 
 
-def test_the_time_comes_from_a_like_run(any_rig: ServiceHarness) -> None:
+def test_the_time_comes_from_an_earlier_run_of_the_same_shape(any_rig: ServiceHarness) -> None:
     rig = any_rig
     write_corpus(rig.corpus, 300, seed=6)
     job_id, attempt = rig.running(resources={"device": "cpu"})
@@ -445,7 +445,7 @@ def test_the_time_comes_from_a_like_run(any_rig: ServiceHarness) -> None:
     assert plan(rig, resources={"device": "cpu", "nproc_per_node": 2})["eta_seconds"] is None
 
 
-def test_where_it_would_stand(any_rig: ServiceHarness) -> None:
+def test_the_position_in_the_queue(any_rig: ServiceHarness) -> None:
     any_rig.running(resources={"nproc_per_node": 2})
     any_rig.submit()
     assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slot; 0 of 2 free"}
@@ -588,7 +588,7 @@ def test_the_shares_of_weights_are_known_without_the_sizes(any_rig: ServiceHarne
     assert [(source["share"], source["passes"]) for source in found] == [(0.6, None), (0.4, None)]
 
 
-def test_a_corpus_of_mixed_forms_is_not_said_to_hold_no_document(tmp_path: Path) -> None:
+def test_a_corpus_of_mixed_formats_gives_no_warning_about_missing_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a text"}\n' * 9)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a text"}\n' * 9))
     sample = sample_corpus(JobSpec.model_validate({"data": {"data_path": str(tmp_path)}}))

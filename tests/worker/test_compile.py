@@ -1,4 +1,4 @@
-"""The compiled model: one graph without breaks, and a clear word where nothing can compile it."""
+"""The compiled model: one graph without breaks, and a clear error if nothing can compile it."""
 
 import os
 import warnings
@@ -26,7 +26,7 @@ EXPERTS = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe
 
 
 def packed(batch: Any) -> dict[str, Any]:
-    """The arguments of a training pass over rows of two pieces each."""
+    """The arguments of a training pass over rows of two segments each."""
     half = batch.input_ids.shape[1] // 2
     segments = torch.ones_like(batch.input_ids)
     segments[:, half:] = 2
@@ -52,10 +52,10 @@ def test_the_model_is_one_graph(packing: str, dtype: torch.dtype, shape: ModelCo
 
 
 def no_compiler() -> None:
-    """As on a host without g++, whatever was compiled there before."""
+    """Hide the compiler and what it has compiled before, as on a host without g++."""
     import torch._inductor.config as config
 
-    # With its caches off the compiler warns of that.
+    # The compiler warns if its caches are off.
     warnings.simplefilter("default")
     config.force_disable_caches = True
     config.cpp.cxx = (None, "no-such-compiler")
@@ -64,7 +64,7 @@ def no_compiler() -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+def test_without_a_compiler_the_error_says_what_to_do(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     described = rank_runner.spec(text, training={"use_compile": True, "max_steps": 2})
     run = rank_runner.new_run(tmp_path / "run", described)
@@ -77,14 +77,14 @@ def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
 
 
 def stop_the_compiler(run: RunDir) -> None:
-    """As if SIGTERM, which requests the stop, had also ended the compiler."""
+    """Request a stop and hide the compiler, as if the SIGTERM of the stop had also ended it."""
     no_compiler()
     arm("resume.find", run.attempt(1).stop.touch)
 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_compiler_that_the_stop_request_ended_is_no_broken_compiler(tmp_path: Path) -> None:
+def test_a_compiler_that_a_stop_has_ended_is_not_reported_as_broken(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"use_compile": True, "max_steps": 2}))
     stopped = rank_runner.run_to_end(run, patch=partial(stop_the_compiler, run))
@@ -115,7 +115,7 @@ def test_a_run_compiles_before_its_first_step_and_never_after(tmp_path: Path) ->
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
-def test_what_the_compiler_raises_is_told_from_other_errors() -> None:
+def test_errors_of_the_compiler_are_recognized() -> None:
     from torch._inductor.exc import InvalidCxxCompiler, TritonMissing
 
     missing = compile_error(InvalidCxxCompiler())

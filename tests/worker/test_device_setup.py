@@ -23,8 +23,8 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize("setting", ALLOCATOR.split(","))
-def test_torch_knows_each_setting_of_the_allocators(setting: str) -> None:
-    """Without a GPU torch accepts any name, but checks the value of those that it knows."""
+def test_torch_accepts_each_allocator_setting(setting: str) -> None:
+    """Without a GPU torch ignores unknown names, but checks the values of known ones."""
     change: Any = torch._C._accelerator_setAllocatorSettings  # noqa: SLF001 - it has no public name
     with pytest.raises(ValueError, match=r"nonsense|stoull"):
         change(f"{setting.partition(':')[0]}:nonsense")
@@ -59,7 +59,7 @@ class FakeFlash:
         (("FA3", "FA4"), 9, False, None),
     ],
 )
-def test_newer_flash_attention_is_used_where_it_is_installed_and_works(
+def test_newer_flash_attention_is_used_if_it_is_installed_and_works(
     installed: tuple[str, ...], generation: int, works: bool, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flash = FakeFlash(installed, generation, monkeypatch)

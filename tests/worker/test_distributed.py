@@ -1,4 +1,4 @@
-"""Threads, the only rank of a process without torchrun, and devices that are not there."""
+"""Threads, a process without torchrun, and missing devices."""
 
 import os
 from collections.abc import Iterator
@@ -70,8 +70,8 @@ def raise_stop() -> None:
     raise StopRequested
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
-def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests a host without CUDA")
+def test_missing_cuda_is_an_error_but_not_with_auto() -> None:
     assert select_device("cuda:1", 0).type == "cpu"
     require_device(ALONE, spec())
     with pytest.raises(TrainingError, match="rank 0 of 1 has no GPU"):
@@ -88,16 +88,16 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
         ({"LOCAL_RANK": "1"}, "must be less than"),
     ],
 )
-def test_ranks_that_make_no_sense_are_refused(environment: dict[str, str], problem: str) -> None:
+def test_invalid_ranks_are_rejected(environment: dict[str, str], problem: str) -> None:
     with pytest.raises(TrainingError, match=problem) as refused:
         init_distributed(Timeouts(), "cpu", environment)
     assert "unset both to train with one process" in str(refused.value)
 
 
-def test_ranks_that_do_not_come_are_waited_for_with_a_word(
+def test_the_wait_for_missing_ranks_is_logged(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    """RANK and WORLD_SIZE are left over in the shell, and no torchrun is there."""
+    """RANK and WORLD_SIZE were left in the environment, and there is no torchrun."""
     held, number = rank_runner.hold_port()
     request.addfinalizer(partial(os.close, held))
     port = str(number)

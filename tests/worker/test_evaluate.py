@@ -87,7 +87,7 @@ def test_an_interrupted_evaluation_is_done_by_the_next_attempt(described: dict[s
     assert rank_runner.metrics(broken, 4) == {}, "nothing is evaluated twice"
 
 
-def test_all_ranks_give_an_evaluation_up_together(described: dict[str, Any], tmp_path: Path) -> None:
+def test_all_ranks_stop_an_evaluation_together(described: dict[str, Any], tmp_path: Path) -> None:
     """Only rank 0 sees the stop file, and its share has one batch less than the other's."""
     run = rank_runner.new_run(tmp_path / "run", described)
     stopped = rank_runner.run_to_end(run, 2, partial(stop_in_evaluation, run))

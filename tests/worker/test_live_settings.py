@@ -1,4 +1,4 @@
-"""Settings that change during a run change what is logged and kept, and nothing of what is trained."""
+"""Settings that are changed during a run change what is logged and kept, but not what is trained."""
 
 import json
 from functools import partial
@@ -18,7 +18,7 @@ FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
 
 
-def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) -> None:
+def test_new_settings_are_returned_once_and_torn_equal_or_invalid_ones_never(tmp_path: Path) -> None:
     settings = LiveSettings(tmp_path / "settings.json", FIRST)
     assert settings.poll() is None
     write_json(settings.file, FIRST.model_dump())
@@ -38,7 +38,7 @@ def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) ->
     assert settings.poll() == FIRST
 
 
-def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
+def test_settings_are_set_in_a_spec_and_the_event_names_the_change() -> None:
     assert RunSettings.of(with_settings(spec(), SECOND).model_dump()) == SECOND
     assert with_settings(spec(), RunSettings.of(spec().model_dump())) == spec()
     assert settings_changed_event(4, FIRST, FIRST.model_copy(update={"save_interval": 1000})).message == (
@@ -46,7 +46,7 @@ def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
     )
 
 
-def test_ranks_agree_on_numbers() -> None:
+def test_flags_are_the_same_after_a_conversion_to_integers() -> None:
     for flags in (
         ControlFlags(),
         ControlFlags(stop=True),
@@ -60,8 +60,8 @@ def test_ranks_agree_on_numbers() -> None:
     assert ControlFlags.from_ints(ControlFlags(settings=largest).to_ints()).settings == largest
 
 
-def wish_after(run: RunDir, step: int) -> None:
-    """Leave other settings right after ``step``."""
+def change_settings_after(run: RunDir, step: int) -> None:
+    """Write other settings right after ``step``."""
     from trainyard.worker.attempt import StepHeartbeat
 
     beat = StepHeartbeat.beat
@@ -76,19 +76,19 @@ def wish_after(run: RunDir, step: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) -> None:
+def test_changed_settings_do_not_change_the_weights(world: int, tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     described = rank_runner.spec(text, training={"max_steps": 16})
     untouched, touched = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "touched"))
     rank_runner.run_to_end(untouched, world)
-    rank_runner.run_to_end(touched, world, partial(wish_after, touched, 5))
-    # All ranks take it over at the same step: at once alone, a step later together.
-    taken = 5 + (world > 1)
-    said = [event for event in rank_runner.events(touched) if isinstance(event, SettingsChanged)]
-    assert [(event.step, event.log_interval, event.save_interval) for event in said] == [(taken, 2, 3)]
-    assert sorted(rank_runner.metrics(touched)) == [5, *range(taken + 1 + (taken + 1) % 2, 17, 2)]
-    # What was due at the step itself is due by the new settings.
-    saves = [step for step in (6, 9, 12, 15, 16) if step >= taken]
+    rank_runner.run_to_end(touched, world, partial(change_settings_after, touched, 5))
+    # All ranks apply the change at the same step: one rank alone at once, several ranks a step later.
+    applied = 5 + (world > 1)
+    changes = [event for event in rank_runner.events(touched) if isinstance(event, SettingsChanged)]
+    assert [(event.step, event.log_interval, event.save_interval) for event in changes] == [(applied, 2, 3)]
+    assert sorted(rank_runner.metrics(touched)) == [5, *range(applied + 1 + (applied + 1) % 2, 17, 2)]
+    # The new settings decide whether this step is logged and saved.
+    saves = [step for step in (6, 9, 12, 15, 16) if step >= applied]
     assert rank_runner.saves(touched) == saves
     kept = sorted(path.name for path in touched.artifacts(None).checkpoints.iterdir())
     assert kept == ["step-00000015", "step-00000016"]
@@ -100,7 +100,7 @@ def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp_path: Path) -> None:
+def test_an_interrupted_run_keeps_the_changed_settings_and_every_point_is_right(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     described = rank_runner.spec(text, training={"max_steps": 12})
     untouched, run = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "run"))
@@ -109,7 +109,7 @@ def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp
     run.spec.write_text(json.dumps({**described, "reporting": {"log_interval": 2}}))
     rank_runner.run_to_end(run)
     assert sorted(rank_runner.curve(run)) == [5, 6, 8, 10, 12]
-    # The sums since the last point went along: the mean of steps 6 to 10 is that of the untouched run.
+    # The sums since the last point are kept: the mean of steps 6 to 10 is that of the uninterrupted run.
     ours, theirs = rank_runner.metrics(run), rank_runner.metrics(untouched)
     parts = {**ours, **rank_runner.metrics(run, 2)}
     weights = {step: parts[step].tokens - parts[before].tokens for before, step in ((5, 6), (6, 8), (8, 10))}
@@ -122,5 +122,5 @@ def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp
 def both(run: RunDir) -> None:
     from tests.worker.test_resume import stop_after
 
-    wish_after(run, 5)
+    change_settings_after(run, 5)
     stop_after(run, 1, 7)

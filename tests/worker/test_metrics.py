@@ -1,4 +1,4 @@
-"""What a metric event is the mean and the count of."""
+"""The values of a metric event, and the time of the slowest rank."""
 
 import math
 import time
@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_counted_and_not_added() -> None:
     assert not line(metrics).nonfinite
 
 
-def test_sums_come_back_to_the_ranks_they_were_of() -> None:
+def test_each_rank_restores_its_own_sums() -> None:
     rows = [[1.0, 2.0, 3.0, 0.0], [10.0, 20.0, 30.0, 1.0]]
     second = DistributedContext(1, 2, 1, 2, torch.device("cpu"))
     assert restore_window(rows, second, [50.0, 70.0]) == MetricsWindow(10.0, 20.0, 30.0, 1.0, text_bytes=70.0)
@@ -90,7 +90,7 @@ class SlowSecondRank(DistributedContext):
         return [row, [*row[:2], 3 * row[2], *row[3:]]]
 
 
-def test_a_straggler_is_seen_by_its_own_time() -> None:
+def test_a_straggler_is_found_by_its_own_time() -> None:
     weight = torch.nn.Parameter(torch.ones(4))
     two = SlowSecondRank(0, 2, 0, 2, torch.device("cpu"))
     metrics = MetricsProcessor(two, MetricsWindow(), 6.0, has_aux=False, timer=RankTimer(weight, two.device))
@@ -165,7 +165,7 @@ def test_a_straggler_is_reported_once_by_name() -> None:
     assert list(monitor.observe(point)) == [], "one rank has no spread"
 
 
-def test_a_window_that_a_release_without_bytes_has_begun_has_no_bits_per_byte() -> None:
+def test_a_window_from_a_checkpoint_without_bytes_has_no_bits_per_byte() -> None:
     old = restore_window([[10.0, 0.0, 5.0, 0.0]], ALONE)
     assert old.text_bytes is None
     metrics = MetricsProcessor(ALONE, old, 6.0, has_aux=False)

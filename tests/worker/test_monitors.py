@@ -1,4 +1,4 @@
-"""What is said of the curve while it grows: spikes, a curve that is flat, gradients, the experts' load."""
+"""Warnings about the curve of a run: loss spikes, a flat curve, gradients, and the load of the experts."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_noise_is_no_spike(noise: str) -> None:
 
 
 @pytest.mark.parametrize("noise", NOISE)
-def test_a_spike_is_found_in_noise_and_told_once(noise: str) -> None:
+def test_a_spike_is_found_in_noise_and_reported_once(noise: str) -> None:
     dice, spikes = random.Random(noise), LossSpikeDetector()
     found = []
     for step in range(1, 1001):
@@ -70,7 +70,7 @@ def test_a_spike_is_found_in_noise_and_told_once(noise: str) -> None:
     assert found[0].loss == pytest.approx(found[0].typical + 4, abs=1.5)
 
 
-def test_the_beginning_is_not_judged_and_what_stays_up_becomes_usual() -> None:
+def test_the_first_steps_are_not_judged_and_a_loss_that_stays_high_becomes_usual() -> None:
     spikes, found = LossSpikeDetector(), []
     for step in range(1, 500):
         spikes.observe(step, 9.0 if step == 20 or step >= 200 else 2.0, ())
@@ -81,7 +81,7 @@ def test_the_beginning_is_not_judged_and_what_stays_up_becomes_usual() -> None:
     assert spikes.pending is None
 
 
-def test_all_ranks_spikes_are_one_warning() -> None:
+def test_spikes_of_all_ranks_are_one_warning() -> None:
     assert spike_warning([NO_SPIKE.to_row(), NO_SPIKE.to_row()]) is None
     few, many = Spike(41, 5.0, 2.0, (7, 9)), Spike(41, 9.5, 2.0, tuple(range(100, 120)))
     assert Spike.from_row(few.to_row()) == few
@@ -98,7 +98,7 @@ def test_all_ranks_spikes_are_one_warning() -> None:
     assert "micro-batch has rows 7, 9." in alone.message
 
 
-def test_a_spike_is_handed_over_once() -> None:
+def test_a_spike_is_taken_once() -> None:
     spikes = LossSpikeDetector(pending=Spike(3, 2.0, 1.0, (1,)))
     assert Spike.from_row(spikes.take_row()).step == 3
     assert Spike.from_row(spikes.take_row()) == NO_SPIKE
@@ -110,17 +110,17 @@ def line(step: int, loss: float, load: list[float] | None = None) -> MetricEvent
 
 def starved(watch: LearningMonitor, loads: dict[int, list[float]], start: int = 1) -> list[WarningEvent]:
     """The warnings of a run whose points have these loads."""
-    said: list[WarningEvent] = []
+    warnings: list[WarningEvent] = []
     for step in range(start, max(loads) + 1):
-        said += watch.observe(step, 2.0, 1.0)
-        said += watch.observe_metrics(line(step, 2.0, loads[step])) if step in loads else ()
-    return said
+        warnings += watch.observe(step, 2.0, 1.0)
+        warnings += watch.observe_metrics(line(step, 2.0, loads[step])) if step in loads else ()
+    return warnings
 
 
 EVEN, STARVED = [0.26, 0.24, 0.25, 0.25], [0.41, 0.0, 0.35, 0.24]
 
 
-def test_an_expert_without_tokens_is_an_alert_and_one_only() -> None:
+def test_an_expert_without_tokens_gives_one_alert() -> None:
     (warning,) = starved(LearningMonitor(None), dict.fromkeys(range(10, 1000, 10), STARVED))
     assert (warning.code, warning.step) == ("experts_starve", 50)
     assert "of the 4 experts get almost no tokens since step 0: 1 (0.0%); an even share is 25%" in warning.message
@@ -130,7 +130,7 @@ def test_an_expert_without_tokens_is_an_alert_and_one_only() -> None:
     assert long_window.step == 100
 
 
-def test_an_expert_that_gets_tokens_now_and_then_is_left_in_peace() -> None:
+def test_an_expert_that_sometimes_gets_tokens_gives_no_alert() -> None:
     loads = {step: STARVED if step % 50 else EVEN for step in range(10, 1000, 10)}
     assert starved(LearningMonitor(None), loads) == []
     assert starved(LearningMonitor(None), {step: [0.1, 0.3, 0.3, 0.3] for step in range(10, 500, 10)}) == []
@@ -145,20 +145,21 @@ def test_experts_are_judged_after_the_warm_up_and_from_the_first_step_of_the_att
 
 
 def codes(watch: LearningMonitor, losses: Any, norm: float = 1.0) -> list[tuple[str, int]]:
-    said: list[WarningEvent] = []
+    warnings: list[WarningEvent] = []
     for step, loss in losses:
-        said += [*watch.observe(step, loss, norm), *(watch.observe_metrics(line(step, loss)) if step % 10 == 0 else ())]
-    return [(warning.code, warning.step or 0) for warning in said]
+        warnings += watch.observe(step, loss, norm)
+        warnings += watch.observe_metrics(line(step, loss)) if step % 10 == 0 else ()
+    return [(warning.code, warning.step or 0) for warning in warnings]
 
 
-def test_a_run_that_learns_is_left_in_peace() -> None:
+def test_a_run_that_learns_gives_no_warning() -> None:
     assert codes(LearningMonitor(6400), ((step, falling(step)) for step in range(1, 2000))) == []
-    # Once it has learned something it may be flat for as long as it likes.
+    # After the loss has fallen once, a flat curve gives no warning.
     assert codes(LearningMonitor(6400), ((step, 8.81 if step < 50 else 3.0) for step in range(1, 2000))) == []
 
 
 @pytest.mark.parametrize(("vocabulary", "loss", "off"), [(6400, 8.9, 0), (6400, 10.5, 1), (259, 5.6, 0), (259, 3.0, 1)])
-def test_the_first_loss_is_held_against_that_of_guessing(vocabulary: int, loss: float, off: int) -> None:
+def test_the_first_loss_is_compared_with_that_of_a_uniform_guess(vocabulary: int, loss: float, off: int) -> None:
     warnings = list(LearningMonitor(vocabulary).observe(1, loss, 1.0))
     assert [warning.code for warning in warnings] == ["first_loss_off"] * off
     assert all(f"should give {math.log(vocabulary) + 0.05:.2f}" in warning.message for warning in warnings)
@@ -166,11 +167,11 @@ def test_the_first_loss_is_held_against_that_of_guessing(vocabulary: int, loss: 
     assert list(LearningMonitor(vocabulary).observe(2, loss, 1.0)) == []
 
 
-def test_a_flat_curve_is_told_once_behind_the_warm_up() -> None:
+def test_a_flat_curve_is_reported_once_after_the_warm_up() -> None:
     flat = [(step, 8.8 - 0.0001 * step) for step in range(1, 900)]
     assert codes(LearningMonitor(6400), flat) == [("curve_flat", 300)]
     assert codes(LearningMonitor(6400, warmup_steps=115), flat) == [("curve_flat", 420)]
-    # An attempt that goes on from a checkpoint does not know where the curve came from.
+    # An attempt that starts from a checkpoint does not know the loss of step 1.
     assert codes(LearningMonitor(6400), flat[10:]) == []
 
 
@@ -224,7 +225,7 @@ def line_of(metrics: MetricsProcessor) -> MetricEvent:
     return metrics.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=1.0, eval_loss=None)
 
 
-def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> None:
+def test_the_expert_load_is_of_all_steps_since_the_last_line_also_after_a_resume() -> None:
     metrics = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True, experts=4)
     step = StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(30.0, 10.0, 0.0, 0.0))
     for _ in range(2):
@@ -239,7 +240,7 @@ def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> N
     assert line_of(metrics).expert_load is None
     again = MetricsProcessor(ALONE, restore_window(stored, ALONE), 6.0, has_aux=True, experts=4)
     assert line_of(again).expert_load == [0.75, 0.25, 0.0, 0.0]
-    # Another number of ranks: rank 0 takes the sums of all, and the others' rows are as long.
+    # With another number of ranks, rank 0 takes the sums of all. The rows of the others have the same length.
     both = restore_window([stored[0], stored[0]], ALONE)
     assert both.experts == (120.0, 40.0, 0.0, 0.0)
     second = MetricsProcessor(
@@ -248,7 +249,7 @@ def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> N
     assert len(second.window.to_row()) == len(both.to_row())
 
 
-def test_a_checkpoint_from_before_there_were_loads_is_taken() -> None:
+def test_a_checkpoint_without_expert_loads_is_accepted() -> None:
     old = restore_window([[1.0, 2.0, 3.0, 0.0]], ALONE)
     metrics = MetricsProcessor(ALONE, old, 6.0, has_aux=True, experts=2)
     metrics.begin_step()
@@ -259,7 +260,7 @@ def test_a_checkpoint_from_before_there_were_loads_is_taken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_run_with_experts_tells_their_load(world: int, tmp_path: Path) -> None:
+def test_the_metrics_of_a_run_with_experts_have_their_load(world: int, tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     model = {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 32}
     described = rank_runner.spec(text, model=model, training={"max_steps": 6}, data={"eval_fraction": 0.2})
@@ -275,14 +276,14 @@ def test_a_run_with_experts_tells_their_load(world: int, tmp_path: Path) -> None
 
 
 def jump(rank: int, at: int) -> None:
-    """One rank's loss is far up for one step, as a batch of nonsense makes it."""
+    """Raise the loss of one rank by 50 for one step, as after a batch of random tokens."""
     from trainyard.worker.training.monitors import LossSpikeDetector
 
-    look = LossSpikeDetector.observe
+    observe = LossSpikeDetector.observe
 
     def jumping(self: LossSpikeDetector, step: int, loss: float, rows: tuple[int, ...]) -> None:
         mine = os.environ["RANK"] == str(rank) and step == at
-        look(self, step, loss + 50.0 * mine, rows)
+        observe(self, step, loss + 50.0 * mine, rows)
 
     mock.patch.object(LossSpikeDetector, "observe", jumping).start()
 

@@ -1,4 +1,4 @@
-"""A run with Muon: interrupted, it ends with the weights of the untouched one; another optimizer is refused."""
+"""A run with Muon: a resume ends with the weights of an uninterrupted run, and another optimizer is rejected."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,7 @@ def run(path: Path, text: Path, steps: int, options: dict[str, Any]) -> RunDir:
 
 
 @pytest.mark.parametrize("options", [{}, RECIPE], ids=["minimind", "fast"])
-def test_a_resumed_run_is_the_untouched_one(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(options: dict[str, Any], tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "c.jsonl")
     whole = run(tmp_path / "whole", text, 8, options)
     run(tmp_path / "parted", text, 3, options)
@@ -57,7 +57,7 @@ def test_a_resumed_run_is_the_untouched_one(options: dict[str, Any], tmp_path: P
     assert "momentum.model.layers.0.self_attn.q_proj.weight" in state
     assert "exp_avg.model.layers.0.self_attn.q_proj.weight" not in state
     assert "exp_avg_sq.model.embed_tokens.weight" in state
-    # The checkpoint is of muon: AdamW cannot go on with it.
+    # AdamW cannot continue from a checkpoint of Muon.
     described = JobSpec.model_validate_json((parted.attempt(2).spec).read_text())
 
     ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))

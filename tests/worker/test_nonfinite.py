@@ -12,7 +12,7 @@ from trainyard.worker.training.nonfinite import (
 )
 
 
-def test_a_finite_step_is_applied_and_ends_a_row_of_skips() -> None:
+def test_a_finite_step_is_applied_and_resets_the_skips_in_a_row() -> None:
     assert decide_step(True, "skip", NonFiniteCounters(in_a_row=3, skipped=7), None) == (
         StepDecision.APPLIED,
         NonFiniteCounters(0, 7, 0),
@@ -23,7 +23,7 @@ def test_fail_fails_at_once() -> None:
     assert decide_step(False, "fail", NonFiniteCounters(), None)[0] is StepDecision.FAIL
 
 
-def test_skip_gives_up_after_so_many_in_a_row() -> None:
+def test_skip_fails_after_too_many_in_a_row() -> None:
     counters, decisions = NonFiniteCounters(), []
     for _ in range(MAX_CONSECUTIVE_SKIPS + 1):
         decision, counters = decide_step(False, "skip", counters, None)
@@ -31,7 +31,7 @@ def test_skip_gives_up_after_so_many_in_a_row() -> None:
     assert decisions == [StepDecision.SKIP] * MAX_CONSECUTIVE_SKIPS + [StepDecision.FAIL]
 
 
-def test_skip_gives_up_after_so_many_in_all() -> None:
+def test_skip_fails_after_too_many_in_total() -> None:
     counters, skipped = NonFiniteCounters(), 0
     while True:
         decision, counters = decide_step(False, "skip", counters, None)
@@ -51,19 +51,19 @@ def test_rollback_gives_up_after_three() -> None:
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])
-def test_an_fp16_overflow_is_ordinary_until_the_scale_is_down(policy: Policy) -> None:
+def test_an_fp16_overflow_is_harmless_until_the_scale_is_at_its_minimum(policy: Policy) -> None:
     assert decide_step(False, policy, NonFiniteCounters(), 65536.0) == (StepDecision.OVERFLOWED, NonFiniteCounters())
     assert decide_step(False, policy, NonFiniteCounters(), 1.0)[0] is not StepDecision.OVERFLOWED
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])
-def test_a_loss_that_is_no_number_is_no_fp16_overflow(policy: Policy) -> None:
+def test_a_nonfinite_loss_is_no_fp16_overflow(policy: Policy) -> None:
     found = decide_step(False, policy, NonFiniteCounters(), 65536.0, losses_finite=False)
     assert found == decide_step(False, policy, NonFiniteCounters(), None)
     assert found[0] is not StepDecision.OVERFLOWED
 
 
-def test_the_description_names_step_and_rows() -> None:
+def test_the_message_names_step_and_rows() -> None:
     assert nonfinite_message(7, (3, 4, 5), (4,)) == "the loss is not finite at step 7, in row 4"
     text = nonfinite_message(9, tuple(range(12)), ())
     assert text == (

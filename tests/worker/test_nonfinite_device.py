@@ -23,7 +23,7 @@ WAITS = {"item", "tolist", "numpy", "nonzero", "cpu", "unique", "bincount", "mas
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])
-def test_it_holds_what_the_gate_does_not_apply_and_all_behind_an_end(policy: Policy) -> None:
+def test_the_guard_skips_what_the_host_does_not_apply_and_all_steps_after_an_end(policy: Policy) -> None:
     seed = random.randrange(1 << 30)
     print("seed", seed)
     drawn, ends = random.Random(seed), []
@@ -33,33 +33,33 @@ def test_it_holds_what_the_gate_does_not_apply_and_all_behind_an_end(policy: Pol
         for _ in range(200):
             finite = drawn.random() > bad_share
             norm = torch.tensor(1.0 if finite else drawn.choice([float("nan"), float("inf")]))
-            held = bool(guard.found_inf(norm))
+            is_skipped = bool(guard.found_inf(norm))
             if ended:
-                assert held
+                assert is_skipped
                 continue
             decision, counters = decide_step(finite, policy, counters, None)
-            assert held == (decision is not StepDecision.APPLIED)
+            assert is_skipped == (decision is not StepDecision.APPLIED)
             ended = decision in (StepDecision.FAIL, StepDecision.ROLL_BACK)
         ends.append(ended)
     assert any(ends)
 
 
-def test_released_it_goes_on_from_the_trouble_there_was() -> None:
+def test_a_reset_sets_the_counters_and_enables_updates() -> None:
     guard = DeviceNonFiniteGuard("skip", is_latching=True, device=CPU)
     guard.reset(NonFiniteCounters(in_a_row=10, skipped=10))
     assert bool(guard.found_inf(torch.tensor(float("nan"))))
-    assert bool(guard.found_inf(torch.tensor(1.0))), "eleven in a row are an end"
+    assert bool(guard.found_inf(torch.tensor(1.0))), "eleven in a row end the run"
     guard.reset(NonFiniteCounters())
     assert not bool(guard.found_inf(torch.tensor(1.0)))
 
 
-def test_beside_a_loss_scale_it_holds_bad_steps_alone() -> None:
+def test_with_a_loss_scale_only_bad_steps_are_skipped() -> None:
     guard = DeviceNonFiniteGuard("fail", is_latching=False, device=CPU)
     assert [bool(guard.found_inf(torch.tensor(norm))) for norm in (1.0, float("inf"), 1.0)] == [False, True, False]
 
 
-class NoWaiting(TorchFunctionMode):
-    """Refuses whatever would make the host wait for the device's numbers."""
+class NoDeviceSync(TorchFunctionMode):
+    """Fails if an operation makes the host wait for the device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -69,18 +69,18 @@ class NoWaiting(TorchFunctionMode):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_a_step_waits_for_nothing(use_moe: bool, optimizer: str) -> None:
+def test_a_step_does_not_wait_for_the_device(use_moe: bool, optimizer: str) -> None:
     student = train_state(replace(SHAPE, use_moe=use_moe), dtype="bfloat16", optimizer=optimizer)
     micros = cut(rows(4, seed=5), 2)
-    with NoWaiting():
+    with NoDeviceSync():
         pending = [student.train_step.run(micros, 1e-3, unseeded) for _ in range(2)]
-    with pytest.raises(AssertionError, match="tolist waits"), NoWaiting():
+    with pytest.raises(AssertionError, match="tolist waits"), NoDeviceSync():
         pending[0].read()
     assert all(step.read().applied for step in pending)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_behind_a_bad_step_the_weights_stay_until_it_was_read(optimizer: str) -> None:
+def test_after_a_bad_step_nothing_is_updated_until_a_reset(optimizer: str) -> None:
     student, batch = train_state(optimizer=optimizer), rows(4, seed=5)
     student.train_step.run(cut(batch, 4), 1e-2, unseeded)
     student.optimizer.step()

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: a default of ours, unless the user has chosen."""
+"""How OpenMP's threads wait: a default, unless the user has set it."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from trainyard.worker.openmp import SPINS, limit_spinning
         ({"OMP_WAIT_POLICY": "PASSIVE"}, {"OMP_WAIT_POLICY": "PASSIVE"}),
     ],
 )
-def test_the_choice_of_the_user_stays(given: dict[str, str], expected: dict[str, str]) -> None:
+def test_settings_of_the_user_are_kept(given: dict[str, str], expected: dict[str, str]) -> None:
     environment = dict(given)
     limit_spinning(environment)
     assert environment == expected

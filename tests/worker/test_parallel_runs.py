@@ -131,7 +131,7 @@ def die_at(step: int, outbox: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("parallelism", ["zero1", "fsdp"])
 @pytest.mark.parametrize("kind", kinds())
-def test_a_killed_run_ends_with_the_bytes_of_the_untouched_one(
+def test_a_killed_run_ends_with_the_bytes_of_an_uninterrupted_one(
     kind: str, parallelism: str, text: Path, tmp_path: Path
 ) -> None:
     """Three ranks are enough for the order of sums to matter; in bfloat16, with layers that are computed again."""

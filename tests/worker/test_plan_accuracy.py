@@ -1,4 +1,4 @@
-"""What the plan says of a run against what the run takes: tensors counted, checkpoints weighed."""
+"""The memory and disk space of a plan, compared with the tensors and files of a run."""
 
 import random
 from pathlib import Path
@@ -140,7 +140,7 @@ def tensors_in(file: Path) -> int:
         return sum(tensors.get_tensor(name).nbytes for name in names)
 
 
-def test_weight_decay_on_matrices_spares_the_norms() -> None:
+def test_with_weight_decay_on_matrices_norms_do_not_decay() -> None:
     model = ModelConfig(**DENSE).with_vocab_size(259)
     for optimizer in ("adamw", "muon"):
         for where, norms in (("matrices", {0.0}), ("all", {0.5})):

@@ -1,4 +1,4 @@
-"""Several ranks: the same numbers however a step is cut, and no rank's end is masked by another's."""
+"""Several ranks: the split of a step changes no number, and the error of one rank does not hide another's."""
 
 import json
 import math
@@ -48,7 +48,7 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "muon"])
-def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path: Path) -> None:
+def test_another_split_into_ranks_and_micro_batches_gives_the_same_step(kind: str, text: Path, tmp_path: Path) -> None:
     """Over more than an epoch, so that the short last step of an epoch, and ranks without a row, are part of it."""
     results, use_moe = {}, kind == "moe"
     for name, (world, changes) in CUTS.items():
@@ -72,18 +72,18 @@ def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path
 
 
 AGREE = {"float32": 1e-5, "bfloat16": 2e-3, "float16": 3e-4}
-"""Nats by which a loss may differ once the run was moved: what docs/guides/resuming.md says."""
+"""Nats by which a loss may differ after a change of the ranks, as documented in docs/guides/resuming.md."""
 
 EXPERTS_AGREE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 """With experts: where two score nearly alike, the last bit decides which one a token goes through."""
 
 
-def moved_there_and_back(
+def largest_differences(
     text: Path, tmp_path: Path, steps: int, worlds: list[int], **groups: dict[str, Any]
 ) -> dict[str, float]:
-    """A run that changes its number of ranks every few steps beside one whose ranks stay.
+    """Compare a run that changes its number of ranks every few steps with one that does not.
 
-    Returns the largest differences of their losses, and of their gradients' norms relative to them.
+    Return the largest difference of their losses, and the largest relative difference of their gradient norms.
     """
     training = {"learning_rate": 1e-3, "max_steps": steps, **groups.pop("training")}
     described = rank_runner.spec(text, training=training, reporting={"log_interval": 1}, **groups)
@@ -104,11 +104,11 @@ def moved_there_and_back(
 
 
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("adamw", "bfloat16")])
-def test_resumed_on_other_numbers_of_ranks_it_keeps_its_losses(
+def test_a_run_resumed_on_another_number_of_ranks_has_the_same_losses(
     optimizer: str, dtype: str, text: Path, tmp_path: Path
 ) -> None:
     """One rank, then two, then one again."""
-    found = moved_there_and_back(text, tmp_path, 12, [1, 2, 1], training={"optimizer": optimizer, "dtype": dtype})
+    found = largest_differences(text, tmp_path, 12, [1, 2, 1], training={"optimizer": optimizer, "dtype": dtype})
     assert found["loss"] <= AGREE[dtype]
     if dtype == "float32":
         assert found["norm"] <= 1e-4
@@ -117,10 +117,12 @@ def test_resumed_on_other_numbers_of_ranks_it_keeps_its_losses(
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("dtype", AGREE)
-def test_a_hundred_steps_behind_the_move_it_still_does(dtype: str, kind: str, text: Path, tmp_path: Path) -> None:
+def test_a_hundred_steps_after_a_change_of_ranks_the_losses_are_the_same(
+    dtype: str, kind: str, text: Path, tmp_path: Path
+) -> None:
     """One rank, then three, then two for a hundred steps."""
     model = {"use_moe": True, "moe_intermediate_size": 32} if kind == "moe" else {}
-    found = moved_there_and_back(text, tmp_path, 108, [1, 3, 2], model=model, training={"dtype": dtype})
+    found = largest_differences(text, tmp_path, 108, [1, 3, 2], model=model, training={"dtype": dtype})
     print(f"{kind} {dtype}: losses within {found['loss']:.1e}, norms within {found['norm']:.1e} of the untouched run's")
     assert found["loss"] <= (EXPERTS_AGREE if kind == "moe" else AGREE)[dtype]
 
@@ -199,7 +201,7 @@ def test_evaluation_does_not_depend_on_the_number_of_ranks(text: Path, tmp_path:
 
 
 def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[str]":
-    """As a person starts it."""
+    """Start torchrun as a user does."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     return subprocess.Popen(
         [*command, "--log-dir", str(run.path / "torchrun"), "-m", "trainyard.worker", str(run.path)],
@@ -242,7 +244,7 @@ def short_of_memory() -> None:
     mock.patch.object(step, "forward", limited).start()
 
 
-def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Path) -> None:
+def test_the_rank_that_failed_is_named(text: Path, tmp_path: Path) -> None:
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
     ranks = rank_runner.start(run, 2, short_of_memory)
     assert ranks.wait() == [1, 1]
@@ -254,8 +256,8 @@ def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_all_ranks_see_one_rank_s_bad_gradient(dtype: str, text: Path, tmp_path: Path) -> None:
-    """With float16 too at once: a loss that is not finite is no overflow of the scaled gradient."""
+def test_a_bad_gradient_of_one_rank_stops_all_ranks(dtype: str, text: Path, tmp_path: Path) -> None:
+    """With float16 also at the first step: a non-finite loss is no overflow of the scaled gradient."""
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"dtype": dtype}))
     failed = rank_runner.run_to_end(run, 2, partial(poison_rank, 1, 6))
     assert (failed.reason, failed.step) == ("diverged", 5)
@@ -263,7 +265,7 @@ def test_all_ranks_see_one_rank_s_bad_gradient(dtype: str, text: Path, tmp_path:
 
 
 def poison_rank(rank: int, at: int) -> None:
-    """Make one rank's weights bad for one step: its loss is not a number, and so is everybody's gradient."""
+    """Make a weight of one rank NaN before one step: its loss is NaN, and so is the gradient of all ranks."""
 
     def poison(loop: Any, progress: Any) -> None:
         if loop.ranks.rank == rank and progress.step + 1 == at:

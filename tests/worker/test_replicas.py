@@ -99,7 +99,7 @@ def test_on_a_gpu_the_digests_are_of_the_step() -> None:
 
 @dataclass(frozen=True)
 class RecordingRanks(DistributedContext):
-    """Keeps what is sent."""
+    """Records what is sent."""
 
     sent: list[list[int]] = field(default_factory=list)
 
@@ -129,7 +129,7 @@ def test_an_update_waits_until_the_weights_are_read() -> None:
 
 
 class Exchange:
-    """Gathers a value of each thread that stands for a rank."""
+    """Gathers a value of each thread; a thread is a rank."""
 
     def __init__(self, world: int) -> None:
         self.values: list[Any] = [None] * world
@@ -220,7 +220,7 @@ def _alone(rank: int) -> DistributedContext:
 
 
 def test_a_flipped_bit_is_found_50_times_of_50(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # the disk's time is not what is tested
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # the writing of files is not tested here
     seed = int(os.environ.get("TRAINYARD_FLIP_SEED", time.time()))
     print(f"TRAINYARD_FLIP_SEED={seed}")
     chooser, found = random.Random(seed), 0
@@ -265,7 +265,7 @@ def test_the_ranks_that_differ_from_most_are_named() -> None:
     assert error.rank == 0
 
 
-def test_a_rank_that_died_meanwhile_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_is_published_even_if_another_rank_has_died(tmp_path: Path) -> None:
     run = Run(tmp_path, 1)
 
     def dead(_: list[int]) -> list[list[int]]:
@@ -279,7 +279,7 @@ def test_a_rank_that_died_meanwhile_does_not_cost_the_checkpoint(tmp_path: Path)
     assert "Connection closed by peer" in warning.message
 
 
-def test_a_fault_is_reported_though_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_reported_even_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(tmp_path, 3)
     weight = next(run.states[2].model.parameters())
     flip(weight, 0, 30)
@@ -292,7 +292,7 @@ def test_a_fault_is_reported_though_the_disk_is_full(tmp_path: Path, monkeypatch
     assert {error.rank for error in run.save(1)} == {2}
 
 
-def test_unlike_devices_are_not_compared() -> None:
+def test_devices_of_different_types_are_not_compared() -> None:
     exchange = {"training": Exchange(1)}
     like = ThreadRanks(0, 2, 0, 1, CPU, exchanges=exchange)
     check, warnings = replica_check(like, PLACES)

@@ -1,4 +1,4 @@
-"""The proof of a resume: which rows, what they score, and what is said of it."""
+"""The check of a resume: its rows, their score, and the events of the comparison."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_the_rows_depend_on_corpus_and_seed_alone(tmp_path: Path) -> None:
     assert rows[0] == rows[1] == rows[2] != rows[3]
 
 
-def test_it_stays_small_whatever_the_rows(tmp_path: Path) -> None:
+def test_at_most_four_rows_of_32_positions_are_scored(tmp_path: Path) -> None:
     wide = material(tmp_path, data={"max_seq_len": 600})
     check = ResumeCheck.from_dataset(wide.train_set, wide.spec.training, ALONE.device)
     assert check.batch().input_ids.shape == check.batch().labels.shape == (min(4, len(wide.train_set)), 32)
@@ -72,14 +72,14 @@ def test_the_score_is_the_mean_loss_of_those_rows_without_dropout(tmp_path: Path
     assert check.score(student) == {}
 
 
-def test_what_is_said_of_it() -> None:
+def test_the_events_of_a_comparison() -> None:
     assert compare_scores(3, {}, {"loss": 1.0, "dtype": "float32"}) == []
     (proof,) = compare_scores(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.0, "dtype": "float32"})
     assert isinstance(proof, ResumeVerified)
     assert (proof.step, proof.expected, proof.found, proof.difference) == (3, 2.0, 2.0, 0.0)
     within = compare_scores(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "bfloat16"})
     assert [event.kind for event in within] == ["resume_verified"]
-    # Another dtype than the one it was saved with: the coarser of the two says what is too much.
+    # If the dtype has changed, the larger of both tolerances counts.
     assert len(compare_scores(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "float32"})) == 1
     doubt = compare_scores(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.009, "dtype": "float32"})
     assert isinstance(doubt[1], WarningEvent)
@@ -101,7 +101,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resume_on_the_same_hardware_differs_by_nothing(name: str, tmp_path: Path) -> None:
+def test_on_the_same_hardware_the_difference_is_0(name: str, tmp_path: Path) -> None:
     world, changes = RUNS[name]
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     changes = {**changes, "training": {"max_steps": 3, **changes.get("training", {})}}
@@ -120,7 +120,7 @@ def test_a_resume_on_the_same_hardware_differs_by_nothing(name: str, tmp_path: P
 
 
 def wrong_weights() -> None:
-    """What no checksum finds: the file is what was written, and not what is computed with."""
+    """Change the weights after they are loaded, which no checksum finds."""
     load = TrainState.load
 
     def skewed(self: TrainState, path: Path) -> Any:
@@ -133,7 +133,7 @@ def wrong_weights() -> None:
 
 
 @pytest.mark.slow
-def test_a_resume_that_is_not_the_same_is_a_warning_that_names_both_numbers(tmp_path: Path) -> None:
+def test_a_resume_with_other_weights_gives_a_warning_with_both_losses(tmp_path: Path) -> None:
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"max_steps": 3}))
     rank_runner.run_to_end(run)

@@ -89,7 +89,7 @@ def test_a_save_tells_of_what_is_left(tmp_path: Path) -> None:
     for step in (2, 4, 6, 8):
         bench.save(step)
     said = [
-        (e.kind, e.step, e.checkpoint_kind) for e in bench.said if isinstance(e, CheckpointSaved | CheckpointRemoved)
+        (e.kind, e.step, e.checkpoint_kind) for e in bench.events if isinstance(e, CheckpointSaved | CheckpointRemoved)
     ]
     assert said == [
         ("checkpoint", 2, "full"),

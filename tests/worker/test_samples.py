@@ -1,4 +1,4 @@
-"""Samples of what the model generates: what of a prompt fits, and what is said about the rest."""
+"""Samples of generated text: which part of a prompt fits, and the note about the rest."""
 
 from typing import Any
 
@@ -7,14 +7,14 @@ import torch
 
 from trainyard.contract.events import SampleEvent
 from trainyard.worker.data.tokenizers import ByteTokenizer
-from trainyard.worker.training.evaluate import generate_samples
+from trainyard.worker.training.samples import generate_samples
 from trainyard.worker.training.step import Precision
 
 TOKENIZER = ByteTokenizer()
 
 
 class Recorder:
-    """Stands in for the decoder: notes what it is given, and continues with the letter x."""
+    """A fake decoder: records its input, and continues with the letter x."""
 
     def parameters(self) -> Any:
         yield torch.zeros(1)
@@ -48,7 +48,7 @@ def test_prompt_and_text_fit_and_the_end_of_the_prompt_is_kept(length: int, limi
     assert (event.note is None) == (kept == prompt and model.new == 64)
 
 
-def test_what_was_cut_is_said() -> None:
+def test_the_note_names_what_was_cut() -> None:
     assert sample("a" * 20, 200)[1].note is None
     assert sample("a" * 79, 100)[1].note == "at most 20 new tokens: the model has 100 positions"
     note = (

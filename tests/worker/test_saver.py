@@ -1,4 +1,4 @@
-"""Saves that are cut short at any point, and what the loop does around a save."""
+"""Saves in the background: what they write, how they fail, and kills at any point."""
 
 import contextlib
 import gc
@@ -53,13 +53,13 @@ class Bench:
     """A checkpointer with everything it needs, and the events it emitted."""
 
     def __init__(self, path: Path, **checkpointing: Any) -> None:
-        self.said: list[Event] = []
+        self.events: list[Event] = []
         self.artifacts = ArtifactDir(path)
         self.metrics = MetricsProcessor(ALONE, MetricsWindow(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
         self.train_state: TrainState = build_train_state(
             initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE
         )
-        self.saver = Checkpointer(spec(**checkpointing), self.artifacts, IDENTITY, 8, ALONE, self.said.append)
+        self.saver = Checkpointer(spec(**checkpointing), self.artifacts, IDENTITY, 8, ALONE, self.events.append)
 
     def begin(self, step: int, *, required: bool = False) -> None:
         self.saver.save(self.train_state, TrainProgress(step=step, tokens=step), self.metrics, required=required)
@@ -69,7 +69,7 @@ class Bench:
         self.saver.wait()
 
     def of(self, kind: type[Any]) -> list[Any]:
-        return [event for event in self.said if isinstance(event, kind)]
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 def test_a_save_publishes_reports_and_prunes(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path)
 
 
 def test_a_home_that_is_moved_is_not_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In 0.1 checkpoints went on at the old place, in a directory that the service does not know."""
+    """In 0.1 later checkpoints were written at the old place, in a directory that the service does not know."""
     monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
     run = tmp_path / "home" / "runs" / "job_a"
     bench = Bench(run)
@@ -124,8 +124,8 @@ def test_a_home_that_is_moved_is_not_created_again(tmp_path: Path, monkeypatch: 
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 4]
 
 
-class Held:
-    """Lets saves be published only when the test says so."""
+class PausedSave:
+    """Pauses each save before it is published, until the test sets ``go``."""
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
@@ -136,7 +136,7 @@ class Held:
         assert self.go.wait(120)
         return self._publish(*arguments)
 
-    def __enter__(self) -> "Held":
+    def __enter__(self) -> "PausedSave":
         self._patch = mock.patch.object(files, "write_checkpoint", self.publish)
         self._patch.start()
         return self
@@ -153,7 +153,7 @@ def train_on(train_state: TrainState) -> None:
     train_state.optimizer.step()
 
 
-def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Path) -> None:
+def test_the_checkpoint_has_the_weights_of_its_step_although_training_continues(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     train_on(bench.train_state)
     weights = {name: value.clone() for name, value in bench.train_state.model.state_dict().items()}
@@ -161,13 +161,13 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
         name: value.clone()
         for name, value in files.optimizer_tensors(bench.train_state.model, bench.train_state.optimizer).items()
     }
-    with Held() as held:
+    with PausedSave() as paused:
         bench.begin(5)
-        assert held.begun.wait(120)
+        assert paused.begun.wait(120)
         assert bench.artifacts.published() == []
         for _ in range(3):
             train_on(bench.train_state)
-        held.go.set()
+        paused.go.set()
         bench.saver.wait()
     path = bench.artifacts.checkpoint(5)
     saved, saved_moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
@@ -181,28 +181,28 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
 
 def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with Held() as held:
+    with PausedSave() as paused:
         bench.begin(1)
-        assert held.begun.wait(120)
-        later = threading.Timer(0.05, held.go.set)
+        assert paused.begun.wait(120)
+        later = threading.Timer(0.05, paused.go.set)
         later.start()
         bench.begin(2, required=True)
         later.join()
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
 
 
-def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
+def test_close_waits_for_the_save(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with Held() as held:
+    with PausedSave() as paused:
         bench.begin(3)
-        later = threading.Timer(0.05, held.go.set)
+        later = threading.Timer(0.05, paused.go.set)
         later.start()
         bench.saver.close()
         later.join()
     assert files.verify(bench.artifacts.checkpoint(3)) is None
 
 
-def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
+def test_an_unexpected_error_in_the_writer_thread_is_raised(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("unforeseen")):
         bench.begin(3)
@@ -213,7 +213,7 @@ def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     assert [event.step for event in bench.of(CheckpointSaved)] == [4]
 
 
-def test_without_room_for_a_copy_training_waits_and_the_user_is_warned(tmp_path: Path) -> None:
+def test_without_memory_for_a_copy_training_waits_and_a_warning_is_emitted(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with mock.patch.object(StagingBuffers, "stage", side_effect=RuntimeError("can't allocate memory")):
         bench.begin(3)
@@ -224,9 +224,7 @@ def test_without_room_for_a_copy_training_waits_and_the_user_is_warned(tmp_path:
     assert len(bench.of(WarningEvent)) == 1
 
 
-def test_what_was_allocated_of_a_copy_without_room_is_given_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_memory_of_an_incomplete_copy_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench, buffer = Bench(tmp_path), StagingBuffers._buffer
     allocated: list[weakref.ref[torch.Tensor]] = []
 
@@ -247,7 +245,7 @@ def test_what_was_allocated_of_a_copy_without_room_is_given_back(
 
 
 def test_the_moments_that_a_rollback_replaces_are_freed(tmp_path: Path) -> None:
-    """A save kept references to them until the next save, so a GPU had the optimizer state twice."""
+    """The save must not keep references to them, or a GPU would hold the optimizer state twice."""
     bench = Bench(tmp_path)
     train_on(bench.train_state)
     bench.save(1)
@@ -256,7 +254,7 @@ def test_the_moments_that_a_rollback_replaces_are_freed(tmp_path: Path) -> None:
     assert set(shared) == {2}, "the tensor, and the storage object of this line"
 
 
-def test_staging_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
+def test_staging_reuses_its_memory_and_keeps_tied_weights(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
     first = staging.stage()
@@ -292,9 +290,9 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
     assert staging.gate.blocked_seconds > 0
     assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
     assert not torch.equal(bench.train_state.model.lm_head.weight, expected["lm_head.weight"])
-    held = staging.gate.blocked_seconds
+    blocked = staging.gate.blocked_seconds
     train_on(bench.train_state)
-    assert staging.gate.blocked_seconds == held
+    assert staging.gate.blocked_seconds == blocked
 
 
 def test_the_writer_thread_waits_on_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +314,7 @@ def test_the_writer_thread_waits_on_the_device_of_its_rank(tmp_path: Path, monke
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
+def test_on_a_gpu_the_copy_is_of_its_step() -> None:
     device = torch.device("cuda")
     ranks = DistributedContext(0, 1, 0, 1, device)
     train_state = build_train_state(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
@@ -332,13 +330,13 @@ def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
 
 @pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [
         (PermissionError(13, "Permission denied", "/d"), "Permission denied (/d)"),
         (MemoryError(), "the host is out of memory"),
     ],
 )
-def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_path: Path) -> None:
+def test_a_save_is_tried_twice(error: Exception, reason: str, failures: int, tmp_path: Path) -> None:
     bench, real, left = Bench(tmp_path), files.write_checkpoint, iter(range(failures))
 
     def publish(*arguments: Any) -> files.CheckpointInfo:
@@ -351,12 +349,12 @@ def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_p
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(WarningEvent)]
     assert messages == (
-        [f"the checkpoint of step 4 was not saved: {said}; training continues"] if failures == 2 else []
+        [f"the checkpoint of step 4 was not saved: {reason}; training continues"] if failures == 2 else []
     )
 
 
 @pytest.mark.parametrize("required", [False, True])
-def test_a_published_checkpoint_is_saved_though_old_ones_cannot_be_deleted(required: bool, tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_even_if_old_ones_cannot_be_deleted(required: bool, tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     broken = PermissionError(13, "Permission denied", "/d")
     with mock.patch.object(retention, "delete_old_checkpoints", side_effect=broken):
@@ -367,7 +365,7 @@ def test_a_published_checkpoint_is_saved_though_old_ones_cannot_be_deleted(requi
     assert "Permission denied (/d)" in warning.message
 
 
-def test_a_published_checkpoint_is_saved_though_the_weights_file_is_not(tmp_path: Path) -> None:
+def test_a_checkpoint_is_saved_even_if_the_weights_file_cannot_be_written(tmp_path: Path) -> None:
     bench = Bench(tmp_path, keep_last=2)
     with mock.patch.object(saver, "RETRY_SECONDS", 0.0):
         bench.artifacts.path.joinpath("out").write_text("a file where a directory belongs")
@@ -382,13 +380,13 @@ def test_a_published_checkpoint_is_saved_though_the_weights_file_is_not(tmp_path
     assert bench.of(CheckpointSaved)[-1].step == 4
 
 
-@pytest.mark.parametrize("rotten", [b"\0", b"[", b"7"])
-def test_a_rotten_old_state_does_not_end_the_run(rotten: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"\0", b"[", b"7"])
+def test_a_damaged_old_state_does_not_end_the_run(damage: bytes, tmp_path: Path) -> None:
     bench = Bench(tmp_path, keep_last=2, keep_every=1)
     bench.metrics.last_loss = 1.5
     bench.save(1)
     state = bench.artifacts.checkpoint(1) / "state.json"
-    state.write_bytes((rotten * state.stat().st_size)[: state.stat().st_size])
+    state.write_bytes((damage * state.stat().st_size)[: state.stat().st_size])
     for step in (2, 3, 4):
         bench.save(step)
     thinned = [(event.step, event.loss) for event in bench.of(CheckpointSaved) if event.checkpoint_kind == "weights"]
@@ -397,7 +395,7 @@ def test_a_rotten_old_state_does_not_end_the_run(rotten: bytes, tmp_path: Path) 
     assert [event.step for event in bench.of(CheckpointRemoved)] == [1, 2]
 
 
-def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
+def test_without_memory_a_required_save_fails_with_host_out_of_memory(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     out = mock.patch.object(files, "write_checkpoint", side_effect=MemoryError)
     with out, mock.patch.object(saver, "RETRY_SECONDS", 0.0), pytest.raises(TrainingError) as failed:
@@ -405,7 +403,7 @@ def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> 
     assert failed.value.reason == "host_out_of_memory"
 
 
-def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> None:
+def test_a_required_save_that_fails_ends_the_run(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     (tmp_path / "checkpoints").write_text("a file where a directory belongs")
     bench.save(4)
@@ -424,7 +422,7 @@ def test_save_minutes_are_counted_from_the_last_save(tmp_path: Path) -> None:
 
 
 def kill_in_save(step: int, at_write: int) -> None:
-    """SIGKILL to this process at the n-th write of the save of ``step``; the write itself gets half way."""
+    """Kill this process in write ``at_write`` of the save of ``step``, after half of its bytes."""
     writes = iter(range(10**9))
     real = os.write
     publish = files.write_checkpoint
@@ -444,7 +442,7 @@ def kill_in_save(step: int, at_write: int) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
+def test_a_run_killed_at_any_byte_of_a_save_resumes_from_the_save_before(tmp_path: Path) -> None:
     seed = 77
     chooser = random.Random(seed)
     text = rank_runner.corpus(tmp_path / "corpus.jsonl")

@@ -162,14 +162,14 @@ def test_the_run_has_its_epochs_unless_max_steps_is_given(base: int) -> None:
         assert is_finished(spec(training=training).training, replace(progress, step=base + steps), 7)
 
 
-def test_calendar_logs_at_the_interval_at_evaluations_and_at_the_end() -> None:
+def test_a_line_is_due_at_the_interval_at_evaluations_and_at_the_end() -> None:
     calendar = StepIntervals(steps=25, log_interval=10, save_interval=8, eval_interval=12)
     assert [step for step in range(1, 26) if calendar.is_log_step(step)] == [10, 12, 20, 24, 25]
     assert [step for step in range(1, 26) if calendar.is_save_step(step)] == [8, 16, 24, 25]
     assert [step for step in range(1, 26) if calendar.is_eval_step(step)] == [12, 24, 25]
 
 
-def test_calendar_evaluates_at_saves_unless_told_otherwise() -> None:
+def test_a_run_evaluates_at_saves_unless_an_interval_is_given() -> None:
     by_save = StepIntervals.from_spec(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
     assert [step for step in range(1, 12) if by_save.is_eval_step(step)] == [5, 10, 11]
     own = StepIntervals.from_spec(

@@ -1,4 +1,4 @@
-"""Warnings about the device, the entry point, and the line about a run's start."""
+"""Warnings about the device and the schedule, the entry point, and the `started` event."""
 
 import importlib
 from typing import Any

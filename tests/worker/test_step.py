@@ -71,7 +71,7 @@ def run(student: TrainState, batches: list[list[MicroBatch]], rate: float = 1e-2
     return [student.train_step.run(micros, rate, unseeded).read() for micros in batches]
 
 
-def test_a_step_is_the_textbook_s() -> None:
+def test_a_step_equals_a_plain_implementation() -> None:
     batch, ours, plain = rows(6, seed=1), train_state(grad_clip=0.5), initial_model(SHAPE, 42, CPU)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     for _ in range(3):
@@ -90,7 +90,7 @@ def test_a_step_is_the_textbook_s() -> None:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
+def test_the_split_into_micro_batches_does_not_matter(use_moe: bool) -> None:
     shape = ModelConfig(
         **{**vars(SHAPE), "use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
     )
@@ -185,7 +185,7 @@ def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> No
     assert len(student.optimizer.state) == len(list(student.model.parameters()))
 
 
-def test_dropout_is_a_function_of_place() -> None:
+def test_dropout_depends_on_seed_step_rank_and_micro_batch_alone() -> None:
     def draw(*place: int) -> list[float]:
         seed_dropout(*place)
         drawn: list[float] = torch.rand(4).tolist()
@@ -244,7 +244,7 @@ def test_the_weight_decay_follows_the_rate(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
-def test_with_projections_at_zero_all_else_is_as_drawn(use_moe: bool) -> None:
+def test_zero_init_projections_changes_no_other_weight(use_moe: bool) -> None:
     shape = replace(SHAPE, use_moe=use_moe)
     drawn = initial_model(shape, 7, CPU)
     zeroed = initial_model(shape, 7, CPU, zero_init_projections=True)

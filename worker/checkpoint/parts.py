@@ -46,11 +46,11 @@ class ParameterPart:
 
 @dataclass(frozen=True)
 class ModelParts:
-    """The parts of a model that this rank has, and what a save needs to know of the whole.
+    """The parts of a model that this rank has, and the names of all tensors, which a save needs.
 
     ``names``: the names of each tensor of the state dict; tied ones form one group. ``order``: the keys of the state
-    dict. ``weights``: the weights that this rank contributes to a save, by their first name. ``group``: of all ranks,
-    for messages in the background.
+    dict. ``weights``: the weights that this rank contributes to a save, by their first name. ``group``: process group
+    of all ranks for messages in the background.
     """
 
     parts: list[ParameterPart]
@@ -60,7 +60,7 @@ class ModelParts:
     group: dist.ProcessGroup
 
     def contribution(self, optimizer: torch.optim.Optimizer) -> dict[str, TensorPart]:
-        """Return all that this rank contributes to a save: ``model.<name>`` and ``optimizer.<key>.<name>``."""
+        """Return the parts that this rank contributes to a save: ``model.<name>`` and ``optimizer.<key>.<name>``."""
         found = {f"model.{name}": part for name, part in self.weights.items()}
         for part in self.parts:
             for key, value in optimizer.state.get(part.tensor, {}).items():
@@ -69,7 +69,7 @@ class ModelParts:
         return {name: part for name, part in found.items() if part.tensor.numel()}
 
     def state_dict(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return whole ``weights``, which have their first names, as the model's state dict."""
+        """Return whole ``weights``, by their first names, as the model's state dict."""
         by_name = {name: weights[names[0]] for names in self.names for name in names}
         return {name: by_name[name] for name in self.order}
 
@@ -84,16 +84,16 @@ class Extent(NamedTuple):
 
 @dataclass(frozen=True)
 class SavedTensor:
-    """Where the parts of a tensor of ``shape`` are, without overlaps."""
+    """The ranks that have the parts of a tensor of ``shape``. The extents do not overlap."""
 
     shape: tuple[int, ...]
     extents: list[Extent]
 
 
 def layout(contributions: list[Mapping[str, tuple[tuple[int, ...], int, int]]]) -> dict[str, SavedTensor]:
-    """Return where each tensor is. ``contributions``: (shape, start, stop) by name, of each rank.
+    """Return which rank has which part of each tensor. ``contributions``: (shape, start, stop) by name, of each rank.
 
-    Of elements that several ranks have, such as numbers of steps, the first rank's are taken. Raises ValueError if an
+    If several ranks have an element, such as a number of steps, that of the first rank is used. Raises ValueError if an
     element is on no rank.
     """
     found: dict[str, SavedTensor] = {}
@@ -116,7 +116,7 @@ def gather_layout(own: Mapping[str, TensorPart], ranks: DistributedContext) -> d
     return layout([*all_described])
 
 
-def exchange(
+def gather_parts(
     tensors: Mapping[str, SavedTensor], buffers: Mapping[str, Tensor], rank: int, group: dist.ProcessGroup
 ) -> None:
     """Send this rank's parts to rank 0, which receives them into whole ``buffers``. All ranks call it together.

@@ -1,7 +1,7 @@
 """Comparison of all ranks' weights at each save. They must have equal bits, so a difference is a fault of a device.
 
-Without sharding, every rank applies the same update to the same weights. A bit that flips in the memory of one rank, or
-a product that one of them computes wrongly, stays in its weights and is not seen in the loss. All ranks compute digests
+Without sharding, every rank applies the same update to the same weights. If a bit flips in the memory of one rank, or
+it computes a product wrongly, its weights stay wrong, and the loss does not show it. All ranks compute digests
 of their weights while training continues, and rank 0 compares them before it publishes the checkpoint.
 """
 
@@ -41,7 +41,7 @@ class ReplicaCheck:
         try:
             digests = self.ranks.gather_in_background(own)
         except RuntimeError as error:
-            # A rank has died meanwhile. Its death ends the run; it says nothing about the weights of rank 0.
+            # A rank has died, which ends the run. The weights of rank 0 may still be right.
             return str(error).splitlines()[0][:200]
         if any(row != own for row in digests):
             raise corruption_error(step, digests, list(tensors), self.places)

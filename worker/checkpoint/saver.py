@@ -1,4 +1,4 @@
-"""Asynchronous saves: rank 0 copies the step, and a background thread writes the copy while training continues.
+"""Asynchronous saves: rank 0 copies its state, and a background thread writes the copy while training continues.
 
 At most one save runs at a time, and the next one waits for it. So the spec decides which steps are saved, never the
 speed of the disk. Pause, cancel and the end of the run also wait for their own save.
@@ -23,7 +23,7 @@ from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
-from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, exchange, gather_layout
+from trainyard.worker.checkpoint.parts import ModelParts, SavedTensor, gather_layout, gather_parts
 from trainyard.worker.checkpoint.replicas import DigestSender, ReplicaCheck
 from trainyard.worker.checkpoint.update_gate import UpdateGate
 from trainyard.worker.checkpoint.weights import publish_weights
@@ -63,9 +63,9 @@ class StagingBuffers:
         self.gate = UpdateGate(optimizer, self._device)
 
     def stage(self) -> StateDicts:
-        """Start copying the current step. The copies are valid after `fill` has returned, until the next `stage`.
+        """Start copying the current state. The copies are valid after `fill` has returned, until the next `stage`.
 
-        `fill` must be called, or the next update waits for ever. Raises MemoryError, or torch's RuntimeError, if there
+        `fill` must be called, or the next update waits forever. Raises MemoryError, or torch's RuntimeError, if there
         is not enough memory.
         """
         live = StateDicts.live(self._model, self._optimizer)
@@ -106,7 +106,7 @@ class StagingBuffers:
                     # numpy copies in one thread and releases the GIL; torch would take all cores away from training.
                     np.copyto(_bytes(buffer), _bytes(tensor))
         finally:
-            self._pairs = []  # else the moments that a rollback replaces would stay in memory
+            self._pairs = []  # or moments that a rollback replaces would stay in memory
             self.gate.open()
 
     def _buffer(self, name: str, tensor: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class StagingBuffers:
 class PartStagingBuffers(StagingBuffers):
     """The same for a model that is split over the ranks: all stage their parts, and `fill` sends them to rank 0.
 
-    There the buffers hold whole tensors, which `stage` returns. On the other ranks it returns nothing.
+    On rank 0 the buffers are whole tensors, which `stage` returns. On the other ranks it returns empty state dicts.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class PartStagingBuffers(StagingBuffers):
 
     def fill(self) -> None:
         super().fill()
-        exchange(self._layout, self._buffers, self._ranks.rank, self._held.group)
+        gather_parts(self._layout, self._buffers, self._ranks.rank, self._held.group)
 
 
 def _bytes(tensor: Tensor) -> npt.NDArray[np.uint8]:
@@ -173,7 +173,7 @@ if TYPE_CHECKING:  # training is a layer above checkpoint, and passes these in
 
 
 class BackgroundTask:
-    """Runs one call at a time in a background thread. `wait` raises its error. Only the training thread uses this."""
+    """Runs one call at a time in a background thread. `wait` raises its error. Used by one thread."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -181,9 +181,9 @@ class BackgroundTask:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start ``work`` and return at once. Call `wait` or `join` first if work was started before."""
+        """Start ``work`` and return at once. Call `wait` or `join` before the next `start`."""
         assert self._thread is None, f"{self._name} is busy"
-        # A daemon, so that an interpreter that exits on an error does not hang here. An orderly exit joins it first.
+        # A daemon thread: an interpreter that exits on an error must not wait for it. A normal exit joins it first.
         self._thread = threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True)
         self._thread.start()
 
@@ -323,7 +323,7 @@ class Checkpointer:
         digests = self._read_digests(train_state)
 
         def work() -> None:
-            # First the digests: the next update waits for them, and `fill` may wait for another rank.
+            # Digests first: the next update waits for them, and `fill` may wait for another rank.
             own = digests.read() if digests is not None else []
             staging.fill()
             if digests is not None:
@@ -352,7 +352,7 @@ class Checkpointer:
         return own if train_state.split is None else any(each for (each,) in self.ranks.gather([float(own)]))
 
     def _give_up(self, state: RunState, required: bool) -> None:
-        # Rank 0 has no memory for the parts of the others, so nothing can be saved in place.
+        # A rank has no memory for its copies. Saving in place is impossible: rank 0 does not have all parts.
         what = f"the checkpoint of step {state.step}"
         if required:
             raise save_error(MemoryError(), what)
@@ -370,7 +370,7 @@ class Checkpointer:
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
         try:
             if self.replicas is not None:
-                # Beside the writing of the files: `_write` waits for it before it publishes them.
+                # While the files are written. `_write` waits for it before it publishes them.
                 self._comparison.start(lambda: self._compare(tensors.model, state.step))
             self._publish(tensors, state, required)
         finally:
@@ -385,14 +385,14 @@ class Checkpointer:
             self.emit(WarningEvent(code="weights_not_compared", message=message, step=step))
 
     def _publish(self, tensors: StateDicts, state: RunState, required: bool) -> None:
-        # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
+        # Separately, so that a published checkpoint is reported even if the weights file cannot be written.
         if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
             what = f"the weights file in {self.artifacts.out}"
             self._try(lambda: publish_weights(self.artifacts, self.spec, tensors.model), what, state.step, required)
             self._prune(state.step)
 
     def _try(self, write: Callable[[], None], what: str, step: int, required: bool) -> bool:
-        """Write something, twice if needed. Return whether it was written. Raises TrainingError if it is required."""
+        """Call ``write``, twice if needed. Return whether it succeeded. Raises TrainingError if it is ``required``."""
         for retries_left in reversed(range(MAX_TRIES)):
             try:
                 self._require_directory()
@@ -409,7 +409,7 @@ class Checkpointer:
         return False
 
     def _require_directory(self) -> None:
-        # Otherwise a run whose home was moved would create it again in the old place, and its checkpoints be lost.
+        # Otherwise a run whose home was moved would create it again at the old place, and lose its checkpoints.
         if self._had_directory and not self.artifacts.path.is_dir():
             raise FileNotFoundError(errno.ENOENT, GONE, str(self.artifacts.path))
 

@@ -1,4 +1,4 @@
-"""A gate in front of the optimizer's update, for what reads the weights during the next forward and backward pass."""
+"""A gate that delays the optimizer's update while a thread or a stream still reads the weights."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import torch
 
 
 class UpdateGate:
-    """Delays updates while it is closed. ``blocked_seconds``: how long updates have waited on the host.
+    """Delays updates while it is closed. ``blocked_seconds``: total time for which updates have waited on the host.
 
     Only the optimizer's update changes weights and moments, so they can be read during the forward and backward passes
     before it.
@@ -23,11 +23,11 @@ class UpdateGate:
         self._hook = optimizer.register_step_pre_hook(self._delay)
 
     def close(self) -> None:
-        """Let updates wait on the host until `open`."""
+        """Make updates wait on the host until `open`."""
         self._is_open.clear()
 
     def close_until(self, event: Any) -> None:
-        """Let the update wait on the device until ``event``, a CUDA event."""
+        """Make updates wait on the device for ``event``, a CUDA event."""
         self._event = event
 
     def open(self) -> None:

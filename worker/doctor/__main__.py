@@ -1,4 +1,4 @@
-"""`trainyard doctor`: check this host, and with --gpu try the promises on its GPU.
+"""`trainyard doctor`: check this host, and with --gpu test training on its GPU.
 
 Exit code 0: no fault; 1: a fault; 2: wrong usage, or --gpu without a GPU.
 """
@@ -14,6 +14,7 @@ from trainyard.contract.stdio import run_command
 from trainyard.worker.doctor.facts import host_description
 from trainyard.worker.doctor.host import check_host
 from trainyard.worker.doctor.report import CheckResult, DoctorReport, HealthLevel
+from trainyard.worker.openmp import limit_spinning
 
 NO_FAULT, FAULTY, USAGE = 0, 1, 2
 
@@ -23,9 +24,8 @@ def main() -> int:
     parsed = _parse()
     device = parsed.device or ("cuda" if parsed.gpu else None)
     if device is not None:
-        # Both before torch is loaded. By default OpenMP's threads wait for each other in a busy loop, and without the
-        # second nothing deterministic runs on a GPU.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        # OpenMP and cuBLAS read these when torch is loaded. Without the second, deterministic runs fail on a GPU.
+        limit_spinning(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device == "cuda" and (missing := missing_gpu()) is not None:
         print(f"trainyard doctor: --gpu needs a GPU: {missing}", file=sys.stderr)
@@ -71,11 +71,11 @@ def missing_gpu() -> str | None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="trainyard doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--gpu", action="store_true", help="try the promises on the GPU, in about four minutes")
+    parser.add_argument("--gpu", action="store_true", help="also test training on the GPU, in about four minutes")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="write the report to DIR/doctor.txt and DIR/doctor.json"
     )
-    # The same promises in a small size on a CPU, for the tests.
+    # The same trials in small sizes on a CPU, for the tests.
     parser.add_argument("--device", choices=["cpu", "cuda"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -22,7 +22,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest relative error of the gradients. Rounding alone gives about a third of it."""
 
 MOE_TOLERANCE = 0.15
-"""In half precision a few tokens choose another expert, and their whole gradient goes there."""
+"""In half precision a few tokens choose another expert, which gets their whole gradient."""
 
 LOSS_SHARE = 0.2
 """A loss is a sum over all tokens, so its relative error is far below that of a gradient."""
@@ -62,7 +62,7 @@ def judge_attention(model: str, mode: str, errors: list[PathError]) -> CheckResu
 
 
 def check_attention(trial: Trial) -> Iterator[CheckResult]:
-    """Yield a result for each model, eager and compiled, and one for generation with a cache."""
+    """Yield the results of each model: attention, eager and compiled, and generation with a cache."""
     dense = trial.sizes.model
     models = {"dense": dense, "MoE": replace(dense, use_moe=True, num_experts=4, num_experts_per_tok=2)}
     for name, config in models.items():
@@ -73,7 +73,7 @@ def check_attention(trial: Trial) -> Iterator[CheckResult]:
 
 
 def path_errors(trial: Trial, config: ModelConfig, *, compiled: bool) -> list[PathError]:
-    """Return the errors of each path and type. Compiled models are tried in the type that trains, bfloat16."""
+    """Return the errors of each path and type. Compiled models are tried in bfloat16 only."""
     model, inputs = build_inputs(config, trial.device, trial.sizes.length)
     dtypes = [torch.float32, torch.bfloat16] + ([torch.float16] if trial.device.type == "cuda" else [])
     paths = {
@@ -111,7 +111,7 @@ def build_inputs(config: ModelConfig, device: torch.device, length: int) -> tupl
     draw = torch.Generator().manual_seed(SEED)
     model = Decoder(config, draw)
     with torch.no_grad():
-        # Untrained, attention hardly matters: all weights are small. With these it decides the output.
+        # Untrained weights are small, so attention hardly changes the output. Larger ones make errors visible.
         for layer in model.model.layers:
             attention: Any = layer.self_attn
             for part in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
@@ -175,7 +175,7 @@ def generation_gap(trial: Trial, config: ModelConfig) -> float:
 
 
 def judge_generation(model: str, gap: float) -> CheckResult:
-    """Return the result: the logits of equal tokens differ by rounding alone."""
+    """Return a fault if ``gap`` is larger than the rounding of logits."""
     if gap <= 1e-2:
         return ok("generation", f"{model}: with and without a cache the same tokens", model=model, gap=gap)
     advice = "samples on this card are wrong, though training is not; report it with doctor.json"

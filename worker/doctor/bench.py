@@ -1,4 +1,4 @@
-"""A model in training with its data, in this process: what the trials of the doctor measure."""
+"""A model, its data and its training step in this process, which the trials of the doctor measure."""
 
 import json
 import os
@@ -30,7 +30,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def write_texts(file: Path, characters: int) -> Path:
-    """Write texts of random words as JSONL, always the same: a model learns their words, and no text is needed."""
+    """Write texts of random words as JSONL, the same at each call. A model can learn the words, so the loss falls."""
     chooser = random.Random(SEED)  # noqa: S311 - texts, not secrets
     words = ["".join(chooser.choices(LETTERS, k=chooser.randint(2, 9))) for _ in range(500)]
     with file.open("w", encoding="utf-8") as out:
@@ -44,10 +44,10 @@ def write_texts(file: Path, characters: int) -> Path:
 
 @dataclass(frozen=True)
 class TrialSizes:
-    """Sizes of the trials: those of the first day on a GPU, or small ones that prove the same code on a CPU.
+    """Sizes of the trials: full ones for a GPU, or small ones with which the tests run the same code on a CPU.
 
     ``compiled``: which models are compiled too. ``speed``: the model whose speed is measured, with rows of
-    ``speed_length`` tokens. ``run``: the model of the runs that are killed and compared. ``dtype``: that trains.
+    ``speed_length`` tokens. ``run``: the model of the runs that are killed and compared. ``dtype``: type of training.
     """
 
     model: ModelConfig
@@ -92,7 +92,7 @@ CPU_SIZES = TrialSizes(
 
 @dataclass
 class Trial:
-    """Where the promises are tried. ``name``: of the card or processor, which goes with each number."""
+    """Device, folder and sizes of the trials. ``name``: of the card or processor."""
 
     device: torch.device
     folder: Path
@@ -105,14 +105,14 @@ class Trial:
         return file if file.exists() else write_texts(file, self.sizes.characters)
 
     def bench(self, name: str, config: ModelConfig, **training: Any) -> "TrainBench":
-        """Return the model ``config`` in training on a few rows."""
+        """Return a bench for the model ``config`` with four rows per step."""
         given = {"dtype": self.sizes.dtype, **training}
         return TrainBench(self.folder / name, self.device, self.texts(), config, 4, self.sizes.length, given)
 
 
 @dataclass
 class TrainBench:
-    """A model in training, step by step, as the training loop does it."""
+    """A model that is trained step by step, as in the training loop."""
 
     folder: Path
     device: torch.device
@@ -160,7 +160,7 @@ class TrainBench:
 
 
 class SaveBench(TrainBench):
-    """The same with everything that a save needs."""
+    """A bench that can also save."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +196,7 @@ class SaveBench(TrainBench):
         return blocked + self._blocked_seconds() - before, steps
 
     def _blocked_seconds(self) -> float:
-        staging = self.saver._staging  # noqa: SLF001 - the measurement is of its inside
+        staging = self.saver._staging  # noqa: SLF001 - a run has no public measure of this
         return staging.gate.blocked_seconds if staging is not None else 0.0
 
 

@@ -1,4 +1,4 @@
-"""The checks of a host: each is a pure function of facts, and returns one result with what to do. No torch here."""
+"""The checks of a host: each is a pure function of facts, and returns a result with advice. Does not import torch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -36,8 +36,8 @@ MIN_FILES = 4096
 SMALL_MODEL_BYTES = 300e6
 """Checkpoint of MiniMind's small model (26M parameters)."""
 
-WORTH_IT = 0.95
-"""A type must reach this share of float32's speed: less is slower, more is noise."""
+MIN_BFLOAT16_RATIO = 0.95
+"""Below this share of float32's speed, bfloat16 is slower on a CPU. Smaller differences are noise."""
 
 INSTALL_WORKER = "pip install 'trainyard[worker]', or `make setup` in the repository"
 
@@ -113,7 +113,7 @@ def check_cuda(torch: TorchFacts, driver: DriverFacts) -> CheckResult:
         advice = "`make setup TORCH=cuda`, or pip install the CUDA build of torch"
         return fault("cuda", f"{cards}, but torch is built for CPUs", advice, **data)
     if driver.visible is not None and not driver.visible.strip(", "):
-        advice = "unset CUDA_VISIBLE_DEVICES where the service is started"
+        advice = "unset CUDA_VISIBLE_DEVICES in the environment of the service"
         return warning("cuda", f"{cards}, but CUDA_VISIBLE_DEVICES is empty and hides them", advice, **data)
     advice = f"check CUDA_VISIBLE_DEVICES (now {driver.visible!r}), the driver, and whether a MIG profile is set"
     return fault("cuda", f"{cards}, but torch cannot use them: {torch.cuda_error}", advice, **data)
@@ -158,8 +158,10 @@ def check_cpu_bfloat16(speeds: ProductSpeeds) -> CheckResult:
         f"a bfloat16 product reaches {speeds.bfloat16 / 1e9:,.0f} GFLOP/s here, one in float32 "
         f"{speeds.float32 / 1e9:,.0f}: {ratio:.2f} x"
     )
-    if ratio < WORTH_IT:
-        return warning("bf16", measured, 'set training.dtype "float32": it is faster on this CPU, and exacter', **data)
+    if ratio < MIN_BFLOAT16_RATIO:
+        return warning(
+            "bf16", measured, 'set training.dtype "float32": it is faster on this CPU, and more exact', **data
+        )
     return ok("bf16", measured, **data)
 
 
@@ -232,7 +234,7 @@ def check_clock(facts: ClockFacts) -> CheckResult:
         return fault("clock", "the clock is before the installation of this program", advice, **data)
     if facts.synchronized is False:
         advice = "run an NTP service (chrony, systemd-timesyncd); with one host it matters only for times in the log"
-        return warning("clock", "the kernel says that no NTP service keeps the clock", advice, **data)
+        return warning("clock", "the kernel reports that no NTP service keeps the clock", advice, **data)
     return ok("clock", "kept by NTP" if facts.synchronized else "plausible; NTP state unknown", **data)
 
 
@@ -254,7 +256,7 @@ def check_limits(limits: Mapping[str, tuple[int, int]], cards: int) -> CheckResu
     if files != -1 and files < MIN_FILES:
         advice = f"raise the hard limit to {MIN_FILES:,} (ulimit -Hn; LimitNOFILE= under systemd)"
         return warning("ulimits", f"at most {files:,} open files", advice, **data)
-    if cards > 1 and limits["MEMLOCK"][0] not in (-1,) and limits["MEMLOCK"][0] < 1 << 30:
+    if cards > 1 and -1 < limits["MEMLOCK"][0] < 1 << 30:
         message = f"locked memory is limited to {human_bytes(limits['MEMLOCK'][0])}"
         return warning("ulimits", message, "ulimit -l unlimited, if NCCL uses InfiniBand", **data)
     return ok("ulimits", "open files " + ("unlimited" if files == -1 else f"{files:,}"), **data)
@@ -267,7 +269,7 @@ def check_ports(facts: PortFacts) -> CheckResult:
         return fault("ports", message, "bring up the loopback device: ip link set lo up", **data)
     where = f"{facts.host}:{facts.port}"
     if facts.error is not None:
-        advice = "if no service of yours runs there, choose another: `trainyard serve --port 8001`"
+        advice = "if this is not your own service, choose another port: `trainyard serve --port 8001`"
         return warning("ports", f"{where} cannot be bound: {facts.error}", advice, **data)
     if facts.host_error is not None:
         message = f"{where} is free; the host's name {facts.hostname} has no address: {facts.host_error}"

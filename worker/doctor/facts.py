@@ -1,4 +1,4 @@
-"""Facts about this host, read without judging them. `worker.doctor.checks` judges. Standard library and NVML only."""
+"""Facts about this host, which `worker.doctor.checks` judges. Does not import torch."""
 
 import ctypes
 import json
@@ -23,6 +23,7 @@ import pynvml
 
 from trainyard.contract.allowed_paths import parse_roots
 from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.worker.openmp import limit_spinning
 
 TORCH_SECONDS = 120.0
 COMMAND_SECONDS = 20.0
@@ -40,7 +41,7 @@ int trainyard_doctor(void) { return omp_get_max_threads(); }
 
 @dataclass(frozen=True)
 class PythonFacts:
-    """``packages``: version of each package of the worker beside torch, None if it is missing."""
+    """``packages``: version of each other package that the worker needs, None if it is missing."""
 
     version: tuple[int, ...]
     executable: str
@@ -180,7 +181,7 @@ def _installed(package: str) -> str | None:
 
 
 def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) -> DriverFacts:
-    """Ask NVML."""
+    """Read driver and GPUs from NVML, and the device files in ``devices``."""
     files = sum(re.fullmatch(r"nvidia\d+", file.name) is not None for file in devices.glob("nvidia*"))
     visible, order = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("CUDA_DEVICE_ORDER")
     try:
@@ -196,10 +197,10 @@ def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) ->
 
 
 def read_torch(seconds: float = TORCH_SECONDS) -> TorchFacts:
-    """Ask torch in a process of its own, which may crash or hang."""
+    """Run `worker.doctor.torch_facts` in a separate process, which may crash or hang."""
     command = [sys.executable, "-P", "-m", "trainyard.worker.doctor.torch_facts"]
-    # As in a run: OpenMP's threads that wait in a busy loop would measure other programs.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    environment = dict(os.environ)
+    limit_spinning(environment)  # as in a run
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
     except subprocess.TimeoutExpired:

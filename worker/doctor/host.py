@@ -1,4 +1,4 @@
-"""The host's checks in order: read the facts of each, and judge them."""
+"""The checks of the host in order: read the facts of each, and judge them."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,7 +7,7 @@ from trainyard.worker.doctor.report import CheckResult
 
 
 def check_host(environment: Mapping[str, str]) -> Iterator[CheckResult]:
-    """Yield the result of each check as soon as it is known. Takes about ten seconds, most of them torch's."""
+    """Yield the result of each check as soon as it is known. Takes about 15 seconds, most of them for torch."""
     yield checks.check_python(facts.read_python())
     torch, driver = facts.read_torch(), facts.read_driver(environment)
     cards = len(torch.cards)

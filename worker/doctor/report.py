@@ -1,4 +1,4 @@
-"""What the doctor found: one result for each check, and the report of all as text and JSON. Standard library only."""
+"""Results of the doctor's checks, and the report of all as text and JSON. Standard library only."""
 
 import json
 import math
@@ -105,7 +105,7 @@ class DoctorReport:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return ``value`` with null for numbers that JSON lacks: they are what a broken card computes."""
+    """Return ``value`` with None for NaN and infinity, which JSON lacks and a broken card may compute."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

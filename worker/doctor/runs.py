@@ -61,7 +61,7 @@ class WorkerRun:
         return cls(run, trial, world)
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """Start it in a session of its own, with its output in printed.log."""
+        """Start the run in a session of its own, with its output in printed.log."""
         program = ["-m", "trainyard.worker", str(self.run.path)]
         if self.world > 1:
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.world}"]
@@ -77,7 +77,7 @@ class WorkerRun:
             )
 
     def finish(self, process: "subprocess.Popen[bytes] | None" = None) -> None:
-        """Run it to its end. Raises RunFailed."""
+        """Wait until the run ends; start it if no ``process`` is given. Raises RunFailed."""
         process = process or self.start()
         try:
             with killed_on_error(process):
@@ -88,7 +88,7 @@ class WorkerRun:
             raise RunFailed(f"the run ended with {code}: {self._last_words()}")
 
     def kill_after_save(self) -> bool:
-        """Start it, and kill it without a warning after its first checkpoint. Return False if it ended before."""
+        """Start the run, and end it with SIGKILL after its first checkpoint. Return False if it ended before."""
         process, deadline = self.start(), time.monotonic() + RUN_SECONDS
         saved = self.run.artifacts(None).checkpoint(SAVE_AT)
         with killed_on_error(process):
@@ -134,9 +134,9 @@ def kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 
 def check_resume(trial: Trial) -> Iterator[CheckResult]:
-    """Kill a run and resume it: the weights and moments are those of a run that was never killed.
+    """Kill a run and resume it: weights and moments must be those of a run that was not killed.
 
-    Once with ``deterministic``, which promises it, and on a GPU once without, to know what the default gives.
+    On a GPU first with ``deterministic``, which promises equal bits, then without, to show what the default gives.
     """
     for deterministic in (True, False) if trial.device.type == "cuda" else (False,):
         suffix = "deterministic" if deterministic else "default"
@@ -190,7 +190,7 @@ def judge_ranks(
 ) -> CheckResult:  # fmt: skip
     """``expected``: losses of one rank; ``found``: of all. ``seconds``: the whole run of all ranks."""
     differences = [abs(a - b) / abs(a) for a, b in zip(expected, found, strict=False)]
-    # A maximum may pass over a NaN; a sum never does.
+    # max() may ignore a NaN; a sum is NaN.
     worst = max(differences) if math.isfinite(sum(differences)) and differences else math.nan
     data = {"world": world, "backend": backend, "losses": [expected, found], "worst": worst, "run_seconds": seconds}
     if len(expected) != LOSS_STEPS or len(found) != LOSS_STEPS or not worst <= FLOAT32_DIFFERENCE:

@@ -1,6 +1,6 @@
-"""What torch says of itself and of its devices: ``python -m trainyard.worker.doctor.torch_facts`` prints it as JSON.
+"""Facts about torch and its devices: ``python -m trainyard.worker.doctor.torch_facts`` prints them as JSON.
 
-A process of its own, because a broken driver may hang or kill the process that asks it.
+It runs in a separate process, because a broken driver may hang or kill the process that calls it.
 """
 
 import json
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 SECONDS = 0.25
-"""Time of one measurement of one type. Types take turns, so that a slow moment of the machine affects all."""
+"""Time of one measurement of a type. The types are measured in turns, so that a slow moment affects all of them."""
 
 ROUNDS = 3
 
@@ -37,7 +37,7 @@ def torch_facts() -> dict[str, Any]:
 
 
 def product_speeds(device: str) -> dict[str, float]:
-    """Return FLOP/s of matrix products in float32 and bfloat16, medians of turns in this process."""
+    """Return FLOP/s of matrix products in float32 and bfloat16, each the median of `ROUNDS` measurements."""
     from trainyard.worker.matrix_speed import measure
 
     found: dict[str, list[float]] = {"float32": [], "bfloat16": []}

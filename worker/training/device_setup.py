@@ -11,7 +11,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model.varlen_attention import varlen_attention
 
 FLASH_BY_GENERATION = {9: ("FA3", "FA4"), 10: ("FA4",)}
-"""Generation of a card -> the implementations of flash attention that are made for it, the preferred one first."""
+"""Generation of a card -> the implementations of flash attention for it, the preferred one first."""
 
 TOLERANCE = 2e-2
 """Relative difference between bfloat16 attention and that of the mask in float32."""
@@ -53,7 +53,7 @@ def activate_flash_attention(device: torch.device, head_dim: int) -> str | None:
 
 
 def computes_attention(device: torch.device, head_dim: int) -> bool:
-    """Return whether attention in a row of two segments, forward and backward, is that of their mask in float32."""
+    """Return whether attention in a row of two segments has the values and gradients of a mask in float32."""
     generator = torch.Generator(device).manual_seed(1)
     length, heads, half = 128, 4, 48
     shapes = [(1, length, count, head_dim) for count in (heads, heads // 2, heads // 2)]

@@ -18,12 +18,12 @@ from trainyard.worker.training.bits_per_byte import ByteCounter, bits_per_byte
 from trainyard.worker.training.state import TrainState
 
 SetRows = tuple[int, Integers]
-"""The number of a held-out set, and some of its rows."""
+"""The index of a held-out set, and some of its rows."""
 
 
 @dataclass(frozen=True)
 class HeldOutResults:
-    """The results over all sets together, each token counting once, and those of each set, by its name."""
+    """The results over the tokens of all sets together, and those of each set by name."""
 
     loss: float | None
     bpb: float | None

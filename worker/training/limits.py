@@ -1,4 +1,4 @@
-"""The limits of a run: a time of active training, and a loss to reach. All decisions are made here."""
+"""The limits of a run: a time of active training, and a loss to reach."""
 
 import statistics
 from collections import deque
@@ -30,14 +30,14 @@ class RunLimits:
         return self.earlier_seconds + self.own_seconds()
 
     def end_step(self) -> None:
-        """Measure the step that is done. `is_time_up` uses it to look ahead."""
+        """Record the time of the finished step. `is_time_up` estimates the next steps by it."""
         now = self.seconds()
         if self._counted is not None:
             self._step_seconds.append(now - self._counted)
         self._counted = now
 
     def is_time_up(self, steps_ahead: int = 0) -> bool:
-        """Return whether the time is used up, now or after this number of steps of the usual length."""
+        """Return whether the time is used up, now or after ``steps_ahead`` steps of the median length."""
         minutes = self.spec.max_minutes
         if minutes is None:
             return False

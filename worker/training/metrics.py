@@ -1,4 +1,4 @@
-"""Metrics between two metric lines: sums on each rank, gathered only when a line is due."""
+"""Metrics since the last metric line: sums on each rank, which are gathered only for a line."""
 
 import math
 import resource
@@ -47,7 +47,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the bf16 FLOP/s of one GPU, or None if it is unknown: no MFU is better than a wrong one."""
+    """Return the dense bf16 FLOP/s of one GPU, or None if it is unknown: no MFU is better than a wrong one."""
     name = device_name.upper()
     return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
@@ -74,7 +74,7 @@ class MetricsWindow:
         return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]), text_bytes)
 
     def with_experts(self, experts: int) -> Self:
-        """Return the window with room for so many experts: `gather` needs equal lengths, also before the first step."""
+        """Return the window with ``experts`` counts: `gather` needs equal lengths, also before the first step."""
         return self if self.experts else replace(self, experts=(0.0,) * experts)
 
     def add(self, result: StepMetrics) -> Self:
@@ -118,14 +118,14 @@ def restore_window(
 
 
 MAX_TIMED_STEPS = 256
-"""Steps between two metric lines whose own time is measured, so that a long interval keeps few CUDA events."""
+"""Number of steps between two metric lines whose time is measured: each keeps two CUDA events."""
 
 
 class RankTimer:
     """Measures a rank's own time in a step: until its gradient is complete, without waiting for the other ranks.
 
-    The whole step takes equally long on all ranks, because they exchange gradients: a slow rank shows only here. On
-    CUDA, events on the device measure it, so that nothing waits. ``last``: the parameter whose gradient comes last.
+    The whole step takes equally long on all ranks, because they exchange gradients, so only this time shows a slow
+    rank. On CUDA, events on the device measure it without a sync. ``last``: the parameter whose gradient comes last.
     """
 
     def __init__(self, last: Tensor, device: torch.device) -> None:
@@ -146,7 +146,7 @@ class RankTimer:
         self._steps = []
 
     def seconds(self) -> float:
-        """Return the mean over the steps since `reset`, or NaN without any. The device has done them by now."""
+        """Return the mean over the steps since `reset`, or NaN if there are none. Read their metrics first."""
         return sum(map(self._between, self._steps)) / len(self._steps) if self._steps else math.nan
 
     def _mark_end(self) -> None:
@@ -238,7 +238,7 @@ class MetricsProcessor:
     ) -> MetricEvent:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
         own_seconds = self._timer.seconds() if self._timer is not None else math.nan
-        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), own_seconds, *_with_bytes(self.window)]
+        own = [self._data_seconds, float(peak_memory_bytes(self._ranks.device)), own_seconds, *_with_bytes(self.window)]
         columns = list(zip(*self._ranks.gather(own), strict=True))
         data_seconds, memory = max(columns[0]), max(columns[1])
         slowest, spread = slowest_rank(columns[2])
@@ -278,7 +278,10 @@ class MetricsProcessor:
 
 
 def slowest_rank(seconds: Sequence[float]) -> tuple[int | None, float | None]:
-    """Return the rank with the most ``seconds``, and them over the median of all ranks; (None, None) for one rank."""
+    """Return the rank with the most ``seconds``, and its seconds divided by the median of all ranks.
+
+    (None, None) for one rank, or if the time of a rank is unknown.
+    """
     if len(seconds) == 1 or not all(math.isfinite(each) and each > 0 for each in seconds):
         return None, None
     rank = max(range(len(seconds)), key=seconds.__getitem__)
@@ -296,8 +299,8 @@ def device_name(device: torch.device) -> str:
         return "CPU"
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this rank: allocated on the GPU if there is one, else resident memory."""
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory of this rank in bytes: allocated on the GPU if there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

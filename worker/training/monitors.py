@@ -137,7 +137,7 @@ class LearningMonitor:
         self._large = self._large + 1 if grad_norm > EXPLODING_NORM else 0
         if self._small == CONSECUTIVE_STEPS:
             message = (
-                f"the gradient has all but vanished: its norm is {grad_norm:.1e}, and was below {VANISHING_NORM:g} for "
+                f"the gradient has almost vanished: its norm is {grad_norm:.1e}, and was below {VANISHING_NORM:g} for "
                 f"{CONSECUTIVE_STEPS} steps. Check whether the texts are all the same or empty, and raise "
                 "training.learning_rate"
             )

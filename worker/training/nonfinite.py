@@ -1,4 +1,4 @@
-"""What happens to a step with a non-finite gradient: `decide_step` on the host, `DeviceNonFiniteGuard` on the device.
+"""Handling of non-finite gradients: `decide_step` on the host, and `DeviceNonFiniteGuard` on the device.
 
 Both apply the same policy, so that they stop at the same step. On CUDA the host reads results some steps later; the
 guard keeps bad updates out of the weights until then.
@@ -18,11 +18,11 @@ MAX_SKIPS = 100
 MAX_ROLLBACKS = 3
 
 MIN_OVERFLOW_SCALE = 1.0
-"""Above this fp16 loss scale, an overflow of the gradient is the scaler finding its level. At or below, it is bad."""
+"""Above this fp16 loss scale an overflow of the gradient only lowers the scale. At or below it the step is bad."""
 
 
 class StepDecision(StrEnum):
-    """What happens to a step."""
+    """The decision on a step."""
 
     APPLIED = "applied"
     OVERFLOWED = "overflowed"
@@ -46,7 +46,8 @@ def decide_step(
 ) -> tuple[StepDecision, NonFiniteCounters]:
     """Return the decision on a step, and the new counters.
 
-    ``finite``: whether the gradient is. ``loss_scale``: the fp16 scaler's during the step, None without one.
+    ``finite``, ``losses_finite``: whether the gradient and all losses are. ``loss_scale``: the fp16 scaler's during the
+    step, None without a scaler.
     """
     if finite:
         return StepDecision.APPLIED, replace(counters, in_a_row=0)
@@ -68,7 +69,7 @@ def decide_step(
 
 
 def nonfinite_message(step: int, rows: tuple[int, ...], bad_losses: tuple[int, ...]) -> str:
-    """Return a sentence with the step and its rows, or only those with a non-finite loss if there are any."""
+    """Return a message with the step and its rows; if losses are not finite, only with their rows, ``bad_losses``."""
     if bad_losses:
         return f"the loss is not finite at step {step}, in {_row_list(bad_losses)}"
     return f"the gradient is not finite at step {step}, over {_row_list(rows)}; every loss was finite"

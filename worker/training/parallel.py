@@ -1,11 +1,11 @@
-"""How the ranks share the work of a step: each with the whole model (DDP), or split as ``resources.parallelism`` says.
+"""Models that are split over the ranks, if ``resources.parallelism`` is ``zero1`` or ``fsdp`` and not ``ddp``.
 
 ``zero1``: every rank has all weights and gradients, as with DDP. Each updates its part of the weights with its part of
 the optimizer state; then the ranks exchange the new weights. ``fsdp``: every rank has a part of weights, gradients and
 optimizer state. A layer's weights are gathered just before it runs.
 
-The optimizer gets plain tensors that share the memory of the model: it does not depend on the split. One rank alone has
-nothing to split.
+The optimizer gets plain tensors that share the memory of the model, so it does not depend on the split. With one rank
+nothing is split.
 """
 
 import warnings
@@ -25,7 +25,7 @@ from trainyard.worker.checkpoint.parts import ModelParts, ParameterPart, TensorP
 from trainyard.worker.distributed import DistributedContext
 
 ALIGNMENT = 64
-"""Elements: every parameter starts at a multiple of 256 bytes, as torch allocates them."""
+"""Elements. A parameter starts at a multiple of 256 bytes, as if torch had allocated it."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,16 @@ class SplitModel(ABC):
 
     @property
     def updated(self) -> list[nn.Parameter]:
-        """What this rank updates."""
+        """The parts that this rank updates."""
         return [part.tensor for part in self.held.parts]
 
     @abstractmethod
     def attach_gradients(self) -> None:
-        """Give each part its gradient. Called after the last backward pass of a step."""
+        """Set the gradient of each part. Called after the last backward pass of a step."""
 
     @abstractmethod
     def exchange_weights(self) -> None:
-        """Give the updated weights to all ranks that hold them. Called after the update; all ranks together."""
+        """Send the updated weights to all ranks that have them. Called after the update, by all ranks together."""
 
     @abstractmethod
     def clear_gradients(self) -> None:
@@ -60,7 +60,7 @@ class SplitModel(ABC):
 
     @abstractmethod
     def orthogonalizer(self) -> NewtonSchulz:
-        """Return how Muon orthogonalizes the matrices of which this rank has parts."""
+        """Return the object with which Muon orthogonalizes the matrices of this rank's parts."""
 
     def release(self) -> None:  # noqa: B027 - only FSDP gathers anything
         """Free what forward passes without a backward pass have gathered."""
@@ -130,9 +130,9 @@ def element_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
 
 
 def matrix_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """The same for matrices that must each be in one region: Muon needs the whole gradient of a matrix.
+    """Return the same for matrices, each of which must be in one region: Muon needs the whole gradient of a matrix.
 
-    The largest ones first, each into the region with the fewest elements.
+    The largest matrix is placed first, each into the region with the fewest elements.
     """
     loads, placed = [0] * world, [(0, 0)] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
@@ -191,7 +191,7 @@ class Zero1Model(SplitModel):
         self.model.load_state_dict(weights, strict=True)
 
     def orthogonalizer(self) -> NewtonSchulz:
-        return NewtonSchulz()  # its matrices are whole
+        return NewtonSchulz()  # each rank has whole matrices
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,10 @@ class FsdpModel(SplitModel):
             if compiled:
                 layer.compile(dynamic=False)
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-        # Embedding, head and last norm stay float32: the first and the last sums of a token decide most of its loss.
+        # Embedding, head and last norm stay float32: rounding errors in them affect every token.
         fully_shard(model, mesh=mesh)
         for method in ("generate", "score_tokens"):
             register_fsdp_forward_method(model, method)
-        register_fsdp_forward_method(model, "score_tokens")
         sharded = dict(model.named_parameters())
         parts = [_fsdp_part(name, parameter, ranks) for name, parameter in sharded.items()]
         own = {part.name: TensorPart(part.tensor.data, part.shape, part.start) for part in parts}
@@ -244,7 +243,7 @@ class FsdpModel(SplitModel):
             part.tensor.grad = parameter.grad.to_local() if parameter.grad is not None else None
 
     def exchange_weights(self) -> None:
-        """Do nothing: the next forward pass gathers them."""
+        """Do nothing: the next forward pass gathers the weights."""
 
     def clear_gradients(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -253,7 +252,7 @@ class FsdpModel(SplitModel):
 
     @torch.no_grad()
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        # A forward pass without a backward pass leaves the whole embedding behind, with its old values.
+        # After a forward pass without a backward pass, the embedding is still gathered, with its old values.
         self.release()
         for part in self.held.parts:
             part.tensor.copy_(part.of(weights[part.name]))
@@ -274,8 +273,8 @@ def _fsdp_part(name: str, parameter: Any, ranks: DistributedContext) -> Paramete
 class ShardedNewtonSchulz(NewtonSchulz):
     """Orthogonalizes matrices whose rows are split over the ranks: each rank does one of ``world`` at a time.
 
-    A rank gets the rows of its matrix from all ranks, and returns them the rows of the result. That is the traffic of
-    gathering each matrix everywhere, without computing each one everywhere.
+    A rank gets the rows of its matrix from all ranks, and sends the rows of the result back. That is as much traffic as
+    gathering each matrix on all ranks, but each matrix is computed once.
     """
 
     def __init__(self, parts: dict[nn.Parameter, ParameterPart], ranks: DistributedContext) -> None:

@@ -1,4 +1,4 @@
-"""Check of a resume: a few fixed rows are scored when a checkpoint is saved, and again after it is loaded."""
+"""Check of a resume: the loss of a few fixed rows, at the save of a checkpoint and after it is loaded."""
 
 import math
 from dataclasses import dataclass

@@ -106,7 +106,7 @@ def host_device(index: int, visible: str | None) -> str:
 def replica_check(
     ranks: DistributedContext, places: Sequence[RankInfo], parallelism: Parallelism = "ddp"
 ) -> tuple[ReplicaCheck | None, list[WarningEvent]]:
-    """Return the comparison of the ranks' weights, or None if there is nothing to compare, and a warning if so.
+    """Return the check of the ranks' weights, or None and a warning if they cannot be compared.
 
     Devices of different types may round a sum differently, so only equal types must give equal bits. All ranks call it
     together.
@@ -133,7 +133,7 @@ def _tokenizer_file(spec: JobSpec) -> Path | None:
 
 
 def schedule_warnings(training: TrainingSpec, steps: int) -> Iterator[WarningEvent]:
-    """Yield warnings about settings that a run of ``steps`` steps cannot follow as they are written."""
+    """Yield warnings about settings that a run of ``steps`` steps cannot follow."""
     if training.warmup_steps >= steps:
         message = (
             f"warmup_steps {training.warmup_steps:,} is not shorter than the run ({steps:,} steps): "

@@ -33,9 +33,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 class TrainProgress:
     """How far the run is.
 
-    ``data_offset``: step + data_offset is the step of the data order; rollbacks skip data and add to it, a fork that
-    restarts its data makes it negative. ``base_step``, ``base_tokens``: schedule and length of the run count from here;
-    not 0 only for forks.
+    ``data_offset``: step + data_offset is the step of the data order. A rollback skips data and increases it; a fork
+    that restarts its data begins with a negative one. ``base_step``, ``base_tokens``: where schedule and length of the
+    run begin; not 0 only for forks.
     """
 
     step: int = 0
@@ -118,7 +118,7 @@ class TrainState:
         loss: float | None,
         interval_bytes: list[float | None] | None = None,
     ) -> RunState:
-        """Return all that a checkpoint holds besides the tensors.
+        """Return everything in a checkpoint except the tensors.
 
         ``interval``: the metrics window of each rank; ``interval_bytes``: the bytes of text in it.
         """
@@ -236,7 +236,7 @@ def _build_optimizer(model: Decoder, split: SplitModel | None, training: Trainin
     lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
     updated = list(_updated_tensors(model, split))
     if training.optimizer == "muon":
-        # Empty parts as well: for a matrix all ranks must come together.
+        # Also empty parts: all ranks must orthogonalize a matrix together.
         matrices = [each.tensor for each in updated if is_matrix(each.name)]
         others = _parameter_groups([each for each in updated if not is_matrix(each.name)], training)
         muon = Muon(
@@ -249,7 +249,8 @@ def _build_optimizer(model: Decoder, split: SplitModel | None, training: Trainin
             orthogonalizer=split.orthogonalizer() if split is not None else None,
         )
         muon.param_groups[0]["lr_multiplier"] = training.matrix_lr_multiplier
-        # A new run; `TrainState.load` restores what a run began with. A CPU gains little, so its runs keep their bits.
+        # For a new run; `TrainState.load` restores the choice of an old one. On a CPU stacking saves little, and runs
+        # there keep the bits of 0.1.
         muon.orthogonalizer.stacks = all(matrix.is_cuda for matrix in matrices)
         return muon
     # Fused on a CPU too: several times faster, and elementwise, so that its result does not depend on any order.
@@ -267,7 +268,7 @@ def _parameter_groups(updated: list[UpdatedTensor], training: TrainingSpec) -> l
     return [
         {"params": tensors, "lr_multiplier": multiplier, **({} if decays else {"weight_decay": 0.0})}
         for (multiplier, decays), tensors in groups.items()
-    ] or [{"params": []}]  # a rank without a part of any of them
+    ] or [{"params": []}]  # this rank has no part of them
 
 
 def _lr_multiplier(updated: UpdatedTensor, training: TrainingSpec) -> float:

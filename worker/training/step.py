@@ -118,9 +118,9 @@ class Verification(NamedTuple):
 class TrainStep:
     """Runs optimizer steps. ``module`` is ``model`` as it is called: compiled, or wrapped in DDP.
 
-    ``split``: how the ranks share the update, None if each rank does all of it. ``recomputes``: the layers do, so the
-    copies of the weights in half precision are not kept for the backward pass. ``byte_counter``: None if the bytes of
-    the tokens are unknown.
+    ``split``: how the ranks share the update, None if each rank does all of it. ``recomputes``: with gradient
+    checkpointing the copies of the weights in half precision are not kept for the backward pass. ``byte_counter``: None
+    if the bytes of the tokens are unknown.
     """
 
     module: nn.Module
@@ -135,7 +135,7 @@ class TrainStep:
     split: SplitModel | None = None
     recomputes: bool = False
     peak_rate_of_decay: float | None = None
-    """The learning rate at which the weight decay is that of the spec; it changes in proportion. None: constant."""
+    """The learning rate at which the weight decay is the spec's: it changes in proportion. None: it is constant."""
     replays_graphs: bool = False
     """Whether the compiled model is a CUDA graph."""
 
@@ -173,9 +173,9 @@ class TrainStep:
 
     def warm_up(self, micro_batch: MicroBatch) -> None:
         """Run a micro-batch without labels, to compile the model and to fix the order of DDP's buckets."""
-        # DDP reorders its buckets after the first backward pass, and the last bits of sums over three or more ranks
-        # depend on that order. So every attempt makes its first pass with the same batch: a resumed run is then
-        # bit-identical to an uninterrupted one.
+        # DDP orders its buckets by the first backward pass, and the last bits of sums over three or more ranks depend
+        # on that order. Every attempt makes its first pass with the same batch, so a resumed run is bit-identical to
+        # an uninterrupted one.
         self._accumulate([micro_batch], lambda _: None)
         self._clear_gradients()
 
@@ -226,7 +226,7 @@ class TrainStep:
         seed_micro_batch: Callable[[int], None],
         verifier: StepVerifier | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
-        """Run forward and backward of all micro-batches. Ranks exchange gradients only in the last one, but for FSDP.
+        """Run forward and backward of all micro-batches. Ranks exchange gradients in the last one, with FSDP in each.
 
         Return loss sum and auxiliary loss sum of each, tokens per expert of each (MoE only), and the micro-batches.
         """

@@ -20,7 +20,7 @@ MAX_NAMED = 8
 
 
 def on_accumulated(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """Call ``hook`` each time a gradient of ``parameter`` is complete on this rank. DDP exchanges it after that."""
+    """Call ``hook`` each time a gradient of ``parameter`` is complete on this rank, before DDP exchanges it."""
     register: Any = parameter.register_post_accumulate_grad_hook  # unannotated
     register(hook)
 
@@ -29,9 +29,9 @@ def on_accumulated(parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
 class StepVerifier:
     """Compares two passes of a step on each rank: losses, gradients before the exchange, and weights.
 
-    The exchanged gradient would not do: a wrong number of one rank is in the sum of all. Only with FSDP, which
-    exchanges gradients in the backward pass, the shards are compared, and several ranks may differ. ``places``: host
-    and device of each rank.
+    Exchanged gradients would not show which rank is wrong, because its number is in the sum of all. With FSDP, which
+    exchanges gradients in the backward pass, shards of the sum are compared, so several ranks may differ. ``places``:
+    host and device of each rank.
     """
 
     model: nn.Module

@@ -114,7 +114,7 @@ def _queue_position(
     is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
-    marked = xids.marked(devices, xids.uncleared(session, utc_now()))
-    usable = [d for d in marked if not d.processes and d.works]
+    known = xids.with_xid_errors(devices, xids.uncleared(session, utc_now()))
+    usable = [d for d in known if not d.processes and d.works]
     free = [d.id for d in usable if kind in (d.kind, d.id) and d.id not in leased]
     return QueuePosition(ahead, len(free)), free

@@ -69,7 +69,7 @@ def _database_metrics(state: AppState) -> list[Metric]:
     with state.database.read() as session:
         metrics = [*_jobs(session, now), *_attempts(session, now), _running(session)]
         leased = session.scalar(select(func.count()).select_from(DeviceLeaseRow)) or 0
-        devices = xids.marked(state.inventory.devices(), xids.uncleared(session, now))
+        devices = xids.with_xid_errors(state.inventory.devices(), xids.uncleared(session, now))
     errors = {device.id: float(len(device.xid_errors)) for device in devices if device.kind == "cuda"}
     return [
         *metrics,

@@ -1,4 +1,4 @@
-"""Text samples of what the model generates."""
+"""Samples: text that the model generates from the prompts of the spec."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ def generate_samples(
 ) -> Iterator[SampleEvent]:
     """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions.
 
-    ``in_step``: all ranks generate together, so every one runs the model equally often, also after the last token.
+    ``in_step``: all ranks generate together, so each runs the model equally often, also after an end-of-text token.
     """
     for prompt in prompts:
         hit("samples.prompt", prompt)
@@ -46,8 +46,8 @@ def generate_samples(
 def fit_prompt(ids: list[int], limit: int) -> tuple[list[int], int, str | None]:
     """Return the ids that fit with their continuation into ``limit`` positions, its length, and a note about the rest.
 
-    A long prompt gets fewer new tokens, but MIN_NEW_TOKENS of them if possible. What then does not fit is left out
-    after the first id (BOS): the end of the prompt decides how it continues.
+    A long prompt gets fewer new tokens, but MIN_NEW_TOKENS of them if possible. If it still does not fit, its beginning
+    after the first id (BOS) is left out, because the end of the prompt decides how it continues.
     """
     new_tokens = min(MAX_NEW_TOKENS, max(limit - len(ids), min(MIN_NEW_TOKENS, limit // 2)))
     cut = max(0, len(ids) - (limit - new_tokens))
