@@ -498,7 +498,7 @@ FIELDS = {
     "link": "How the GPU reaches others of its host: `nvlink` or `pcie`; null if there are no others.",
     "nvlink_peers": "Ids of the GPUs at its NVLinks, directly or through an NVSwitch.",
     "xid_errors": "Uncleared XID errors of the last 24 hours. While there are any, the device is not leased.",
-    "fault": "The driver's error if the driver does not answer for the GPU; else null. With a fault, it is not leased.",
+    "fault": "Why no job can use the GPU, such as the error of its driver; else null. With a fault, it is not leased.",
     "xid": "Number of the error in NVIDIA's list of XID errors, counted from 1.",
     "XidErrorResponse.at": "Time of the error.",
     "attempt_id": "Id of the attempt that leases it, or null.",

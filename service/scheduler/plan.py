@@ -209,15 +209,15 @@ class _Pools:
             holder = self.leases.get(kind)
             if holder is None and (device := self.faulty.get(kind)) is not None:
                 if device.fault is not None:
-                    return f"{kind}, for which the driver does not answer ({device.fault})"
+                    return f"{kind}, which cannot be used ({device.fault})"
                 return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
         faulty = [device for device in self.faulty.values() if device.kind == kind]
-        lost = ", ".join(device.id for device in faulty if device.fault is not None)
+        unusable = ", ".join(f"{device.id} ({device.fault})" for device in faulty if device.fault is not None)
         with_xids = ", ".join(device.id for device in faulty if device.fault is None)
         errors = f", and {with_xids} with XID errors" if with_xids else ""
-        errors += f", and the driver does not answer for {lost}" if lost else ""
+        errors += f", and {unusable} cannot be used" if unusable else ""
         return (
             f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
         )

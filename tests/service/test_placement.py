@@ -258,13 +258,11 @@ def test_a_gpu_with_an_error_is_not_leased(queued: QueuedJob, expected: tuple[st
     ("queued", "expected"),
     [
         (job(), ("cuda:1",)),
-        (job(ranks=2), "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"),
-        (job("cuda:0"), "cuda:0, for which the driver does not answer (GPU is lost)"),
+        (job(ranks=2), "2 GPUs; 1 of 2 free, and cuda:0 (GPU is lost) cannot be used"),
+        (job("cuda:0"), "cuda:0, which cannot be used (GPU is lost)"),
     ],
 )
-def test_a_gpu_for_which_the_driver_does_not_answer_is_not_leased(
-    queued: QueuedJob, expected: tuple[str, ...] | str
-) -> None:
+def test_a_gpu_with_a_fault_is_not_leased(queued: QueuedJob, expected: tuple[str, ...] | str) -> None:
     devices = (Device("cuda:0", "cuda", uuid="a", fault="GPU is lost"), Device("cuda:1", "cuda"))
     require_plan(queued, devices, expected)
 
@@ -311,7 +309,7 @@ def test_a_lost_gpu_is_shown_and_blocks_no_other_job(make_rig: MakeHarness, sqli
     on_one = rig.submit(resources={"device": "cuda"})
     rig.reconcile()
     assert (rig.status(on_both), rig.status(on_one)) == ("queued", "starting")
-    assert rig.job(on_both)["queue"]["waiting_for"] == "2 GPUs; 1 of 2 free, and the driver does not answer for cuda:0"
+    assert rig.job(on_both)["queue"]["waiting_for"] == "2 GPUs; 1 of 2 free, and cuda:0 (GPU is lost) cannot be used"
 
 
 def test_an_error_counts_for_a_day(make_rig: MakeHarness, sqlite_url: str) -> None:
