@@ -1,10 +1,12 @@
 """Which GPUs a job gets: near each other, without an XID error, and none that a setting excludes."""
 
 import ctypes
+import itertools
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,7 +24,7 @@ from tests.work import count_calls
 from trainyard.service.db.models import XidErrorRow
 from trainyard.service.devices import inventory, xids
 from trainyard.service.devices.inventory import Device, HostInventory, cpu_slots, same_pci_address
-from trainyard.service.devices.placement import choose
+from trainyard.service.devices.placement import choose, distance
 from trainyard.service.devices.xids import KernelLog, XidError, XidWatcher
 from trainyard.service.errors import DatabaseUnavailable
 from trainyard.service.scheduler.loop import Scheduler
@@ -79,6 +81,40 @@ def test_a_job_gets_gpus_that_are_near_each_other(
 ) -> None:
     free = [device for i, device in enumerate(devices_of(host, monkeypatch)) if i not in busy]
     assert " ".join(device.removeprefix("cuda:") for device in choose(free, ranks)) == expected
+
+
+def pairs_on_eight_nodes() -> list[Device]:
+    """16 GPUs, two on each of 8 NUMA nodes (NPS4)."""
+    return [Device(f"cuda:{i}", "cuda", numa_node=i // 2) for i in range(16)]
+
+
+def nvlink_fours() -> list[Device]:
+    """16 GPUs on two NUMA nodes, with NVLinks in groups of four."""
+    peers = [tuple(f"cuda:{j}" for j in range(16) if j // 4 == i // 4 and j != i) for i in range(16)]
+    return [Device(f"cuda:{i}", "cuda", numa_node=i // 8, nvlink_peers=peers[i]) for i in range(16)]
+
+
+@pytest.mark.parametrize("host", [pairs_on_eight_nodes(), nvlink_fours()], ids=["nps4", "nvlink"])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 6])
+def test_no_other_group_of_gpus_has_shorter_distances(host: Sequence[Device], count: int) -> None:
+    seed = 20261201
+    print(f"seed {seed}")
+    chance = Random(seed)
+    for free_count in (6, 9, 11):
+        for _ in range(5):
+            free = sorted(chance.sample(host, free_count), key=lambda device: int(device.id.removeprefix("cuda:")))
+            chosen = set(choose(free, count))
+            groups = itertools.combinations(free, count)
+            assert inner([device for device in free if device.id in chosen]) == min(map(inner, groups)), chosen
+
+
+def inner(group: Sequence[Device]) -> int:
+    return sum(distance(one, other) for one, other in itertools.combinations(group, 2))
+
+
+def test_four_ranks_get_two_pairs_rather_than_one_pair_and_two_single_gpus() -> None:
+    host = pairs_on_eight_nodes()
+    assert choose([host[i] for i in (5, 8, 9, 10, 11, 13)], 4) == ("cuda:8", "cuda:9", "cuda:10", "cuda:11")
 
 
 def test_the_choice_takes_little_work_with_many_gpus() -> None:
