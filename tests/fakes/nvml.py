@@ -39,6 +39,9 @@ class NvmlHost:
     def nvmlInit(self) -> None:  # noqa: N802
         """Start."""
 
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "580.65.06"
+
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return len(self.pci)
 
