@@ -352,7 +352,7 @@ def _is_in_mig_mode(handle: Any) -> bool:
 
 
 def _first_instance(handle: Any) -> Any | None:
-    count = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)
+    count = _if_supported(lambda: pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0
     found = (_or_none(lambda: pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)) for i in range(count))  # noqa: B023
     return next((instance for instance in found if instance is not None), None)
 

@@ -6,7 +6,7 @@ from math import comb
 
 from trainyard.service.devices.inventory import Device
 
-NVLINK, SAME_NODE, FAR = 0, 1, 2
+NVLINK, SAME_NODE, FAR, UNLIKE = 0, 1, 2, 3
 
 
 MAX_GPUS = 64
@@ -16,13 +16,20 @@ MAX_GROUPS = 100
 """Groups that are all compared: those of up to 8 GPUs. Of more, one for each GPU is, which begins with it."""
 
 
-def has_neighbours(device: Device) -> bool:
-    """Return whether anything is known of the devices near it."""
-    return device.numa_node is not None or bool(device.nvlink_peers)
+def differ(devices: Sequence[Device]) -> bool:
+    """Return whether it matters which of the devices a job gets: some are near each other, or GPUs are unlike."""
+    if len({device.model for device in devices if device.kind == "cuda"}) > 1:
+        return True
+    return any(device.numa_node is not None or device.nvlink_peers for device in devices)
 
 
 def distance(one: Device, other: Device) -> int:
-    """Return 0 for GPUs with an NVLink between them, 1 on one NUMA node, else 2."""
+    """Return 0 for GPUs with an NVLink between them, 1 on one NUMA node, 3 for unlike GPUs, else 2.
+
+    A run on unlike GPUs is as slow as the slowest, and their weights cannot be compared at saves.
+    """
+    if one.model != other.model:
+        return UNLIKE
     if other.id in one.nvlink_peers:
         return NVLINK
     return SAME_NODE if one.numa_node is not None and one.numa_node == other.numa_node else FAR
@@ -34,7 +41,7 @@ def choose(free: Sequence[Device], count: int) -> tuple[str, ...]:
     Of equally good groups, the one that separates the fewest neighbours from each other, so that a job with one rank
     does not take a GPU from a free pair. ``free`` has at least ``count`` devices.
     """
-    if count >= len(free) or len(free) > MAX_GPUS or not any(map(has_neighbours, free)):
+    if count >= len(free) or len(free) > MAX_GPUS or not differ(free):
         return tuple(device.id for device in free[:count])
     between = [[distance(one, other) for other in free] for one in free]
     groups: Iterable[tuple[int, ...]]

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
 from trainyard.service.devices.inventory import Device, kind_for
-from trainyard.service.devices.placement import choose, has_neighbours
+from trainyard.service.devices.placement import choose, differ
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.preparations import (
@@ -158,7 +158,7 @@ class _Pools:
         self.lent: dict[str, None] = {}
         self.faulty = {device.id: device for device in snapshot.devices if not device.works}
         self.faulty_count = Counter(device.kind for device in self.faulty.values())
-        self.has_places = any(map(has_neighbours, snapshot.devices))
+        self.has_places = differ(snapshot.devices)
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
             if device.id in self.faulty:

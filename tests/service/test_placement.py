@@ -117,6 +117,16 @@ def test_four_ranks_get_two_pairs_rather_than_one_pair_and_two_single_gpus() -> 
     assert choose([host[i] for i in (5, 8, 9, 10, 11, 13)], 4) == ("cuda:8", "cuda:9", "cuda:10", "cuda:11")
 
 
+def test_a_job_gets_gpus_of_one_model() -> None:
+    models = ("H100", "H100", "L40S", "L40S")
+    for numa_node in (0, None):
+        host = [Device(f"cuda:{i}", "cuda", model, numa_node=numa_node) for i, model in enumerate(models)]
+        assert choose(host[1:], 2) == ("cuda:2", "cuda:3")
+        assert choose(host, 3) == ("cuda:0", "cuda:1", "cuda:2")
+        waiting = Snapshot(queued=[job(ranks=2)], devices=host, leases={"cuda:0": "other"})
+        assert plan(waiting, NOW).actions == (Start("job", ("cuda:2", "cuda:3")),)
+
+
 def test_the_choice_takes_little_work_with_many_gpus() -> None:
     many = [Device(f"cuda:{i}", "cuda", numa_node=i % 2) for i in range(64)]
     assert choose(many, 16) == tuple(f"cuda:{2 * i}" for i in range(16))
