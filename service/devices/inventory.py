@@ -139,6 +139,7 @@ class HostInventory:
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
         self._query: _Query | None = None
+        self._has_answered = False
         self._queried_at = float("-inf")
         names = ",".join([visible or "", *excluded])
         if names and (self._driver.is_ready() or self._driver.is_absent):
@@ -162,14 +163,14 @@ class HostInventory:
             self._query = _Query(lambda: _without(self._cuda_devices(), self._excluded))
         # Without any earlier answer a GPU that is initialized slowly (persistence mode off) would not be listed, and a
         # job with the device "auto" would start on the CPU.
-        seconds = (ANSWER_SECONDS if waits else 0.0) if self._cuda else None
+        seconds = (ANSWER_SECONDS if waits else 0.0) if self._has_answered else None
         if not self._query.wait(seconds):
             if waits:
                 log.warning("the driver of the GPUs hangs; no GPU is leased until it answers")
             self._cuda = tuple(_as_faulty(device, NO_ANSWER) for device in self._cuda)
             return
         query, self._query = self._query, None
-        self._cuda = query.result()
+        self._cuda, self._has_answered = query.result(), True
 
     def _cuda_devices(self) -> Iterator[Device]:
         try:

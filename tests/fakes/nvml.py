@@ -65,7 +65,7 @@ class NvmlHost:
         return self.mig[device][index - 1]
 
     def nvmlDeviceGetComputeMode(self, handle: Any) -> int:  # noqa: N802
-        return pynvml.NVML_COMPUTEMODE_PROHIBITED if handle in self.prohibited else pynvml.NVML_COMPUTEMODE_DEFAULT
+        return int(self.NVML_COMPUTEMODE_PROHIBITED if handle in self.prohibited else self.NVML_COMPUTEMODE_DEFAULT)
 
     def nvmlDeviceGetFieldValues(self, handle: Any, fieldIds: Sequence[int]) -> list[Any]:  # noqa: N802
         assert list(fieldIds) == [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION]

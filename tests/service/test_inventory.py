@@ -301,6 +301,19 @@ def test_a_driver_that_hangs_stops_neither_the_service_nor_cpu_jobs(
         until(lambda: host.devices() == before)
 
 
+def test_a_driver_that_hangs_does_not_matter_to_a_service_without_gpus(
+    failing: FailingNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "ANSWER_SECONDS", 0.01)
+    host = HostInventory(slots=1, visible="-1")
+    before = host.devices()
+    may_answer = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, "nvmlDeviceGetCount", may_answer.wait)
+        assert host.devices() == before
+        may_answer.set()
+
+
 def test_a_uuid_that_could_not_be_read_is_read_later(failing: FailingNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its UUID, the XID errors of a GPU would not keep it from being leased."""
     with monkeypatch.context() as patched:
