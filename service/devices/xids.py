@@ -112,8 +112,7 @@ class XidWatcher:
 
     def _run(self) -> None:
         with self._kernel_log:
-            seconds = 0.0
-            while not self._stopping.wait(seconds):
+            while True:
                 try:
                     seconds = self._watch()
                 except pynvml.NVMLError as error:
@@ -121,6 +120,8 @@ class XidWatcher:
                         log.warning("XID errors of GPUs are not watched: %s", error)
                     self._logged = str(error)
                     seconds = RETRY_SECONDS
+                if self._stopping.wait(seconds):
+                    return
 
     def _watch(self) -> float:
         """Collect events until `stop`, or until NVML fails: from then on it may report nothing else for their set.
