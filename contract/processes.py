@@ -16,6 +16,9 @@ from typing import Any, Self
 MARKER = "TRAINYARD_ATTEMPT_MARK"
 """Environment variable of every process of an attempt: ``<job>/<attempt number>``."""
 
+LEASED_DEVICES = "TRAINYARD_LEASED_DEVICES"
+"""Environment variable of an attempt on this host: ids of its devices by rank, such as ``cuda:2,cuda:3``."""
+
 PROC = Path("/proc")
 
 HOST_PID_NAMESPACE = "pid:[4026531836]"

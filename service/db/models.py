@@ -533,7 +533,10 @@ class RuleStateRow(Base):
 
 
 class XidErrorRow(Base):
-    """An XID error of a GPU, as its driver reported it. It counts for 24 hours, or until it is cleared."""
+    """An XID error of a GPU, as its driver reported it. It counts for 24 hours, or until it is cleared.
+
+    While it is not cleared, ``at`` is the time of the last error with this number.
+    """
 
     __tablename__ = "xid_errors"
     __table_args__ = (Index("ix_xid_errors_at", "at"),)

@@ -16,11 +16,23 @@ from trainyard.contract.processes import MARKER, variable_of
 from trainyard.contract.sidecar import SIDECAR
 
 CACHE_SECONDS = 1.0
+RETRY_SECONDS = 10.0
+"""Time between two attempts to use a driver that is installed but not loaded."""
+
+ANSWER_SECONDS = 5.0
+"""How long a caller waits for NVML. Its calls block for minutes, or for ever, if a GPU or its firmware hangs."""
+
+NO_ANSWER = f"the driver has not answered for more than {ANSWER_SECONDS:g} s"
+NO_INSTANCE = "its MIG mode is on, and it has no MIG instance"
+PROHIBITED = "its compute mode is Prohibited"
+
 CPUINFO = Path("/proc/cpuinfo")
 NODE_SET_WORDS = 2
 """64-bit words of a set of NUMA nodes."""
 
 PCI_ADDRESS = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})(?:\.[0-7])?")
+
+UUID_PREFIXES = ("GPU-", "MIG-")
 
 UNSUPPORTED = frozenset(
     {pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION, pynvml.NVML_ERROR_FUNCTION_NOT_FOUND}
@@ -39,7 +51,8 @@ class Device:
     ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt and no service.
     ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
     None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
-    being leased. ``fault``: the driver's error, if the driver does not answer for this GPU. Such a GPU is not leased.
+    being leased. ``fault``: why no job can use this GPU, such as the driver's error if the driver does not answer for
+    it. Such a GPU is not leased. ``mig_uuid``: the MIG instance that stands for a GPU in MIG mode, its first one.
     """
 
     id: str
@@ -57,6 +70,7 @@ class Device:
     nvlink_peers: tuple[str, ...] = ()
     xid_errors: tuple[int, ...] = ()
     fault: str | None = None
+    mig_uuid: str | None = None
 
     @property
     def works(self) -> bool:
@@ -64,8 +78,8 @@ class Device:
         return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
-        """Return whether ``name`` is its id, its UUID or its PCI address, in any of the usual spellings."""
-        names = {self.id, self.uuid, self.pci_bus_id}
+        """Return whether ``name`` is its id, a UUID of it or its PCI address, in any of the usual spellings."""
+        names = {self.id, self.uuid, self.mig_uuid, self.pci_bus_id}
         return name in names or (self.pci_bus_id is not None and same_pci_address(name, self.pci_bus_id))
 
 
@@ -108,45 +122,67 @@ class HostInventory:
     """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
 
     If the driver no longer answers for a GPU, the GPU stays in the list with its ``fault``. All others can be used, and
-    a job with the device "auto" does not start on the CPU. ``excluded``: ids, UUIDs or PCI addresses of devices that
-    are left out.
+    a job with the device "auto" does not start on the CPU. If the driver hangs, no GPU is leased until it answers.
+
+    ``visible``: CUDA_VISIBLE_DEVICES of the service, or None if it is not set. ``excluded``: ids, UUIDs or PCI
+    addresses of devices that are left out.
     """
 
     def __init__(self, slots: int, visible: str | None = None, excluded: Sequence[str] = ()) -> None:
         self._cpu = _without(cpu_slots(slots, cpu_model()), excluded)
+        self._slots = slots
         self._visible = visible
         self._excluded = excluded
         self._facts: tuple[GpuFacts | None, ...] = ()
         self._last_seen: dict[int, Device] = {}
-        self._nvml = _init_nvml()
+        self._driver = _Driver()
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
+        self._query: _Query | None = None
+        self._has_answered = False
         self._queried_at = float("-inf")
-        known = [*cpu_slots(slots), *(self._cuda_devices() if self._nvml and excluded else ())]
-        for name in excluded:
-            if not any(device.is_named(name) for device in known):
-                log.warning("TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: %s", name)
+        names = ",".join([visible or "", *excluded])
+        if names and (self._driver.is_ready() or self._driver.is_absent):
+            count = 0 if self._driver.is_absent else _or_none(pynvml.nvmlDeviceGetCount) or 0
+            self._log_unknown_names(_named_gpus(tuple(_gpu_facts(count)), names))
 
     def devices(self) -> Sequence[Device]:
-        """Return the CUDA devices, then the CPU slots."""
-        if not self._nvml:
+        """Return the CUDA devices, then the CPU slots. Takes at most ANSWER_SECONDS, except for the first call."""
+        if self._driver.is_absent:
             return self._cpu
         with self._lock:
-            if time.monotonic() - self._queried_at > CACHE_SECONDS:
-                self._cuda = _without(self._cuda_devices(), self._excluded)
+            if time.monotonic() - self._queried_at > CACHE_SECONDS and self._driver.is_ready():
+                self._refresh()
                 self._queried_at = time.monotonic()
             return (*self._cuda, *self._cpu)
+
+    def _refresh(self) -> None:
+        """Query NVML in a thread of its own, which is left alone if it hangs."""
+        waits = self._query is None
+        if self._query is None:
+            self._query = _Query(lambda: _without(self._cuda_devices(), self._excluded))
+        # Without any earlier answer a GPU that is initialized slowly (persistence mode off) would not be listed, and a
+        # job with the device "auto" would start on the CPU.
+        seconds = (ANSWER_SECONDS if waits else 0.0) if self._has_answered else None
+        if not self._query.wait(seconds):
+            if waits:
+                log.warning("the driver of the GPUs hangs; no GPU is leased until it answers")
+            self._cuda = tuple(_as_faulty(device, NO_ANSWER) for device in self._cuda)
+            return
+        query, self._query = self._query, None
+        self._cuda, self._has_answered = query.result(), True
 
     def _cuda_devices(self) -> Iterator[Device]:
         try:
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            yield from [self._with_fault(index, error) for index in self._last_seen]
+            yield from [self._with_fault(index, str(error)) for index in self._last_seen]
             return
-        if len(self._facts) != count or None in self._facts:
+        if len(self._facts) != count or any(_answers(i) for i, facts in enumerate(self._facts) if facts is None):
             self._facts = tuple(_gpu_facts(count))
+        shown = visible_indices(self._visible, _named_gpus(self._facts, self._visible))
         for index, facts in enumerate(self._facts):
-            if self._visible is None or str(index) in self._visible.split(","):
+            if index in shown:
                 yield self._cuda_device(index, facts)
 
     def _cuda_device(self, index: int, facts: GpuFacts | None) -> Device:
@@ -154,21 +190,93 @@ class HostInventory:
         try:
             device = _cuda_device(index, facts or NO_FACTS)
         except pynvml.NVMLError as error:
-            return self._with_fault(index, error)
-        if before is not None and before.fault is not None:
-            log.info("the driver answers for a GPU again", extra={"devices": device.id})
+            return self._with_fault(index, str(error))
+        if device.fault is None and before is not None and before.fault is not None:
+            log.info("a GPU can be used again", extra={"devices": device.id})
+        elif device.fault is not None and (before is None or before.fault != device.fault):
+            log.warning("a GPU cannot be used: %s", device.fault, extra={"devices": device.id})
         self._last_seen[index] = device
         return device
 
-    def _with_fault(self, index: int, error: pynvml.NVMLError) -> Device:
+    def _with_fault(self, index: int, error: str) -> Device:
         """Return the GPU as at the last answer of the driver, with ``error`` and without values that change."""
         before = self._last_seen.get(index) or Device(f"cuda:{index}", "cuda")
-        unknown: dict[str, Any] = {"memory_used_bytes": None, "temperature_celsius": None}
-        device = replace(before, **unknown, processes=(), strangers=(), fault=str(error))
+        device = _as_faulty(before, error)
         if before.fault != device.fault:
             log.warning("the driver does not answer for a GPU: %s", error, extra={"devices": device.id})
         self._last_seen[index] = device
         return device
+
+    def _log_unknown_names(self, cuda: Sequence[Device]) -> None:
+        known = [*cpu_slots(self._slots), *cuda]
+        for name in self._excluded:
+            if not any(device.is_named(name) for device in known):
+                log.warning("TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: %s", name)
+        names = [name for name in _split(self._visible or "") if name]
+        shown = visible_indices(self._visible, cuda)
+        if cuda and len(shown) < len(names) and "-1" not in names:
+            log.warning(
+                "CUDA_VISIBLE_DEVICES is %s, and this host has %d of these GPUs: a name that it does not know ends "
+                "the list",
+                self._visible,
+                len(shown),
+            )
+
+
+class _Driver:
+    """NVML's library, which is initialized once. ``is_absent``: it is not installed, so this host has no GPUs."""
+
+    def __init__(self) -> None:
+        self.is_absent = False
+        self._ready = False
+        self._tried_at = float("-inf")
+
+    def is_ready(self) -> bool:
+        """Return whether NVML can be queried. A driver that is loaded after the service has started is found later."""
+        if self._ready or self.is_absent or time.monotonic() - self._tried_at < RETRY_SECONDS:
+            return self._ready
+        first = self._tried_at == float("-inf")
+        self._tried_at = time.monotonic()
+        try:
+            pynvml.nvmlInit()
+            self._ready = True
+        except pynvml.NVMLError as error:
+            self.is_absent = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+            if first and not self.is_absent:
+                log.warning("GPUs cannot be used until the driver answers: %s", error)
+        return self._ready
+
+
+class _Query:
+    """A function that runs in a thread of its own. The thread does not keep the process from ending."""
+
+    def __init__(self, ask: Callable[[], tuple[Device, ...]]) -> None:
+        self._ask = ask
+        self._ended = threading.Event()
+        self._answer: tuple[Device, ...] = ()
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="nvml", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._answer = self._ask()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def wait(self, seconds: float | None) -> bool:
+        return self._ended.wait(seconds)
+
+    def result(self) -> tuple[Device, ...]:
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+
+def _as_faulty(device: Device, fault: str) -> Device:
+    unknown: dict[str, Any] = {"memory_used_bytes": None, "temperature_celsius": None}
+    return replace(device, **unknown, processes=(), strangers=(), fault=fault)
 
 
 def _without(devices: Iterable[Device], excluded: Sequence[str]) -> tuple[Device, ...]:
@@ -197,32 +305,76 @@ def count_by_kind(devices: Sequence[Device], kind: str) -> int:
     return sum(kind in (device.kind, device.id) for device in devices)
 
 
-def _init_nvml() -> bool:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return False
-    return True
+def cuda_visible(ids: Iterable[str], devices: Sequence[Device]) -> str:
+    """Return the value of CUDA_VISIBLE_DEVICES that makes CUDA number the GPUs ``ids`` of ``devices`` 0, 1, ...
+
+    UUIDs, because CUDA leaves out what NVML still counts, such as a GPU that is lost or that a container may not use:
+    then its numbers are not NVML's. Numbers only if a UUID is not known.
+    """
+    gpus = [name for name in ids if name.startswith("cuda:")]
+    known = {device.id: device.mig_uuid or device.uuid for device in devices}
+    uuids = [known.get(name) for name in gpus]
+    return ",".join(uuid or "" for uuid in uuids) if all(uuids) else ",".join(gpus).replace("cuda:", "")
 
 
 def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    mode = _if_supported(lambda: pynvml.nvmlDeviceGetComputeMode(handle))
+    fault = PROHIBITED if mode == pynvml.NVML_COMPUTEMODE_PROHIBITED else None
+    # CUDA uses the first instance of a GPU in MIG mode, and nothing of the GPU besides.
+    part, mig_uuid = handle, None
+    if _is_in_mig_mode(handle):
+        instance = _first_instance(handle)
+        mig_uuid = _if_supported(lambda: str(pynvml.nvmlDeviceGetUUID(instance))) if instance is not None else None
+        part, fault = (handle, NO_INSTANCE) if instance is None else (instance, fault)
     # A GPU that shares the host's memory reports no memory. A GPU in a virtual machine reports no processes.
-    memory = _if_supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
-    processes = _if_supported(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    memory = _if_supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(part))
+    processes = _if_supported(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses(part))
     running = tuple(process.pid for process in processes or ())
     return Device(
         id=f"cuda:{index}",
         kind="cuda",
-        model=_if_supported(lambda: str(pynvml.nvmlDeviceGetName(handle))),
+        model=_if_supported(lambda: str(pynvml.nvmlDeviceGetName(part))),
         memory_bytes=int(memory.total) if memory is not None else None,
         memory_used_bytes=int(memory.used) if memory is not None else None,
         temperature_celsius=_or_none(lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         processes=running,
         # Our processes have a marker in their environment, which is unreadable for other users' processes.
         strangers=tuple(pid for pid in running if not (variable_of(pid, MARKER) or variable_of(pid, SIDECAR))),
+        fault=fault,
+        mig_uuid=mig_uuid,
         **vars(facts),
     )
+
+
+def _is_in_mig_mode(handle: Any) -> bool:
+    current_and_pending = _if_supported(lambda: pynvml.nvmlDeviceGetMigMode(handle))
+    return current_and_pending is not None and current_and_pending[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+
+
+def _first_instance(handle: Any) -> Any | None:
+    count = _if_supported(lambda: pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0
+    found = (_or_none(lambda: pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)) for i in range(count))  # noqa: B023
+    return next((instance for instance in found if instance is not None), None)
+
+
+def _named_gpus(facts: Sequence[GpuFacts | None], names: str | None) -> list[Device]:
+    """Return the GPUs with what ``names``, from a setting, may call them."""
+    with_instances = "MIG-" in (names or "")
+    return [
+        Device(
+            f"cuda:{index}",
+            "cuda",
+            uuid=gpu.uuid if gpu is not None else None,
+            pci_bus_id=gpu.pci_bus_id if gpu is not None else None,
+            mig_uuid=_mig_uuid(index) if with_instances else None,
+        )
+        for index, gpu in enumerate(facts)
+    ]
+
+
+def _mig_uuid(index: int) -> str | None:
+    return _or_none(lambda: _cuda_device(index, NO_FACTS).mig_uuid)
 
 
 def _gpu_facts(count: int) -> Iterator[GpuFacts | None]:
@@ -237,13 +389,23 @@ def _gpu_facts(count: int) -> Iterator[GpuFacts | None]:
             for index, other in enumerate(handles)
             if index != own and other is not None and _has_nvlink(handle, other)
         )
+        try:
+            # XID errors belong to a UUID. One that could not be read now must not be missing for ever.
+            uuid = _if_supported(lambda: str(pynvml.nvmlDeviceGetUUID(handle)))  # noqa: B023 - called at once
+        except pynvml.NVMLError:
+            yield None
+            continue
         yield GpuFacts(
-            uuid=_or_none(lambda: str(pynvml.nvmlDeviceGetUUID(handle))),  # noqa: B023 - called at once
+            uuid=uuid,
             pci_bus_id=_or_none(lambda: _text(pynvml.nvmlDeviceGetPciInfo(handle).busId)),  # noqa: B023
             numa_node=_or_none(lambda: _numa_node(handle)),  # noqa: B023
             link="nvlink" if peers else "pcie" if count > 1 else None,
             nvlink_peers=peers,
         )
+
+
+def _answers(index: int) -> bool:
+    return _or_none(lambda: pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))) is not None
 
 
 def _has_nvlink(one: Any, other: Any) -> bool:
@@ -282,12 +444,33 @@ def _or_none(query: Callable[[], T]) -> T | None:
 
 
 def visible_devices() -> str | None:
-    """Return the indices in the service's own CUDA_VISIBLE_DEVICES, without spaces; None means all devices."""
-    text = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    # CUDA ignores a negative index and everything after it: "-1" hides every device.
-    negative = [position for position, part in enumerate(parts) if part[:1] == "-" and part[1:].isdecimal()]
-    parts = parts[: negative[0]] if negative else parts
-    return ",".join(parts) if all(part.isdecimal() for part in parts if part) else None
+    """Return the service's own CUDA_VISIBLE_DEVICES; None means all devices."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def visible_indices(visible: str | None, gpus: Sequence[Device]) -> frozenset[int]:
+    """Return the indices of the ``gpus`` that ``visible``, a value of CUDA_VISIBLE_DEVICES, names. None names all.
+
+    ``gpus``: all GPUs of the host in NVML's order. As for CUDA, a name is an index or the beginning of a UUID, and a
+    name that is neither ends the list: "-1" and "NoDevFiles" hide every GPU.
+    """
+    if visible is None:
+        return frozenset(range(len(gpus)))
+    found: set[int] = set()
+    for name in _split(visible):
+        matches = [index for index, gpu in enumerate(gpus) if _is_called(gpu, index, name)]
+        if len(matches) == 1:
+            found.add(matches[0])
+        elif matches or not (name.startswith(UUID_PREFIXES) and any(gpu.uuid is None for gpu in gpus)):
+            break  # a name that is missing may be that of a lost GPU, whose UUID is not known
+    return frozenset(found)
+
+
+def _is_called(gpu: Device, index: int, name: str) -> bool:
+    if name.isdecimal():
+        return int(name) == index
+    return name.startswith(UUID_PREFIXES) and any((uuid or "").startswith(name) for uuid in (gpu.uuid, gpu.mig_uuid))
+
+
+def _split(visible: str) -> list[str]:
+    return [part.strip() for part in visible.split(",")]

@@ -6,6 +6,7 @@ CAP_SYSLOG. Otherwise only the events are used.
 """
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -15,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pynvml
-from sqlalchemy import select, update
+from sqlalchemy import and_, or_, select, update
 from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import XidErrorRow
@@ -28,42 +29,66 @@ MAX_AGE = timedelta(hours=24)
 SAME_ERROR = timedelta(seconds=10)
 """Equal errors of a GPU within this time are one: both sources report it, the kernel log at each start again."""
 
-APPLICATION_XIDS = frozenset({13, 31, 43, 45, 68, 109})
-"""Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: the list of NVIDIA's
-device plugin for Kubernetes."""
+CLOCK_DRIFT = 200e-6
+"""How far the clock of the kernel log may be off, per second since boot. It is not disciplined by NTP."""
+
+APPLICATION_XIDS = frozenset({11, 13, 25, 31, 32, 37, 43, 45, 68, 69, 80, 109, 137})
+"""Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: those of NVIDIA's
+device plugin for Kubernetes, and those for which NVIDIA's catalog says to restart or to check the program. If the GPU
+needs a reset after one of them, the driver reports XID 154 too."""
+
+INFORMATIONAL_XIDS = frozenset({106, 107, 162, 163})
+"""Test messages of the management controller, and power smoothing switched on or off."""
+
+RECOVERY_ACTION_CHANGED = 154
+"""The driver asks for a reset or a reboot, or no longer asks for it."""
 
 KMSG = Path("/dev/kmsg")
-KMSG_RECORD = re.compile(r"\d+,\d+,(?P<microseconds>\d+),[^;]*;NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<xid>\d+)")
+KMSG_RECORD = re.compile(
+    r"\d+,\d+,(?P<microseconds>\d+),[^;]*;NVRM: Xid "
+    # A GPU in MIG mode adds the instance: "PCI:0000:3b:00 GPU-I:05 GPU-CI:00".
+    r"\(PCI:(?P<pci>[0-9a-fA-F:.]+)[^)]*\): (?P<xid>\d+)(?:, GPU recovery action changed from .* to 0x(?P<action>\d+))?"
+)
 WAIT_MILLISECONDS = 1000
+RETRY_SECONDS = 10.0
+"""Time between two attempts to watch the events of a driver that fails."""
 
 log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
 class XidError:
-    """An error of a GPU, named by its UUID."""
+    """An error of a GPU, named by its UUID.
+
+    ``clock_error``: how much ``at`` may be off, if it was computed from the time since boot; else None.
+    """
 
     gpu_uuid: str
     xid: int
     at: datetime
+    clock_error: timedelta | None = None
 
 
 class XidWatcher:
     """Collects the errors of this host's GPUs in a thread, until they are stored."""
 
     def __init__(self, kmsg: Path = KMSG) -> None:
-        self._kmsg = kmsg
+        self._kernel_log = KernelLog(kmsg)
         self._lock = threading.Lock()
-        self._errors: list[XidError] = []
+        self._errors: dict[tuple[str, int], XidError] = {}
+        self._latest: dict[tuple[str, int], datetime] = {}
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._ready = False
+        self._logged: str | None = None
 
     def start(self) -> None:
         """Start the thread, unless this host has no NVML."""
         try:
             pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            return
+        except pynvml.NVMLError as error:
+            if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+                return
         self._thread = threading.Thread(target=self._run, name="xids", daemon=True)
         self._thread.start()
 
@@ -76,72 +101,110 @@ class XidWatcher:
     def pending(self) -> tuple[XidError, ...]:
         """Return the errors that are not stored yet. `forget` removes them."""
         with self._lock:
-            return tuple(self._errors)
+            return tuple(self._errors.values())
 
     def forget(self, stored: Sequence[XidError]) -> None:
         """Remove ``stored``, which `pending` has returned, after they were stored."""
         with self._lock:
-            del self._errors[: len(stored)]
+            for error in stored:
+                if self._errors.get((error.gpu_uuid, error.xid)) == error:
+                    del self._errors[error.gpu_uuid, error.xid]
 
     def _run(self) -> None:
-        try:
-            gpus = _gpus()
-            self._add(kernel_log_errors(self._kmsg, {pci: uuid for pci, uuid, _ in gpus}))
-            can_report = self._watch(gpus)
-            while can_report and not self._stopping.wait(WAIT_MILLISECONDS / 1000):
-                self._watch(_gpus())
-        except pynvml.NVMLError as error:
-            log.warning("XID errors of GPUs are no longer watched: %s", error)
+        with self._kernel_log:
+            while True:
+                try:
+                    seconds = self._watch()
+                except pynvml.NVMLError as error:
+                    if str(error) != self._logged:
+                        log.warning("XID errors of GPUs are not watched: %s", error)
+                    self._logged = str(error)
+                    seconds = RETRY_SECONDS
+                if self._stopping.wait(seconds):
+                    return
 
-    def _watch(self, gpus: "list[tuple[str, str, Any]]") -> bool:
-        """Collect events until `stop`, or until a GPU is lost: NVML may then report nothing else for this set of GPUs.
+    def _watch(self) -> float:
+        """Collect events until `stop`, or until NVML fails: it may then report nothing else for this set of GPUs.
 
-        Return whether any of these cards can report events.
+        Return the seconds until the next attempt.
         """
-        events = pynvml.nvmlEventSetCreate()
-        # A card that cannot report them, such as a virtual one, is left out.
-        registered = [uuid for _, uuid, handle in gpus if _register(handle, events)]
+        if not self._ready:
+            pynvml.nvmlInit()
+        self._ready = True
+        gpus = _gpus()
+        self._add(self._kernel_log.errors(gpus))
+        events = _event_set(gpus)
+        if events is None:
+            # None of them can report events, such as virtual ones. Their errors are in the kernel log.
+            return RETRY_SECONDS
         try:
-            while registered and not self._stopping.is_set():
+            while not self._stopping.is_set():
                 event = _next_event(events)
-                if event is not None:
-                    with contextlib.suppress(pynvml.NVMLError):  # the event is of the lost GPU
-                        uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
-                        self._add([XidError(uuid, int(event.eventData), datetime.now(UTC))])
+                self._add(_event_errors(event, gpus) if event is not None else [])
+                self._add(self._kernel_log.errors(gpus))
         except pynvml.NVMLError as error:
             if error.value != pynvml.NVML_ERROR_GPU_IS_LOST:
                 raise
             # The inventory shows the lost GPU. `_run` watches the others in a new set without it.
         finally:
             pynvml.nvmlEventSetFree(events)
-        return bool(registered)
+        return WAIT_MILLISECONDS / 1000
 
     def _add(self, errors: Iterable[XidError]) -> None:
-        found = [error for error in errors if error.xid not in APPLICATION_XIDS]
-        for error in found:
+        for error in errors:
+            key = error.gpu_uuid, error.xid
+            # An error may come a thousand times in a second.
+            is_same = key in self._latest and abs(error.at - self._latest[key]) < SAME_ERROR
+            if is_same or error.xid in APPLICATION_XIDS | INFORMATIONAL_XIDS:
+                continue
+            self._latest[key] = error.at
+            with self._lock:
+                self._errors[key] = error
             log.warning("a GPU has an error", extra={"gpu": error.gpu_uuid, "xid": error.xid})
-        with self._lock:
-            self._errors += found
 
 
-def _gpus() -> "list[tuple[str, str, Any]]":
-    """Return PCI address, UUID and handle of each GPU for which the driver answers."""
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU for which the driver answers."""
+
+    pci: str
+    uuid: str
+    handle: Any
+
+
+def _gpus() -> list[Gpu]:
+    """Return each GPU for which the driver answers."""
     found = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         with contextlib.suppress(pynvml.NVMLError):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             bus = pynvml.nvmlDeviceGetPciInfo(handle).busId
             pci = bus.decode() if isinstance(bus, bytes) else str(bus)
-            found.append((pci, str(pynvml.nvmlDeviceGetUUID(handle)), handle))
+            found.append(Gpu(pci, str(pynvml.nvmlDeviceGetUUID(handle)), handle))
     return found
 
 
-def _register(handle: Any, events: Any) -> bool:
-    try:
-        pynvml.nvmlDeviceRegisterEvents(handle, pynvml.nvmlEventTypeXidCriticalError, events)
-    except pynvml.NVMLError:
-        return False
-    return True
+def _event_set(gpus: Sequence[Gpu]) -> Any | None:
+    """Return a set of the events of all GPUs that can report them, None if no GPU can."""
+    failing: set[str] = set()
+    while registrable := [gpu for gpu in gpus if gpu.uuid not in failing]:
+        events = pynvml.nvmlEventSetCreate()
+        count = 0
+        for gpu in registrable:
+            try:
+                pynvml.nvmlDeviceRegisterEvents(gpu.handle, pynvml.nvmlEventTypeXidCriticalError, events)
+                count += 1
+            except pynvml.NVMLError as error:
+                if error.value == pynvml.NVML_ERROR_UNKNOWN:
+                    failing.add(gpu.uuid)
+                    break  # the set is undefined now
+        else:
+            if count > 0:
+                return events
+            pynvml.nvmlEventSetFree(events)
+            return None
+        pynvml.nvmlEventSetFree(events)
+    return None
 
 
 def _next_event(events: Any) -> Any | None:
@@ -153,46 +216,99 @@ def _next_event(events: Any) -> Any | None:
         raise
 
 
-def kernel_log_errors(kmsg: Path, uuids: Mapping[str, str]) -> list[XidError]:
-    """Return the errors in the kernel log, oldest first; [] if it may not be read. ``uuids``: PCI address -> UUID."""
-    started_at = datetime.now(UTC) - timedelta(seconds=time.clock_gettime(time.CLOCK_MONOTONIC))
-    found = []
-    for record in _kernel_log(kmsg):
-        match = KMSG_RECORD.match(record)
-        if match is None:
-            continue
-        uuid = next((uuid for pci, uuid in uuids.items() if same_pci_address(match["pci"], pci)), None)
-        if uuid is not None:
-            at = started_at + timedelta(microseconds=int(match["microseconds"]))
-            found.append(XidError(uuid, int(match["xid"]), at))
-    return found
+def _event_errors(event: Any, gpus: Sequence[Gpu]) -> list[XidError]:
+    xid = int(event.eventData)
+    if xid == RECOVERY_ACTION_CHANGED and _needs_no_recovery(event.device):
+        return []
+    try:
+        uuid = str(pynvml.nvmlDeviceGetUUID(event.device))
+    except pynvml.NVMLError:  # the GPU has fallen off the bus, and this is the event that reports it
+        uuids = [gpu.uuid for gpu in gpus if _address(gpu.handle) == _address(event.device)]
+        if not uuids:
+            return []
+        [uuid] = uuids
+    return [XidError(uuid, xid, datetime.now(UTC))]
 
 
-def _kernel_log(kmsg: Path) -> Iterator[str]:
-    # Each read of /dev/kmsg returns one record, and fails with EAGAIN after the last one. A file in a test ends.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
+def _needs_no_recovery(handle: Any) -> bool:
+    try:
+        [field] = pynvml.nvmlDeviceGetFieldValues(handle, [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
+    except pynvml.NVMLError:
+        return False
+    is_known = field.nvmlReturn == pynvml.NVML_SUCCESS
+    return bool(is_known and field.value.uiVal == pynvml.NVML_GPU_RECOVERY_ACTION_NONE)
+
+
+def _address(handle: Any) -> int | None:
+    """Return what a handle points to. Two ctypes pointers to the same object are not equal."""
+    return ctypes.cast(handle, ctypes.c_void_p).value
+
+
+class KernelLog:
+    """The errors in the kernel log. Without the right to read it, there are none."""
+
+    def __init__(self, kmsg: Path = KMSG) -> None:
+        self._kmsg = kmsg
+        self._descriptor: int | None = None
+        self._is_live = False
+
+    def __enter__(self) -> Self:
         try:
-            while True:
-                try:
-                    text = os.read(descriptor, 8192)
-                except BrokenPipeError:
-                    continue  # this record was overwritten meanwhile
-                if not text:
-                    return
-                yield from text.decode(errors="replace").splitlines()
-        finally:
-            os.close(descriptor)
+            self._descriptor = os.open(self._kmsg, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            log.info("XID errors from before the start of the service are not known: %s", error)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
+
+    def errors(self, gpus: Sequence[Gpu]) -> list[XidError]:
+        """Return the errors since the last call, oldest first. At the first call: those since boot."""
+        found, now = [], datetime.now(UTC)
+        started_at = now - timedelta(seconds=time.clock_gettime(time.CLOCK_MONOTONIC))
+        for record in self._records():
+            match = KMSG_RECORD.match(record)
+            if match is None or match["action"] == "0":  # a reset is no longer needed
+                continue
+            uuid = next((gpu.uuid for gpu in gpus if same_pci_address(match["pci"], gpu.pci)), None)
+            if uuid is not None:
+                age = timedelta(microseconds=int(match["microseconds"]))
+                at, clock_error = (now, None) if self._is_live else (started_at + age, age * CLOCK_DRIFT)
+                found.append(XidError(uuid, int(match["xid"]), at, clock_error))
+        self._is_live = True
+        return found
+
+    def _records(self) -> Iterator[str]:
+        # Each read of /dev/kmsg returns one record, and fails with EAGAIN after the last one. A file in a test ends.
+        while self._descriptor is not None:
+            try:
+                text = os.read(self._descriptor, 8192)
+            except BrokenPipeError:
+                continue  # this record was overwritten meanwhile
+            except OSError:
+                return
+            if not text:
+                return
+            yield from text.decode(errors="replace").splitlines()
 
 
 def store(session: Session, errors: Iterable[XidError]) -> None:
-    """Store errors, each once."""
+    """Store errors, each once. An uncleared error of the same number is one error, whose time is the latest."""
     for error in errors:
-        near = (XidErrorRow.at > error.at - SAME_ERROR, XidErrorRow.at < error.at + SAME_ERROR)
         same = (XidErrorRow.gpu_uuid == error.gpu_uuid, XidErrorRow.xid == error.xid)
-        if session.scalar(select(XidErrorRow.id).where(*same, *near).limit(1)) is None:
+        near = max(SAME_ERROR, error.clock_error or SAME_ERROR)
+        is_near = and_(XidErrorRow.at > error.at - near, XidErrorRow.at < error.at + near)
+        is_known = is_near if error.clock_error is None else or_(is_near, XidErrorRow.cleared_at > error.at)
+        if session.scalar(select(XidErrorRow.id).where(*same, is_known).limit(1)) is not None:
+            continue
+        row = session.scalar(select(XidErrorRow).where(*same, XidErrorRow.cleared_at.is_(None)).limit(1))
+        if row is None:
             session.add(XidErrorRow(gpu_uuid=error.gpu_uuid, xid=error.xid, at=error.at, cleared_at=None))
-            session.flush()
+        else:
+            row.at = max(row.at, error.at)
+        session.flush()
 
 
 def uncleared(session: Session, now: datetime) -> dict[str, list[XidError]]:

@@ -38,6 +38,7 @@ class Launch:
 
     ``devices`` are lease ids such as ``cuda:0`` or ``cpu:3``, and () on a cluster. ``resume_step`` is the checkpoint to
     resume from, or None for the newest valid one. ``task``: the attempt prepares a corpus and trains nothing.
+    ``cuda_visible``: CUDA_VISIBLE_DEVICES for these devices, see `devices.inventory.cuda_visible`.
     """
 
     name: AttemptRef
@@ -47,6 +48,7 @@ class Launch:
     token: str
     resume_step: int | None = None
     task: PrepareTask | None = None
+    cuda_visible: str = ""
 
 
 class AttemptState(StrEnum):

@@ -15,6 +15,7 @@ from trainyard.contract.failpoints import failpoint
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport, RunSettings, read_message
 from trainyard.contract.processes import (
+    LEASED_DEVICES,
     MARKER,
     ProcessIdentity,
     boot_id,
@@ -78,7 +79,6 @@ class LocalLauncher:
 
     @failpoint("launch.local.spawn")
     def _spawn(self, launch: Launch, attempt: AttemptDir) -> int:
-        cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
         append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         return os.posix_spawn(
@@ -88,7 +88,8 @@ class LocalLauncher:
             {
                 **self._environment.of(launch),
                 "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "CUDA_VISIBLE_DEVICES": ",".join(cuda),
+                "CUDA_VISIBLE_DEVICES": launch.cuda_visible,
+                LEASED_DEVICES: ",".join(launch.devices),
             },
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -10,6 +10,7 @@ from pathlib import Path
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.contract.spec import JobSpec
 from trainyard.model.costs import flops_per_token
+from trainyard.service.devices.inventory import Device, cuda_visible
 
 MODULE = "trainyard.worker.matrix_speed"
 EFFICIENCY = 0.3
@@ -48,12 +49,12 @@ class MatrixSpeed:
     _threads: dict[str, threading.Thread] = field(default_factory=dict)
 
     def estimate(
-        self, spec: JobSpec, kind: str, attention_length: float, device: str | None = None
+        self, spec: JobSpec, kind: str, attention_length: float, device: Device | None = None
     ) -> MatrixEstimate | None:
         """Return the expected throughput on devices of a kind, or None if their speed is not known, or not yet.
 
-        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`. ``device``: id of the
-        device to measure, which must be free.
+        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`. ``device``: the one to
+        measure, which must be free.
 
         The first call for a kind takes up to ``wait_seconds``. Do not call it in a transaction.
         """
@@ -76,7 +77,7 @@ class MatrixSpeed:
         own, other = (self._flops(kind, dtype, None, wait_seconds=0.0) for dtype in ("bfloat16", "float32"))
         return (own, other) if own is not None and other is not None else None
 
-    def _flops(self, kind: str, dtype: str, device: str | None, wait_seconds: float | None = None) -> float | None:
+    def _flops(self, kind: str, dtype: str, device: Device | None, wait_seconds: float | None = None) -> float | None:
         name, file = f"{kind} {dtype}", self.home / "cache" / "matrix-speed.json"
         with self._lock:
             known = self._known(file)
@@ -84,16 +85,19 @@ class MatrixSpeed:
                 return known.get(name)
             thread = self._threads.get(name)
             if thread is None:
-                thread = threading.Thread(target=self._measure, args=(device or kind, dtype, name, file), daemon=True)
+                visible = cuda_visible([device.id], [device]) if device is not None else ""
+                thread = threading.Thread(
+                    target=self._measure, args=(kind.partition(":")[0], visible, dtype, name, file), daemon=True
+                )
                 self._threads[name] = thread
                 thread.start()
         thread.join(self.wait_seconds if wait_seconds is None else wait_seconds)
         return self._known(file).get(name)
 
-    def _measure(self, device: str, dtype: str, name: str, file: Path) -> None:
+    def _measure(self, kind: str, visible: str, dtype: str, name: str, file: Path) -> None:
         try:
             with self._measuring:  # two measurements at once would slow each other down
-                measured = _measure(device, dtype)
+                measured = _measure(kind, visible, dtype)
         except subprocess.TimeoutExpired:
             with self._lock:
                 del self._threads[name]  # the host was busy: a later plan measures again
@@ -115,12 +119,11 @@ class MatrixSpeed:
         return {name: float(flops) for name, flops in entries if isinstance(flops, int | float) and flops > 0}
 
 
-def _measure(device: str, dtype: str) -> float | None:
-    kind, _, index = device.partition(":")
+def _measure(kind: str, visible: str, dtype: str) -> float | None:
     environment = dict(os.environ)
-    if kind == "cuda" and index:
+    if visible:
         # Not CUDA's first device: a run may use all of its memory.
-        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}
+        environment |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
     command = [sys.executable, "-m", MODULE, kind, dtype]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, timeout=TIMEOUT_SECONDS, check=True)

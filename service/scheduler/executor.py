@@ -19,6 +19,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices.inventory import Device, cuda_visible
 from trainyard.service.errors import Conflict, JobNotFound
 from trainyard.service.ids import new_id, token_hash
 from trainyard.service.ingest import events, exits
@@ -77,6 +78,8 @@ class PlanExecutor:
             self.write, self._still_leads, launcher, memory, clock, cache, home, timing
         )
         self.reclaim: Callable[[str], None] = lambda _: None
+        self.inventory: Sequence[Device] = ()
+        """The devices of the round's snapshot."""
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
         """Open a transaction; raise LeadershipLost if another service leads."""
@@ -148,7 +151,7 @@ class PlanExecutor:
         try:
             with self.write() as session:
                 job = repository.lock(session, action.job_id)
-                return _create_attempt(session, job, action.devices, token, self._clock())
+                return _create_attempt(session, job, action.devices, token, self._clock(), self.inventory)
         except IntegrityError:
             return None  # another transaction has leased a device since the snapshot
 
@@ -335,7 +338,9 @@ def _may_preempt(job: JobRow, number: int, waiting: JobRow) -> bool:
 
 
 @failpoint("launch.scheduler.insert")
-def _create_attempt(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
+def _create_attempt(
+    session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime, inventory: Sequence[Device]
+) -> Launch | None:
     if job.status != JobStatus.QUEUED:
         return None
     spec = _attempt_spec(job, devices)
@@ -359,7 +364,8 @@ def _create_attempt(session: Session, job: JobRow, devices: Sequence[str], token
     event = EventDraft("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
     changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
     repository.transition(session, job, JobStatus.STARTING, event, now, **changes, phase=None, phase_detail=None)
-    return Launch(name, attempt.id, spec, tuple(devices), token, job.resume_step)
+    visible = cuda_visible(devices, inventory)
+    return Launch(name, attempt.id, spec, tuple(devices), token, job.resume_step, cuda_visible=visible)
 
 
 def _attempt_spec(job: JobRow, devices: Sequence[str]) -> JobSpec:

@@ -178,6 +178,7 @@ class Scheduler:
         if decision.waiting != self._waiting:
             self._waiting = decision.waiting
             self.waiting_version += 1
+        self._executor.inventory = snapshot.devices
         self._publish(InventorySnapshot(tuple(snapshot.devices), self._preempts))
         self._executor.probe_agents([action.attempt.name for action in decision.actions if isinstance(action, Inspect)])
         outcomes = [self._renew_lease() and self._execute(action) for action in decision.actions]

@@ -9,7 +9,7 @@ from typing import Any, assert_never
 
 from trainyard.contract.status import Desired
 from trainyard.service.devices.inventory import Device, kind_for
-from trainyard.service.devices.placement import choose, has_neighbours
+from trainyard.service.devices.placement import choose, differ
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.preparations import (
@@ -158,7 +158,7 @@ class _Pools:
         self.lent: dict[str, None] = {}
         self.faulty = {device.id: device for device in snapshot.devices if not device.works}
         self.faulty_count = Counter(device.kind for device in self.faulty.values())
-        self.has_places = any(map(has_neighbours, snapshot.devices))
+        self.has_places = differ(snapshot.devices)
         for device in snapshot.devices:
             self.total[device.kind] = self.total.get(device.kind, 0) + 1
             if device.id in self.faulty:
@@ -209,15 +209,15 @@ class _Pools:
             holder = self.leases.get(kind)
             if holder is None and (device := self.faulty.get(kind)) is not None:
                 if device.fault is not None:
-                    return f"{kind}, for which the driver does not answer ({device.fault})"
+                    return f"{kind}, which cannot be used ({device.fault})"
                 return f"{kind}, which has XID errors; `trainyard devices --clear {kind}` clears them"
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
         one, many = DEVICE_NAMES[kind]
         faulty = [device for device in self.faulty.values() if device.kind == kind]
-        lost = ", ".join(device.id for device in faulty if device.fault is not None)
+        unusable = ", ".join(f"{device.id} ({device.fault})" for device in faulty if device.fault is not None)
         with_xids = ", ".join(device.id for device in faulty if device.fault is None)
         errors = f", and {with_xids} with XID errors" if with_xids else ""
-        errors += f", and the driver does not answer for {lost}" if lost else ""
+        errors += f", and {unusable} cannot be used" if unusable else ""
         return (
             f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free{errors}"
         )

@@ -40,7 +40,7 @@ from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import DeviceLeaseRow, JobRow
 from trainyard.service.devices import xids
-from trainyard.service.devices.inventory import Inventory
+from trainyard.service.devices.inventory import Inventory, cuda_visible
 from trainyard.service.launch.environment import IMPORT_ROOT, inherited, roots_environment
 
 CPU = "cpu"
@@ -160,7 +160,7 @@ class Sidecars:
             "PYTHONPATH": IMPORT_ROOT,
             # The leased devices have the numbers of NVML, which uses the PCI order.
             "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-            "CUDA_VISIBLE_DEVICES": device.removeprefix("cuda:") if device != CPU else "",
+            "CUDA_VISIBLE_DEVICES": cuda_visible([device], self._inventory.devices()) if device != CPU else "",
             "OMP_NUM_THREADS": threads,
             "TRAINYARD_THREADS": threads,
             "RAYON_NUM_THREADS": threads,

@@ -358,6 +358,16 @@ def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeIngest
     assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 41))
 
 
+def test_the_ranks_see_the_leased_gpus_by_their_uuids(tmp_path: Path, service: FakeIngest) -> None:
+    local = LocalLauncher(tmp_path, tmp_path / "cache", agent=DRIVER)
+    local.start(replace(launch(steps="100000"), devices=("cuda:2", "cuda:5"), cuda_visible="GPU-a,GPU-b"))
+    until(lambda: processes("RANK"))
+    rank = processes("RANK")[0]
+    assert rank.variable("CUDA_VISIBLE_DEVICES") == "GPU-a,GPU-b"
+    assert rank.variable("TRAINYARD_LEASED_DEVICES") == "cuda:2,cuda:5"
+    local.kill(NAME)
+
+
 def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: FakeIngest) -> None:
     local = LocalLauncher(tmp_path, tmp_path / "cache", [Path("/data"), Path("/more")], agent=DRIVER)
     local.start(launch(steps="100000"))

@@ -2,11 +2,14 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import pynvml
 import pytest
 
-from trainyard.worker.doctor import checks
+from tests.fakes.nvml import bridged_pairs
+from trainyard.worker.doctor import checks, facts
 from trainyard.worker.doctor.facts import (
     CardFacts,
     ClockFacts,
@@ -64,6 +67,12 @@ SLURM = SlurmFacts(True, "slurm 24.05", ["gpu"])
         (checks.check_driver(NO_DRIVER), OK, "use the CPU"),
         (checks.check_driver(DRIVER), OK, "NVIDIA H200 (150.0 GB)"),
         (checks.check_driver(replace(NO_DRIVER, device_files=8)), FAULT, "nvidia-smi"),
+        (checks.check_driver(replace(DRIVER, cards=[CardFacts("NVIDIA GB10", None)])), OK, "580.65.06: NVIDIA GB10"),
+        (
+            checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("GPU 1", None, "GPU is lost")])),
+            FAULT,
+            "does not answer for 1 of 2 GPUs: GPU 1: GPU is lost",
+        ),
         (checks.check_driver(replace(DRIVER, version="535.104.05")), FAULT, "580 or newer"),
         (checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("L4", GB)])), WARNING, "PCI_BUS_ID"),
         (
@@ -128,6 +137,35 @@ def test_a_check_judges_facts(result: CheckResult, health: HealthLevel, text: st
     assert result.data
     # Every warning and fault has advice, and nothing else has.
     assert bool(result.advice) is (health is not OK)
+
+
+def test_a_gpu_that_fails_or_reports_no_memory_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = bridged_pairs()
+    host.pci = [*host.pci, "00000000:DA:00.0"]
+    lost = pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    def handle_of(index: int) -> int:
+        if index >= 3:
+            raise lost if index == 3 else pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
+        return index
+
+    def memory_of(handle: int) -> object:
+        if handle:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED) if handle == 1 else lost
+        return SimpleNamespace(total=80 * GB)
+
+    monkeypatch.setattr(host, "nvmlDeviceGetHandleByIndex", handle_of)
+    monkeypatch.setattr(host, "nvmlDeviceGetMemoryInfo", memory_of)
+    monkeypatch.setattr(facts, "pynvml", host)
+    found = facts.read_driver({})
+    assert (found.version, found.error) == ("580.65.06", None)
+    assert [(card.memory_bytes, card.error) for card in found.cards] == [
+        (80 * GB, None),
+        (None, None),  # it shares the memory of the host, as a GB10 does
+        (None, "GPU is lost"),
+        (None, "GPU is lost"),
+        # The fifth belongs to another container.
+    ]
 
 
 @pytest.mark.parametrize(

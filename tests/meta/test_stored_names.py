@@ -21,7 +21,7 @@ STORED = {
     CorpusMeta: "content bytes tokenizer text_field vocab_size token_bytes documents tokens lines blank_lines bad_lines"
     " named special_tokens special_texts added_tokens",
     Device: "id kind model memory_bytes memory_used_bytes processes strangers temperature_celsius uuid pci_bus_id"
-    " numa_node link nvlink_peers xid_errors fault",
+    " numa_node link nvlink_peers xid_errors fault mig_uuid",
     FileDigest: "bytes sha256",
     FileFingerprint: "bytes sha256",
     LineageSegment: "job_id attempt after until",

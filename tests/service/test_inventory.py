@@ -1,17 +1,23 @@
 """The devices of this host."""
 
+import inspect
+import logging
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pynvml
 import pytest
 
-from tests.fakes.nvml import NvmlHost
+from tests.fakes.nvml import NvmlHost, bridged_pairs
+from tests.faults.service_home import until
 from trainyard.contract import processes
 from trainyard.contract.processes import MARKER
 from trainyard.service.devices import inventory
-from trainyard.service.devices.inventory import HostInventory, cpu_slots, kind_for
+from trainyard.service.devices.inventory import Device, HostInventory, cpu_slots, cuda_visible, kind_for
 
 
 class FakeNvml(NvmlHost):
@@ -167,23 +173,163 @@ def test_a_query_that_a_gpu_does_not_support_is_no_fault(failing: FailingNvml, c
     assert (device.works, device.memory_bytes, device.memory_used_bytes, device.processes) == (True, None, None, ())
 
 
+UUIDS = ("GPU-aaaa1111", "GPU-aaaa2222", "GPU-bbbb3333")
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("visible", "expected"),
     [
-        (None, None),
-        ("0,2", "0,2"),
-        ("0, 2", "0,2"),
-        ("", ""),
-        ("-1", ""),
-        ("1,-1,2", "1"),
-        ("GPU-abc", None),
-        ("GPU-abc,-1", None),
+        (None, [0, 1, 2]),
+        ("0,2", [0, 2]),
+        ("0, 2", [0, 2]),
+        ("2,0", [0, 2]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,2", [1]),
+        ("GPU-aaaa2222", [1]),
+        ("GPU-b, 0", [0, 2]),
+        ("GPU-aaaa", []),  # two have it
+        ("0,GPU-cccc,2", [0]),
+        ("0,3,1", [0]),
+        ("NoDevFiles", []),  # Slurm's, for a job without GPUs
+        ("all", []),
+        ("MIG-55", [1]),
+        ("GPU-bbbb3333,MIG-56", [2]),
     ],
 )
-def test_which_cards_the_service_may_see(
-    monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str | None
+def test_cuda_visible_devices_names_the_gpus_that_the_service_has(visible: str | None, expected: list[int]) -> None:
+    gpus = [
+        Device(f"cuda:{i}", "cuda", uuid=uuid, mig_uuid="MIG-55" if i == 1 else None) for i, uuid in enumerate(UUIDS)
+    ]
+    assert sorted(inventory.visible_indices(visible, gpus)) == expected
+
+
+def test_a_lost_gpu_does_not_hide_the_gpus_that_are_named_after_it() -> None:
+    gpus = [Device(f"cuda:{i}", "cuda", uuid=uuid) for i, uuid in enumerate((None, *UUIDS[1:]))]
+    assert inventory.visible_indices(",".join(UUIDS), gpus) == {1, 2}
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("GPU-00000001", ["cuda:1"]), ("GPU-9", []), ("2", ["cuda:2"])])
+def test_the_service_uses_only_the_gpus_of_its_own_cuda_visible_devices(
+    visible: str, expected: list[str], failing: FailingNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if text is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
-    assert inventory.visible_devices() == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [device.id for device in HostInventory(0, inventory.visible_devices()).devices()] == expected
+
+
+def test_a_name_in_cuda_visible_devices_that_is_no_gpu_is_logged(
+    failing: FailingNvml, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trainyard"), "propagate", True)
+    for visible in ("0,1", "-1", "", "GPU-00000001"):
+        HostInventory(0, visible)
+    assert caplog.messages == []
+    HostInventory(0, "0,GPU-9")
+    assert caplog.messages == [
+        "CUDA_VISIBLE_DEVICES is 0,GPU-9, and this host has 1 of these GPUs: a name that it does not know ends the list"
+    ]
+
+
+def test_runs_get_uuids_because_cuda_does_not_number_a_lost_gpu() -> None:
+    gpus = [Device(f"cuda:{i}", "cuda", uuid=uuid) for i, uuid in enumerate(UUIDS)]
+    assert cuda_visible(["cuda:2", "cuda:0"], gpus) == "GPU-bbbb3333,GPU-aaaa1111"
+    assert cuda_visible(["cpu:0"], gpus) == ""
+    # torch rejects a list of UUIDs and numbers.
+    assert cuda_visible(["cuda:0", "cuda:2"], [Device("cuda:0", "cuda"), *gpus[1:]]) == "0,2"
+    assert cuda_visible(["cuda:12"], gpus) == "12", "it has vanished since it was leased"
+    assert cuda_visible(["cuda:0"], [replace(gpus[0], mig_uuid="MIG-1")]) == "MIG-1"
+
+
+def test_a_gpu_in_mig_mode_is_its_first_instance(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = bridged_pairs()
+    host.mig = {1: ["MIG-a", "MIG-b"], 2: []}
+    monkeypatch.setattr(inventory, "pynvml", host)
+    devices = HostInventory(0).devices()
+    assert [device.fault for device in devices] == [None, None, inventory.NO_INSTANCE, None]
+    first = devices[1]
+    assert (first.uuid, first.mig_uuid, first.memory_bytes) == ("GPU-00000001", "MIG-a", 10 << 30)
+    assert first.model == "NVIDIA A100 80GB PCIe MIG 1g.10gb"
+    assert [device.id for device in HostInventory(0, "MIG-a").devices()] == ["cuda:1"]
+    assert [device.id for device in HostInventory(0, excluded=["MIG-a"]).devices()] == ["cuda:0", "cuda:2", "cuda:3"]
+
+
+def test_a_gpu_that_prohibits_computing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = bridged_pairs()
+    host.prohibited = {3}
+    monkeypatch.setattr(inventory, "pynvml", host)
+    assert [device.works for device in HostInventory(0).devices()] == [True, True, True, False]
+
+
+def test_a_driver_that_is_loaded_later_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, now, error = bridged_pairs(), [1000.0], pynvml.NVMLError(pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+    monkeypatch.setattr(inventory, "pynvml", host)
+    monkeypatch.setattr(inventory, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    init = mock.Mock(side_effect=error)
+    monkeypatch.setattr(host, "nvmlInit", init)
+    service = HostInventory(1)
+    assert [device.id for device in service.devices()] == ["cpu:0"]
+    init.side_effect = None
+    assert len(service.devices()) == 1
+    now[0] += inventory.RETRY_SECONDS
+    assert [device.id for device in service.devices()] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cpu:0"]
+    assert init.call_count == 2
+
+
+def test_a_driver_that_hangs_stops_neither_the_service_nor_cpu_jobs(
+    failing: FailingNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After XID 119 a call of NVML may block for minutes, or for ever."""
+    monkeypatch.setattr(inventory, "ANSWER_SECONDS", 0.01)
+    host = HostInventory(slots=1)
+    before = host.devices()
+    may_answer, queries = threading.Event(), []
+
+    def hanging(index: int) -> int:
+        queries.append(index)
+        may_answer.wait()
+        return index
+
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, "nvmlDeviceGetHandleByIndex", hanging)
+        for _ in range(3):
+            assert [(device.id, device.fault) for device in host.devices()] == [
+                *((f"cuda:{i}", inventory.NO_ANSWER) for i in range(3)),
+                ("cpu:0", None),
+            ]
+        assert queries == [0], "one thread waits, not one for each call"
+        may_answer.set()
+        until(lambda: host.devices() == before)
+
+
+def test_a_driver_that_hangs_does_not_matter_to_a_service_without_gpus(
+    failing: FailingNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inventory, "ANSWER_SECONDS", 0.01)
+    host = HostInventory(slots=1, visible="-1")
+    before = host.devices()
+    may_answer = threading.Event()
+    with monkeypatch.context() as patched:
+        patched.setattr(failing, "nvmlDeviceGetCount", may_answer.wait)
+        assert host.devices() == before
+        may_answer.set()
+
+
+def test_a_uuid_that_could_not_be_read_is_read_later(failing: FailingNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its UUID, the XID errors of a GPU would not keep it from being leased."""
+    with monkeypatch.context() as patched:
+        busy = mock.Mock(side_effect=pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN))
+        patched.setattr(failing, "nvmlDeviceGetUUID", busy)
+        host = HostInventory(0)
+        assert [device.uuid for device in host.devices()] == [None] * 3
+    assert [device.uuid for device in host.devices()] == [f"GPU-0000000{i}" for i in range(3)]
+
+
+def test_the_fake_answers_only_what_the_library_has() -> None:
+    """Same names of functions and of parameters. A fake that answers more would hide a call that fails on a host."""
+    functions = [(name, value) for name, value in vars(NvmlHost).items() if name.startswith("nvml") and callable(value)]
+    assert len(functions) > 15
+    for name, fake in functions:
+        real = list(inspect.signature(inspect.unwrap(getattr(pynvml, name))).parameters.values())
+        required = [parameter.name for parameter in real if parameter.default is parameter.empty]
+        own = list(inspect.signature(fake).parameters)[1:]
+        assert own == required, name

@@ -33,7 +33,7 @@ while True:
                "order": os.environ.get("CUDA_DEVICE_ORDER")})
 """
 
-GPUS = (Device("cuda:0", "cuda"), Device("cuda:1", "cuda"), *cpu_slots(1))
+GPUS = (Device("cuda:0", "cuda", uuid="GPU-a"), Device("cuda:1", "cuda", uuid="GPU-b"), *cpu_slots(1))
 
 
 class Started(Sidecars):
@@ -171,12 +171,13 @@ def test_it_leases_a_free_gpu_and_gives_it_back_for_a_job(gpus: ServiceHarness) 
     first = sidecars.start("echo", ["-c", ECHO], use_gpu=True)
     answer = ask(first)
     # Without PCI_BUS_ID, CUDA's device 0 is the fastest GPU, which may belong to a job.
-    assert (first.device, answer["cuda"], answer["order"]) == ("cuda:0", "0", "PCI_BUS_ID")
+    assert (first.device, answer["cuda"], answer["order"]) == ("cuda:0", "GPU-a", "PCI_BUS_ID")
     assert leased(gpus) == ["cuda:0"]
     cpu = sidecars.start("echo", ["-c", ECHO])
     job_id = gpus.submit(resources={"device": "cuda"})
     gpus.reconcile()
-    assert gpus.launcher.of(job_id).launch.devices == ("cuda:1",), "the free one is enough"
+    launch = gpus.launcher.of(job_id).launch
+    assert (launch.devices, launch.cuda_visible) == (("cuda:1",), "GPU-b"), "the free one is enough"
     assert not first.ended.is_set()
     assert sidecars.start("echo", ["-c", ECHO], use_gpu=True).device == "cpu", "none is free"
     other = gpus.submit(resources={"device": "cuda"})

@@ -315,8 +315,12 @@ def test_devices_of_different_types_are_not_compared() -> None:
     ("index", "visible", "expected"),
     [(0, None, "cuda:0"), (1, "2,5", "cuda:5"), (0, "GPU-abc", "cuda:0"), (2, "0", "cuda:2"), (0, " 3", "cuda:3")],
 )
-def test_a_rank_names_its_gpu_as_the_service_does(index: int, visible: str | None, expected: str) -> None:
+def test_a_rank_names_its_gpu_as_the_host_does(index: int, visible: str | None, expected: str) -> None:
     assert host_device(index, visible) == expected
+
+
+def test_a_rank_names_its_gpu_as_the_service_does() -> None:
+    assert host_device(1, "GPU-a,GPU-b", "cuda:2,cuda:5") == "cuda:5"
 
 
 FLIPPED = "model.layers.1.mlp.down_proj.weight"

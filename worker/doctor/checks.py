@@ -87,7 +87,19 @@ def check_driver(facts: DriverFacts) -> CheckResult:
     if major.isdigit() and int(major) < DRIVER:
         advice = f"install NVIDIA driver {DRIVER} or newer: CUDA 13 needs it"
         return fault("driver", f"NVIDIA driver {facts.version} is too old", advice, **data)
-    names = [f"{card.name} ({human_bytes(card.memory_bytes)})" for card in facts.cards]
+    failed = [f"{card.name}: {card.error}" for card in facts.cards if card.error is not None]
+    if failed:
+        return fault(
+            "driver",
+            f"NVIDIA driver {facts.version}, which does not answer for {len(failed)} of {len(facts.cards)} GPUs: "
+            + "; ".join(failed),
+            "look for NVRM: Xid in the kernel log; reset the GPU or restart the host",
+            **data,
+        )
+    names = [
+        card.name + (f" ({human_bytes(card.memory_bytes)})" if card.memory_bytes is not None else "")
+        for card in facts.cards
+    ]
     if len({card.name for card in facts.cards}) > 1 and facts.order != "PCI_BUS_ID":
         return warning(
             "driver",

@@ -50,10 +50,15 @@ class PythonFacts:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """A GPU as the driver lists it."""
+    """A GPU as the driver lists it.
+
+    ``memory_bytes``: None for a GPU that shares the memory of the host. ``error``: why the driver does not answer for
+    it, or None.
+    """
 
     name: str
-    memory_bytes: int
+    memory_bytes: int | None
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,14 +191,26 @@ def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) ->
     visible, order = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("CUDA_DEVICE_ORDER")
     try:
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        cards = [
-            CardFacts(str(pynvml.nvmlDeviceGetName(each)), int(pynvml.nvmlDeviceGetMemoryInfo(each).total))
-            for each in handles
-        ]
+        found = [_read_card(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        cards = [card for card in found if card is not None]
         return DriverFacts(str(pynvml.nvmlSystemGetDriverVersion()), None, files, cards, visible, order)
     except pynvml.NVMLError as error:
         return DriverFacts(None, str(error), files, (), visible, order)
+
+
+def _read_card(index: int) -> CardFacts | None:
+    """Return None for a GPU that this container may not use."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        name = str(pynvml.nvmlDeviceGetName(handle))
+    except pynvml.NVMLError as error:
+        is_other = error.value == pynvml.NVML_ERROR_NO_PERMISSION
+        return CardFacts(f"GPU {index}", None, str(error)) if not is_other else None
+    try:
+        return CardFacts(name, int(pynvml.nvmlDeviceGetMemoryInfo(handle).total))
+    except pynvml.NVMLError as error:
+        has_none = error.value in (pynvml.NVML_ERROR_NOT_SUPPORTED, pynvml.NVML_ERROR_NO_PERMISSION)
+        return CardFacts(name, None, None if has_none else str(error))
 
 
 def read_torch(seconds: float = TORCH_SECONDS) -> TorchFacts:

@@ -9,6 +9,7 @@ import torch
 
 from trainyard.contract.corpus_files import fingerprint_inputs
 from trainyard.contract.events import HeldOutFacts, RankInfo, Started, WarningEvent
+from trainyard.contract.processes import LEASED_DEVICES
 from trainyard.contract.spec import JobSpec, Parallelism, TrainingSpec, epochs_ignored
 from trainyard.contract.tokenizer_info import BYTE, tokenizer_file
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
@@ -88,7 +89,7 @@ def rank_info(ranks: DistributedContext) -> RankInfo:
     return RankInfo(
         rank=ranks.rank,
         host=host,
-        device=host_device(device.index, os.environ.get("CUDA_VISIBLE_DEVICES")),
+        device=host_device(device.index, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get(LEASED_DEVICES)),
         name=name,
         pci_bus_id=":".join(f"{part:0{digits}X}" for part, digits in zip(bus, (8, 2, 2), strict=True)) + ".0"
         if is_known
@@ -96,8 +97,14 @@ def rank_info(ranks: DistributedContext) -> RankInfo:
     )
 
 
-def host_device(index: int, visible: str | None) -> str:
-    """Return the host's name of the GPU that this process numbers ``index``. ``visible``: CUDA_VISIBLE_DEVICES."""
+def host_device(index: int, visible: str | None, leased: str | None = None) -> str:
+    """Return the host's name of the GPU that this process numbers ``index``.
+
+    ``visible``: CUDA_VISIBLE_DEVICES. ``leased``: ids of the devices that the service has leased, separated by commas.
+    """
+    names = (leased or "").split(",")
+    if leased and index < len(names):
+        return names[index]
     numbers = (visible or "").split(",")
     is_listed = index < len(numbers) and numbers[index].strip().isdecimal()
     return f"cuda:{int(numbers[index]) if is_listed else index}"

@@ -228,7 +228,7 @@ def _lease(device: Any) -> str:
     xids = ", ".join(str(error.get("xid")) for error in device.get("xid_errors") or [])
     # A job that had the GPU before the error keeps it.
     errors = f"XID {xids}: not leased until `trainyard devices --clear {device['id']}`" if xids else ""
-    fault = f"not leased, the driver does not answer: {device['fault']}" if device.get("fault") else ""
+    fault = f"not leased: {device['fault']}" if device.get("fault") else ""
     holder = device.get("job_id") or (f"no job, but used by process {foreign}" if foreign else "")
     return "; ".join(part for part in (str(holder), errors, fault) if part) or "free"
 

@@ -109,12 +109,12 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
 
 def _queue_position(
     session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]
-) -> tuple[QueuePosition, list[str]]:
-    """Return the position in the queue, and the ids of the free devices of this kind."""
+) -> tuple[QueuePosition, list[Device]]:
+    """Return the position in the queue, and the free devices of this kind."""
     is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
     ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
-    known = xids.with_xid_errors(devices, xids.uncleared(session, utc_now()))
-    usable = [d for d in known if not d.processes and d.works]
-    free = [d.id for d in usable if kind in (d.kind, d.id) and d.id not in leased]
+    marked = xids.with_xid_errors(devices, xids.uncleared(session, utc_now()))
+    usable = [d for d in marked if not d.processes and d.works]
+    free = [d for d in usable if kind in (d.kind, d.id) and d.id not in leased]
     return QueuePosition(ahead, len(free)), free

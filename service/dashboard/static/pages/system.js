@@ -119,7 +119,7 @@ function updateDevice(row, device, names) {
   cells.device = device;
   setText(cells.free, device.job_id || faults.length || device.fault ? "" : unknown ? t("not leased: in use") : t("free"));
   const xids = faults.length ? ` ${t("XID {errors}: not leased until it is cleared", { errors: faults.join(", ") })}` : "";
-  const lost = device.fault ? ` ${t("not leased, the driver does not answer: {error}", { error: device.fault })}` : "";
+  const lost = device.fault ? ` ${t("not leased: {reason}", { reason: device.fault })}` : "";
   setText(cells.fault, xids + lost);
   setVisible(cells.clear, faults.length);
   setText(cells.unknown, unknown ? device.processes.map((pid) => t("pid {pid}", { pid })).join(", ") : NONE);
