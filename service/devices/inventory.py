@@ -17,6 +17,7 @@ from trainyard.contract.sidecar import SIDECAR
 
 CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
+DEVICES = Path("/dev")
 NODE_SET_WORDS = 2
 """64-bit words of a set of NUMA nodes."""
 
@@ -108,7 +109,8 @@ class HostInventory:
     """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
 
     If the driver no longer answers for a GPU, the GPU stays in the list with its ``fault``. All others can be used, and
-    a job with the device "auto" does not start on the CPU. ``excluded``: ids, UUIDs or PCI addresses of devices that
+    a job with the device "auto" does not start on the CPU. The same holds for the GPUs in /dev if the driver has not
+    answered at all since the start: it is asked again. ``excluded``: ids, UUIDs or PCI addresses of devices that
     are left out.
     """
 
@@ -118,18 +120,18 @@ class HostInventory:
         self._excluded = excluded
         self._facts: tuple[GpuFacts | None, ...] = ()
         self._last_seen: dict[int, Device] = {}
-        self._nvml = _init_nvml()
+        self._has_nvml, self._answers = _init_nvml()
         self._lock = threading.Lock()
         self._cuda: tuple[Device, ...] = ()
         self._queried_at = float("-inf")
-        known = [*cpu_slots(slots), *(self._cuda_devices() if self._nvml and excluded else ())]
+        known = [*cpu_slots(slots), *(self._cuda_devices() if self._has_nvml and excluded else ())]
         for name in excluded:
             if not any(device.is_named(name) for device in known):
                 log.warning("TRAINYARD_EXCLUDE_DEVICES names a device that this host does not have: %s", name)
 
     def devices(self) -> Sequence[Device]:
         """Return the CUDA devices, then the CPU slots."""
-        if not self._nvml:
+        if not self._has_nvml:
             return self._cpu
         with self._lock:
             if time.monotonic() - self._queried_at > CACHE_SECONDS:
@@ -139,15 +141,22 @@ class HostInventory:
 
     def _cuda_devices(self) -> Iterator[Device]:
         try:
+            if not self._answers:
+                pynvml.nvmlInit()
+                self._answers = True
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            yield from [self._with_fault(index, error) for index in self._last_seen]
+            known = self._last_seen or filter(self._is_visible, device_files())
+            yield from [self._with_fault(index, error) for index in known]
             return
         if len(self._facts) != count or None in self._facts:
             self._facts = tuple(_gpu_facts(count))
         for index, facts in enumerate(self._facts):
-            if self._visible is None or str(index) in self._visible.split(","):
+            if self._is_visible(index):
                 yield self._cuda_device(index, facts)
+
+    def _is_visible(self, index: int) -> bool:
+        return self._visible is None or str(index) in self._visible.split(",")
 
     def _cuda_device(self, index: int, facts: GpuFacts | None) -> Device:
         before = self._last_seen.get(index)
@@ -197,12 +206,23 @@ def count_by_kind(devices: Sequence[Device], kind: str) -> int:
     return sum(kind in (device.kind, device.id) for device in devices)
 
 
-def _init_nvml() -> bool:
+def _init_nvml() -> tuple[bool, bool]:
+    """Return whether this host has NVML, and whether the driver answers. A driver that does not may do so later."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return False
-    return True
+    except pynvml.NVMLError as error:
+        if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+            return False, False
+        log.warning("the NVIDIA driver does not answer, so no job gets a GPU: %s; run `trainyard doctor`", error)
+        return True, False
+    return True, True
+
+
+def device_files() -> list[int]:
+    """Return the numbers of the GPUs that have a file in /dev."""
+    return sorted(
+        int(found[1]) for file in DEVICES.glob("nvidia*") if (found := re.fullmatch(r"nvidia(\d+)", file.name))
+    )
 
 
 def _cuda_device(index: int, facts: GpuFacts) -> Device:

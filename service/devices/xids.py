@@ -35,6 +35,8 @@ device plugin for Kubernetes."""
 KMSG = Path("/dev/kmsg")
 KMSG_RECORD = re.compile(r"\d+,\d+,(?P<microseconds>\d+),[^;]*;NVRM: Xid \(PCI:(?P<pci>[0-9a-fA-F:.]+)\): (?P<xid>\d+)")
 WAIT_MILLISECONDS = 1000
+RETRY_SECONDS = 5.0
+"""Between two attempts to reach a driver that did not answer at the start."""
 
 log = logging.getLogger("trainyard")
 
@@ -62,8 +64,9 @@ class XidWatcher:
         """Start the thread, unless this host has no NVML."""
         try:
             pynvml.nvmlInit()
-        except pynvml.NVMLError:
-            return
+        except pynvml.NVMLError as error:
+            if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
+                return
         self._thread = threading.Thread(target=self._run, name="xids", daemon=True)
         self._thread.start()
 
@@ -84,6 +87,9 @@ class XidWatcher:
             del self._errors[: len(stored)]
 
     def _run(self) -> None:
+        while not _driver_answers():
+            if self._stopping.wait(RETRY_SECONDS):
+                return
         try:
             gpus = _gpus()
             self._add(kernel_log_errors(self._kmsg, {pci: uuid for pci, uuid, _ in gpus}))
@@ -122,6 +128,14 @@ class XidWatcher:
             log.warning("a GPU has an error", extra={"gpu": error.gpu_uuid, "xid": error.xid})
         with self._lock:
             self._errors += found
+
+
+def _driver_answers() -> bool:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    return True
 
 
 def _gpus() -> "list[tuple[str, str, Any]]":
