@@ -7,6 +7,7 @@ prepares data or saves. The background group is like it, for background threads.
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.contract.status import Reason
+from trainyard.worker.cuda_errors import cuda_advice, short_cuda_error
 from trainyard.worker.errors import StopRequested, TrainingError
 
 T = TypeVar("T")
@@ -161,16 +163,59 @@ def select_device(requested: str, local_rank: int) -> torch.device:
 
 
 def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
-    """Raise TrainingError if this rank has no GPU although CUDA is requested, or although other ranks have one."""
+    """Raise TrainingError if this rank has no GPU, but was given one, requests one, or other ranks have one."""
     requested = spec.resources.device
-    if ranks.device.type == "cuda" or requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+    if ranks.device.type == "cuda" or requested == "cpu":
         return
-    message = (
-        f"resources.device is {requested} and rank {ranks.rank} of {ranks.world} has no GPU: "
-        f"{torch.cuda.device_count()} can be seen"
-    )
+    problem = cuda_problem()
+    if problem is not None and has_assigned_gpu():
+        # Not on the CPU instead, also if "auto" was requested: that takes days, and occupies the GPU.
+        message = f"rank {ranks.rank} of {ranks.world} cannot use its GPU: {problem}"
+        raise TrainingError(Reason.WORKER_CRASHED, message, cuda_advice(problem) or DOCTOR, ranks.rank)
+    if problem is not None and requested == "auto":
+        return
+    seen = problem or f"{torch.cuda.device_count()} can be seen"
+    message = f"resources.device is {requested} and rank {ranks.rank} of {ranks.world} has no GPU: {seen}"
     hint = 'Resume with fewer resources.nproc_per_node, or with resources.device "cpu".'
     raise TrainingError(Reason.SPEC_INVALID, message, hint, ranks.rank)
+
+
+DOCTOR = "`trainyard doctor` on its host checks the driver and torch."
+
+
+def has_assigned_gpu() -> bool:
+    """Return whether this process was given a GPU: by the service's lease, by Slurm, or by hand."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").strip(" ,") not in ("", "-1", "NoDevFiles")
+
+
+def cuda_problem() -> str | None:
+    """Return in one line why torch can use no GPU here, or None if it can."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it has the same text
+        available = torch.cuda.is_available()
+    if not available and torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for CPUs"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.get_device_properties(0)
+    except (RuntimeError, AssertionError) as error:
+        return short_cuda_error(str(error))
+    return None
+
+
+class GpuUnusable(Exception):
+    """The GPU that this process was given cannot be used. The message says why, and what to do."""
+
+
+def assigned_device() -> torch.device:
+    """Return the GPU that this process was given, else the CPU. Raises GpuUnusable."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not has_assigned_gpu():
+        return torch.device("cpu")
+    problem = cuda_problem()
+    assert problem is not None
+    raise GpuUnusable(f"the GPU cannot be used: {problem}. {cuda_advice(problem) or DOCTOR}")
 
 
 def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) -> int:

@@ -45,15 +45,15 @@ def evaluate(link: ServiceLink, request: EvaluationRequest) -> None:
     from trainyard.contract.tokenizer_info import TokenizerInvalid
     from trainyard.worker.checkpoint.export import ExportError, find_export_source
     from trainyard.worker.data.tokenizers import load_tokenizer
-    from trainyard.worker.distributed import DistributedContext
+    from trainyard.worker.distributed import DistributedContext, GpuUnusable, assigned_device
     from trainyard.worker.paths import data_roots
     from trainyard.worker.training.state import DTYPES
     from trainyard.worker.training.step import Precision
     from trainyard.worker.training.tasks import TaskScorer, tokenize_task
 
     torch.set_num_threads(int(os.environ.get("TRAINYARD_THREADS", "1")))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        device = assigned_device()
         source = find_export_source(Path(request.checkpoint))
         tokenizer = load_tokenizer(request.tokenizer_path, request.special_tokens, data_roots())
         if tokenizer.fingerprint != source.state.identity.tokenizer:
@@ -61,6 +61,8 @@ def evaluate(link: ServiceLink, request: EvaluationRequest) -> None:
         model = source.load_model(device)
     except (ExportError, TokenizerInvalid, OSError) as error:
         raise CannotEvaluate(f"the checkpoint cannot be loaded: {error}") from error
+    except GpuUnusable as error:
+        raise CannotEvaluate(str(error)) from error
     scorer = TaskScorer(
         model,
         Precision(device.type, DTYPES[request.dtype]),

@@ -27,6 +27,7 @@ NO_INSTANCE = "its MIG mode is on, and it has no MIG instance"
 PROHIBITED = "its compute mode is Prohibited"
 
 CPUINFO = Path("/proc/cpuinfo")
+DEVICES = Path("/dev")
 NODE_SET_WORDS = 2
 """64-bit words of a set of NUMA nodes."""
 
@@ -122,7 +123,8 @@ class HostInventory:
     """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices.
 
     If the driver no longer answers for a GPU, the GPU stays in the list with its ``fault``. All others can be used, and
-    a job with the device "auto" does not start on the CPU. If the driver hangs, no GPU is leased until it answers.
+    a job with the device "auto" does not start on the CPU. The same holds for the GPUs in /dev until the driver answers
+    for the first time. If the driver hangs, no GPU is leased until it answers.
 
     ``visible``: CUDA_VISIBLE_DEVICES of the service, or None if it is not set. ``excluded``: ids, UUIDs or PCI
     addresses of devices that are left out.
@@ -151,8 +153,11 @@ class HostInventory:
         if self._driver.is_absent:
             return self._cpu
         with self._lock:
-            if time.monotonic() - self._queried_at > CACHE_SECONDS and self._driver.is_ready():
-                self._refresh()
+            if time.monotonic() - self._queried_at > CACHE_SECONDS:
+                if self._driver.is_ready():
+                    self._refresh()
+                else:
+                    self._cuda = _without(self._without_driver(self._driver.error), self._excluded)
                 self._queried_at = time.monotonic()
             return (*self._cuda, *self._cpu)
 
@@ -172,11 +177,17 @@ class HostInventory:
         query, self._query = self._query, None
         self._cuda, self._has_answered = query.result(), True
 
+    def _without_driver(self, error: str) -> list[Device]:
+        """Return the GPUs that the driver reported before, or those in /dev, with ``error``."""
+        gpus = [Device(f"cuda:{index}", "cuda") for index in device_files()]
+        known = list(self._last_seen) or visible_indices(self._visible, gpus)
+        return [self._with_fault(index, error) for index in known]
+
     def _cuda_devices(self) -> Iterator[Device]:
         try:
             count = pynvml.nvmlDeviceGetCount()
         except pynvml.NVMLError as error:
-            yield from [self._with_fault(index, str(error)) for index in self._last_seen]
+            yield from self._without_driver(str(error))
             return
         if len(self._facts) != count or any(_answers(i) for i, facts in enumerate(self._facts) if facts is None):
             self._facts = tuple(_gpu_facts(count))
@@ -224,10 +235,14 @@ class HostInventory:
 
 
 class _Driver:
-    """NVML's library, which is initialized once. ``is_absent``: it is not installed, so this host has no GPUs."""
+    """NVML's library, which is initialized once.
+
+    ``is_absent``: it is not installed, so this host has no GPUs. ``error``: why it cannot be queried.
+    """
 
     def __init__(self) -> None:
         self.is_absent = False
+        self.error = ""
         self._ready = False
         self._tried_at = float("-inf")
 
@@ -241,9 +256,9 @@ class _Driver:
             pynvml.nvmlInit()
             self._ready = True
         except pynvml.NVMLError as error:
-            self.is_absent = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+            self.is_absent, self.error = error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, str(error)
             if first and not self.is_absent:
-                log.warning("GPUs cannot be used until the driver answers: %s", error)
+                log.warning("GPUs cannot be used until the driver answers: %s; run `trainyard doctor`", error)
         return self._ready
 
 
@@ -315,6 +330,12 @@ def cuda_visible(ids: Iterable[str], devices: Sequence[Device]) -> str:
     known = {device.id: device.mig_uuid or device.uuid for device in devices}
     uuids = [known.get(name) for name in gpus]
     return ",".join(uuid or "" for uuid in uuids) if all(uuids) else ",".join(gpus).replace("cuda:", "")
+
+
+def device_files() -> list[int]:
+    """Return the numbers of the GPUs that have a file in /dev."""
+    names = (re.fullmatch(r"nvidia(\d+)", file.name) for file in DEVICES.glob("nvidia*"))
+    return sorted(int(name[1]) for name in names if name is not None)
 
 
 def _cuda_device(index: int, facts: GpuFacts) -> Device:

@@ -355,8 +355,11 @@ class _SpecValidator:
         kind = kind_for(device, self.host.devices)
         available = count_by_kind(self.host.devices, kind)
         if kind.startswith("cuda") and available == 0:
-            missing = "there is none" if kind == "cuda" else "there is no such device"
-            yield from _at("/resources/device", f'asks for CUDA, and {missing} on this host; "auto" takes any')
+            missing = "no GPU answers" if kind == "cuda" else "there is no such device"
+            message = (
+                f'asks for CUDA, and {missing} on this host: `trainyard doctor` checks the driver; "auto" takes any'
+            )
+            yield from _at("/resources/device", message)
         elif ranks > available:
             unit = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, "device of that name")
             message = f"must be at most {available}: this host has {available} {unit}"

@@ -39,6 +39,22 @@ def error(rank: int, at: float, message: str) -> RankError:
 PEER_ERROR = error(0, 1.0, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
 
 
+@pytest.mark.parametrize(
+    ("message", "hint"),
+    [
+        ("AcceleratorError: CUDA error: no kernel image is available for execution on the device", "build of torch"),
+        ("AcceleratorError: CUDA error: CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c 0"),
+        ("AcceleratorError: CUDA error: an illegal memory access was encountered", "XID"),
+        ("ValueError: no", None),
+    ],
+)
+def test_an_error_of_cuda_has_a_hint(message: str, hint: str | None) -> None:
+    report = judge(errors=(error(0, 1.0, message),))
+    assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
+    assert report.error is not None
+    assert report.error.hint is None if hint is None else hint in str(report.error.hint)
+
+
 def test_the_outcome_of_rank_0_comes_first() -> None:
     for status in (0, 1, -6):
         report = judge(outcome=Outcome(outcome="completed", step=9), torchrun_status=status)

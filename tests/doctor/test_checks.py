@@ -43,6 +43,12 @@ GPU = TorchFacts(
     cards=[H200],
     products={"cpu": ProductSpeeds(1e12, 0.5e12), "cuda": ProductSpeeds(50e12, 700e12)},
 )
+
+
+def without_cuda(error: str) -> TorchFacts:
+    return replace(GPU, cuda_available=False, cuda_error=error, cards=())
+
+
 NO_DRIVER = DriverFacts(None, "NVML Shared Library Not Found", 0)
 DRIVER = DriverFacts("580.65.06", None, 1, [CardFacts("NVIDIA H200", 150 * GB)])
 COMPILER = CompilerFacts("/usr/bin/g++")
@@ -64,26 +70,42 @@ SLURM = SlurmFacts(True, "slurm 24.05", ["gpu"])
         (checks.check_torch(replace(CPU, version="2.12.1")), WARNING, "torch==2.13.*"),
         (checks.check_torch(replace(CPU, gloo=False)), FAULT, "no gloo"),
         (checks.check_torch(TorchFacts(error="No module named 'torch'")), FAULT, "trainyard[worker]"),
-        (checks.check_driver(NO_DRIVER), OK, "use the CPU"),
-        (checks.check_driver(DRIVER), OK, "NVIDIA H200 (150.0 GB)"),
-        (checks.check_driver(replace(NO_DRIVER, device_files=8)), FAULT, "nvidia-smi"),
-        (checks.check_driver(replace(DRIVER, cards=[CardFacts("NVIDIA GB10", None)])), OK, "580.65.06: NVIDIA GB10"),
+        (checks.check_driver(NO_DRIVER, CPU), OK, "use the CPU"),
+        (checks.check_driver(DRIVER, CPU), OK, "NVIDIA H200 (150.0 GB)"),
+        (checks.check_driver(replace(NO_DRIVER, device_files=8), CPU), FAULT, "nvidia-smi"),
         (
-            checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("GPU 1", None, "GPU is lost")])),
+            checks.check_driver(replace(DRIVER, cards=[CardFacts("NVIDIA GB10", None)]), CPU),
+            OK,
+            "580.65.06: NVIDIA GB10",
+        ),
+        (
+            checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("GPU 1", None, "GPU is lost")]), CPU),
             FAULT,
             "does not answer for 1 of 2 GPUs: GPU 1: GPU is lost",
         ),
-        (checks.check_driver(replace(DRIVER, version="535.104.05")), FAULT, "580 or newer"),
-        (checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("L4", GB)])), WARNING, "PCI_BUS_ID"),
+        (checks.check_driver(replace(DRIVER, version="535.104.05"), CPU), FAULT, "580 or newer"),
+        (checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("L4", GB)]), CPU), WARNING, "PCI_BUS_ID"),
         (
-            checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("L4", GB)], order="PCI_BUS_ID")),
+            checks.check_driver(replace(DRIVER, cards=[*DRIVER.cards, CardFacts("L4", GB)], order="PCI_BUS_ID"), CPU),
             OK,
             "L4",
         ),
+        (checks.check_driver(replace(DRIVER, version="570.86"), GPU), OK, "570.86"),
+        (checks.check_driver(replace(NO_DRIVER, error="Driver Not Loaded", installed=True), CPU), WARNING, "modprobe"),
+        (
+            checks.check_driver(DriverFacts(None, "NVML/RM version mismatch.", 8, installed=True), CPU),
+            FAULT,
+            "restart the host",
+        ),
         (checks.check_cuda(CPU, NO_DRIVER), OK, "no GPU"),
+        (checks.check_cuda(without_cuda("Found no NVIDIA driver on your system"), NO_DRIVER), OK, "no GPU"),
+        (checks.check_cuda(without_cuda("No CUDA GPUs are available"), NO_DRIVER), OK, "no GPU"),
+        (checks.check_cuda(without_cuda("Error 803: system has unsupported display driver"), NO_DRIVER), FAULT, "803"),
+        (checks.check_cuda(without_cuda("Error 802: system not yet initialized"), DRIVER), FAULT, "fabricmanager"),
+        (checks.check_cuda(without_cuda("CUDA error: no kernel image is available"), DRIVER), FAULT, "build of torch"),
         (checks.check_cuda(GPU, DRIVER), OK, "CUDA 13.0 on NVIDIA H200"),
         (checks.check_cuda(CPU, DRIVER), FAULT, "TORCH=cuda"),
-        (checks.check_cuda(replace(GPU, cuda_available=False, cuda_error="E"), DRIVER), FAULT, "cannot use them: E"),
+        (checks.check_cuda(replace(GPU, cuda_available=False, cuda_error="E"), DRIVER), FAULT, "cannot use CUDA: E"),
         (checks.check_cuda(replace(GPU, cuda_available=False), replace(DRIVER, visible="")), WARNING, "unset"),
         (checks.check_cuda(TorchFacts(error="gone"), DRIVER), WARNING, "line about torch"),
         (checks.check_nccl(CPU), OK, "not needed"),

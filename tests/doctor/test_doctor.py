@@ -8,10 +8,13 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pynvml
 import pytest
 import torch
 
+from tests.fakes.nvml import two_sockets
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.doctor import checks, facts
 from trainyard.worker.openmp import SPINS
@@ -56,7 +59,7 @@ def test_gpu_without_a_gpu_is_one_line_and_exit_2() -> None:
     done = doctor("--gpu")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
-    assert "--gpu needs a GPU" in done.stderr
+    assert "there is no usable GPU: " in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
@@ -110,6 +113,31 @@ def test_torch_is_measured_with_threads_that_wait_as_in_a_run(monkeypatch: pytes
 
 def test_a_torch_that_does_not_answer_is_named() -> None:
     assert checks.check_torch(facts.read_torch(seconds=0.001)).health == "fault"
+
+
+@pytest.mark.parametrize("query", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMemoryInfo"])
+def test_a_lost_gpu_does_not_hide_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, query: str) -> None:
+    host = two_sockets()
+    answer = getattr(host, query)
+
+    def lost(index: int) -> object:
+        if index == 2:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return answer(index)
+
+    monkeypatch.setattr(facts, "pynvml", host)
+    monkeypatch.setattr(host, query, lost)
+    monkeypatch.setattr(host, "nvmlSystemGetDriverVersion", lambda: "580.65.06", raising=False)
+    found = facts.read_driver({}, tmp_path)
+    errors = [card.error for card in found.cards]
+    assert (found.version, errors) == ("580.65.06", [None, None, "GPU is lost", None])
+
+
+def test_a_driver_that_is_not_loaded_is_told_from_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    errors = [pynvml.NVML_ERROR_DRIVER_NOT_LOADED, pynvml.NVML_ERROR_LIBRARY_NOT_FOUND]
+    for error, installed in zip(errors, (True, False), strict=True):
+        monkeypatch.setattr(pynvml, "nvmlInit", mock.Mock(side_effect=pynvml.NVMLError(error)))
+        assert facts.read_driver({}, tmp_path).installed is installed
 
 
 def test_a_compiler_that_cannot_compile_is_named(tmp_path: Path) -> None:

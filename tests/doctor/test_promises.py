@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from trainyard.model import layers
 from trainyard.model.costs import parameters
 from trainyard.model.varlen_attention import varlen_attention
 from trainyard.service.planning import matrix_speed
+from trainyard.worker.cuda_errors import error_line
 from trainyard.worker.doctor import promises, runs
 from trainyard.worker.doctor.attention import PathError, check_attention, judge_attention, judge_generation, path_errors
 from trainyard.worker.doctor.bench import CPU_SIZES, GPU_SIZES, Trial
@@ -219,6 +221,27 @@ def test_an_error_in_a_trial_is_a_fault(trial: Trial) -> None:
         "fault    that breaks      the trial failed: CUDA error: an illegal memory access [a"
     )
     assert "RuntimeError" in second.data["traceback"]
+
+
+def test_an_error_that_breaks_cuda_for_good_does_not_end_the_report(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "empty_cache", mock.Mock(side_effect=error))
+
+    def check_that_breaks(_: Trial) -> Iterator[CheckResult]:
+        raise error
+        yield
+
+    (result,) = try_promise(check_that_breaks, replace(trial, device=torch.device("cuda")))
+    assert result.health is FAULT
+
+
+def test_the_last_words_are_the_exception_and_not_torchs_advice() -> None:
+    words = "File x\n[rank0]: torch.AcceleratorError: CUDA error: no kernel image\nFor debugging consider passing A=1\n"
+    assert error_line(words) == "[rank0]: torch.AcceleratorError: CUDA error: no kernel image"
+    assert error_line("no exception\nat all\n") == "at all"
+    assert error_line("") == ""
 
 
 def test_a_run_that_fails_is_a_fault_with_its_last_words(trial: Trial) -> None:

@@ -86,6 +86,36 @@ def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> N
     assert kind_for("auto", HostInventory(2).devices()) == "cpu"
 
 
+def test_a_driver_that_does_not_answer_at_the_start_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its libraries were updated, or the service was started before its module was loaded."""
+    nvml = FailingNvml()
+    nvml.starts = False
+    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(inventory, "pynvml", nvml)
+    monkeypatch.setattr(inventory, "CACHE_SECONDS", -1.0)
+    monkeypatch.setattr(inventory, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(inventory, "DEVICES", tmp_path)
+    host = HostInventory(slots=1)
+    assert [(device.id, device.works) for device in host.devices()] == [
+        ("cuda:0", False),
+        ("cuda:1", False),
+        ("cpu:0", True),
+    ]
+    assert "GPUs cannot be used until the driver answers" in caplog.text
+    assert kind_for("auto", host.devices()) == "cuda", "a job must not start on the CPU"
+    assert [device.id for device in HostInventory(0, visible="1").devices()] == ["cuda:1"]
+    nvml.starts = True
+    assert [(device.id, device.works) for device in host.devices()] == [
+        ("cuda:0", True),
+        ("cuda:1", True),
+        ("cuda:2", True),
+        ("cpu:0", True),
+    ]
+
+
 class FailingNvml(NvmlHost):
     """Three GPUs. ``failing``: the NVML error by query and index of the GPU."""
 
@@ -93,7 +123,11 @@ class FailingNvml(NvmlHost):
         pci = [f"00000000:{bus}:00.0" for bus in ("1B", "43", "52")]
         super().__init__("NVIDIA Test", pci, [1, 1, 1], [[1, 2], [0, 2], [0, 1]])
         self.failing: dict[tuple[str, int], int] = {}
-        self.counts = True
+        self.counts = self.starts = True
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        if not self.starts:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
 
     def answer(self, query: str, index: int) -> None:
         if (query, index) in self.failing:

@@ -4,14 +4,19 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from tests.worker import rank_runner
 from trainyard.contract.spec import JobSpec, Timeouts
+from trainyard.contract.status import Reason
 from trainyard.worker.distributed import (
     DistributedContext,
+    GpuUnusable,
+    assigned_device,
+    cuda_problem,
     init_distributed,
     require_device,
     select_device,
@@ -19,6 +24,12 @@ from trainyard.worker.distributed import (
 )
 from trainyard.worker.errors import StopRequested, TrainingError
 from trainyard.worker.training.control import ControlFlags, ControlSync
+
+FABRIC = (
+    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices() that "
+    "might have already set an error? Error 802: system not yet initialized"
+)
+"""torch 2.13.0+cu130 with a driver whose cuInit returns 802."""
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 
@@ -76,6 +87,35 @@ def test_missing_cuda_is_an_error_but_not_with_auto() -> None:
     require_device(ALONE, spec())
     with pytest.raises(TrainingError, match="rank 0 of 1 has no GPU"):
         require_device(ALONE, spec(resources={"device": "cuda"}))
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_run_with_a_gpu_that_torch_cannot_use_does_not_train_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", mock.Mock(side_effect=RuntimeError(FABRIC)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    with pytest.raises(TrainingError) as failed:
+        require_device(ALONE, spec(resources={"device": device}))
+    assert failed.value.message == "rank 0 of 1 cannot use its GPU: Error 802: system not yet initialized"
+    assert "nvidia-fabricmanager" in (failed.value.hint or "")
+    assert failed.value.reason is Reason.WORKER_CRASHED
+    with pytest.raises(GpuUnusable, match=r"Error 802.*nvidia-fabricmanager"):
+        assigned_device()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        require_device(ALONE, spec())
+        assert assigned_device().type == "cpu"
+
+
+def test_a_gpu_that_is_listed_and_does_not_start_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "init", mock.Mock(side_effect=RuntimeError("CUDA error: busy or unavailable\nmore"))
+    )
+    assert cuda_problem() == "CUDA error: busy or unavailable"
 
 
 @pytest.mark.parametrize(

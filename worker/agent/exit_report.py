@@ -14,15 +14,13 @@ from trainyard.contract.rundir import RANK_FILE, AttemptDir, write_json
 from trainyard.contract.status import Reason
 from trainyard.worker.agent.follower import NodeExit, PeerNodes
 from trainyard.worker.agent.oom import OomReport
+from trainyard.worker.cuda_errors import EXCEPTION, cuda_advice
 
 TAIL_LINES = 15
 TAIL_BYTES = 16384
 
 # torchrun's summary of failed ranks, in its log. Nothing else names a rank that was killed by a signal.
 SUMMARY = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*\n\s*exitcode\s*:\s*(-?\d+)")
-
-EXCEPTION = re.compile(r"^(?:\S+: )?[\w.]+(?:Error|Exception)\b")
-"""The first line of an exception's text, such as `torch.distributed.DistNetworkError: ...`."""
 
 MESSAGE_LINES, MESSAGE_CHARACTERS = 3, 600
 
@@ -416,7 +414,7 @@ def _exception(evidence: Evidence, error: RankError) -> _ExitSummary:
     message = f"rank {error.rank} failed at step {evidence.step}: {_first_line(error.message)}"
     text = f"{error.message}\n{error.traceback}".lower()
     known = ((reason, hint) for part, reason, hint in KNOWN_ERRORS if part in text)
-    reason, hint = next(known, (Reason.WORKER_CRASHED, None))
+    reason, hint = next(known, (Reason.WORKER_CRASHED, cuda_advice(error.message)))
     card = ErrorCard(
         code=reason, message=message, hint=hint, rank=error.rank, traceback=error.traceback or error.message
     )

@@ -11,12 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trainyard.contract.stdio import run_command
+from trainyard.worker.cuda_errors import cuda_advice
 from trainyard.worker.doctor.facts import host_description
 from trainyard.worker.doctor.host import check_host
 from trainyard.worker.doctor.report import CheckResult, DoctorReport, HealthLevel
 from trainyard.worker.openmp import limit_spinning
 
 NO_FAULT, FAULTY, USAGE = 0, 1, 2
+FURTHER = "`trainyard doctor` without --gpu checks the driver."
 
 
 def main() -> int:
@@ -28,7 +30,7 @@ def main() -> int:
         limit_spinning(os.environ)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device == "cuda" and (missing := missing_gpu()) is not None:
-        print(f"trainyard doctor: --gpu needs a GPU: {missing}", file=sys.stderr)
+        print(f"trainyard doctor: there is no usable GPU: {missing}", file=sys.stderr)
         return USAGE
     report = DoctorReport(version("trainyard"), host_description())
     if not parsed.json:
@@ -60,12 +62,14 @@ def missing_gpu() -> str | None:
     """Return why no GPU can be used here, in one line, or None."""
     try:
         import torch
+
+        from trainyard.worker.distributed import cuda_problem
     except (ImportError, OSError) as error:
         return f"torch cannot be loaded: {error}".splitlines()[0]
-    if torch.cuda.is_available():
+    problem = cuda_problem()
+    if problem is None:
         return None
-    build = "is built for CPUs" if torch.version.cuda is None else "sees none"
-    return f"torch {torch.__version__} {build}; `trainyard doctor` without --gpu checks the driver"
+    return f"{problem} (torch {torch.__version__}). {cuda_advice(problem) or FURTHER}"
 
 
 def _parse() -> argparse.Namespace:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
-from trainyard.contract.units import human_bytes
+from trainyard.contract.units import counted, human_bytes
+from trainyard.worker.cuda_errors import cuda_advice, is_missing_gpu
 from trainyard.worker.doctor.facts import (
     ClockFacts,
     CompilerFacts,
@@ -72,9 +73,14 @@ def check_torch(facts: TorchFacts) -> CheckResult:
     return ok("torch", f"torch {facts.version}, {build}", **data)
 
 
-def check_driver(facts: DriverFacts) -> CheckResult:
+def check_driver(facts: DriverFacts, torch: TorchFacts) -> CheckResult:
     data = asdict(facts)
     if facts.version is None:
+        if facts.installed:
+            # Without a device file it may be a host without a GPU that has NVIDIA's libraries.
+            make = fault if facts.device_files else warning
+            message = f"NVIDIA's libraries are installed, but the driver does not answer: {facts.error}"
+            return make("driver", message, _driver_advice(facts.error or ""), **data)
         if facts.device_files:
             return fault(
                 "driver",
@@ -84,7 +90,8 @@ def check_driver(facts: DriverFacts) -> CheckResult:
             )
         return ok("driver", "no NVIDIA driver and no GPU: runs use the CPU", **data)
     major = facts.version.partition(".")[0]
-    if major.isdigit() and int(major) < DRIVER:
+    # A compatibility library may let torch use an older one.
+    if major.isdigit() and int(major) < DRIVER and not torch.cuda_available:
         advice = f"install NVIDIA driver {DRIVER} or newer: CUDA 13 needs it"
         return fault("driver", f"NVIDIA driver {facts.version} is too old", advice, **data)
     failed = [f"{card.name}: {card.error}" for card in facts.cards if card.error is not None]
@@ -93,7 +100,8 @@ def check_driver(facts: DriverFacts) -> CheckResult:
             "driver",
             f"NVIDIA driver {facts.version}, which does not answer for {len(failed)} of {len(facts.cards)} GPUs: "
             + "; ".join(failed),
-            "look for NVRM: Xid in the kernel log; reset the GPU or restart the host",
+            "look for NVRM: Xid in the kernel log (dmesg); reset the GPU (nvidia-smi --gpu-reset -i N) or restart the "
+            "host; TRAINYARD_EXCLUDE_DEVICES leaves it out",
             **data,
         )
     names = [
@@ -111,16 +119,25 @@ def check_driver(facts: DriverFacts) -> CheckResult:
     return ok("driver", f"NVIDIA driver {facts.version}: {', '.join(names) or 'no card'}", **data)
 
 
+def _driver_advice(error: str) -> str:
+    if "mismatch" in error:
+        return "the driver was updated, and its older kernel module is loaded: restart the host, or reload the module"
+    if "Not Loaded" in error:
+        return "if there is a GPU: modprobe nvidia; after an update of the kernel, install the driver again (DKMS)"
+    return "run nvidia-smi; reload the driver or restart the host; in a container, start it with --gpus all"
+
+
 def check_cuda(torch: TorchFacts, driver: DriverFacts) -> CheckResult:
     data = {"cuda_build": torch.cuda_build, "available": torch.cuda_available, "cards": list(torch.cards)}
     if torch.cuda_available:
         names = ", ".join(str(card["name"]) for card in torch.cards)
         return ok("cuda", f"CUDA {torch.cuda_build} on {names}", **data)
-    if not driver.cards:
+    failure = None if is_missing_gpu(torch.cuda_error or "") else torch.cuda_error
+    if not driver.cards and failure is None:
         return ok("cuda", "not used: there is no GPU here", **data)
     if torch.error is not None:
         return warning("cuda", "unknown, because torch cannot be used", "see the line about torch", **data)
-    cards = f"the driver has {len(driver.cards)} GPUs"
+    cards = f"the driver has {counted(len(driver.cards), 'GPU')}" if driver.cards else "the driver is installed"
     if torch.cuda_build is None:
         advice = "`make setup TORCH=cuda`, or pip install the CUDA build of torch"
         return fault("cuda", f"{cards}, but torch is built for CPUs", advice, **data)
@@ -128,7 +145,9 @@ def check_cuda(torch: TorchFacts, driver: DriverFacts) -> CheckResult:
         advice = "unset CUDA_VISIBLE_DEVICES in the environment of the service"
         return warning("cuda", f"{cards}, but CUDA_VISIBLE_DEVICES is empty and hides them", advice, **data)
     advice = f"check CUDA_VISIBLE_DEVICES (now {driver.visible!r}), the driver, and whether a MIG profile is set"
-    return fault("cuda", f"{cards}, but torch cannot use them: {torch.cuda_error}", advice, **data)
+    if failure is not None:
+        advice = cuda_advice(failure) or advice
+    return fault("cuda", f"{cards}, but torch cannot use CUDA: {torch.cuda_error}", advice, **data)
 
 
 def check_nccl(facts: TorchFacts) -> CheckResult:

@@ -23,6 +23,7 @@ import pynvml
 
 from trainyard.contract.allowed_paths import parse_roots
 from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.worker.cuda_errors import error_line
 from trainyard.worker.openmp import limit_spinning
 
 TORCH_SECONDS = 120.0
@@ -63,7 +64,10 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class DriverFacts:
-    """``device_files``: GPUs of which /dev has a file. ``error``: why the driver does not answer, or None."""
+    """``device_files``: GPUs of which /dev has a file. ``error``: why the driver does not answer, or None.
+
+    ``installed``: whether the driver's library NVML is there.
+    """
 
     version: str | None
     error: str | None
@@ -71,6 +75,7 @@ class DriverFacts:
     cards: Sequence[CardFacts] = ()
     visible: str | None = None
     order: str | None = None
+    installed: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,10 @@ def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) ->
         pynvml.nvmlInit()
         found = [_read_card(index) for index in range(pynvml.nvmlDeviceGetCount())]
         cards = [card for card in found if card is not None]
-        return DriverFacts(str(pynvml.nvmlSystemGetDriverVersion()), None, files, cards, visible, order)
+        return DriverFacts(str(pynvml.nvmlSystemGetDriverVersion()), None, files, cards, visible, order, True)
     except pynvml.NVMLError as error:
-        return DriverFacts(None, str(error), files, (), visible, order)
+        installed = error.value != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
+        return DriverFacts(None, str(error), files, (), visible, order, installed)
 
 
 def _read_card(index: int) -> CardFacts | None:
@@ -223,7 +229,7 @@ def read_torch(seconds: float = TORCH_SECONDS) -> TorchFacts:
     except subprocess.TimeoutExpired:
         return TorchFacts(error=f"torch did not answer within {seconds:g} s")
     if done.returncode != 0:
-        return TorchFacts(error=_last_line(done.stderr) or f"the process ended with {done.returncode}")
+        return TorchFacts(error=error_line(done.stderr) or f"the process ended with {done.returncode}")
     found = json.loads(done.stdout)
     found.pop("seconds")
     found["products"] = {device: ProductSpeeds(**speeds) for device, speeds in found["products"].items()}
@@ -245,7 +251,7 @@ def read_compiler(environment: Mapping[str, str]) -> CompilerFacts:
     except (OSError, subprocess.TimeoutExpired) as error:
         return CompilerFacts(path, str(error))
     errors = [line for line in done.stderr.splitlines() if "error" in line]
-    return CompilerFacts(path, None if done.returncode == 0 else (errors or [_last_line(done.stderr)])[0])
+    return CompilerFacts(path, None if done.returncode == 0 else (errors or [error_line(done.stderr)])[0])
 
 
 def read_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> MemoryFacts:
@@ -375,7 +381,7 @@ def _output(command: Sequence[str]) -> tuple[str | None, str | None]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return None, str(error)
-    return (done.stdout, None) if done.returncode == 0 else (None, _last_line(done.stderr) or str(done.returncode))
+    return (done.stdout, None) if done.returncode == 0 else (None, error_line(done.stderr) or str(done.returncode))
 
 
 def host_description() -> str:
@@ -387,8 +393,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""

@@ -12,7 +12,7 @@ def check_host(environment: Mapping[str, str]) -> Iterator[CheckResult]:
     torch, driver = facts.read_torch(), facts.read_driver(environment)
     cards = len(torch.cards)
     yield checks.check_torch(torch)
-    yield checks.check_driver(driver)
+    yield checks.check_driver(driver, torch)
     yield checks.check_cuda(torch, driver)
     yield checks.check_nccl(torch)
     yield checks.check_compiler(facts.read_compiler(environment), torch)

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, RunDir
 from trainyard.contract.spec import Parallelism
 from trainyard.worker.checkpoint.files import read_manifest
+from trainyard.worker.cuda_errors import error_line
 from trainyard.worker.doctor.bench import Trial, worker_environment
 from trainyard.worker.doctor.report import CheckResult, fault, ok, warning
 
@@ -112,8 +113,7 @@ class WorkerRun:
         return [float(line["loss"]) for line in lines if line["kind"] == "metric"]
 
     def _last_words(self) -> str:
-        lines = (self.run.path / "printed.log").read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it printed nothing"
+        return error_line((self.run.path / "printed.log").read_text(errors="replace")) or "it printed nothing"
 
 
 @contextlib.contextmanager

@@ -21,18 +21,28 @@ def torch_facts() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    available = torch.cuda.is_available()
+    from trainyard.worker.cuda_errors import short_cuda_error
+    from trainyard.worker.distributed import cuda_problem
+
+    # Each question may fail on a GPU that is listed and does not work.
+    cuda_error, cards, products = cuda_problem() if torch.version.cuda else None, [], {"cpu": product_speeds("cpu")}
+    if torch.cuda.is_available() and cuda_error is None:
+        try:
+            cards = [_card(index) for index in range(torch.cuda.device_count())]
+            products["cuda"] = product_speeds("cuda")
+        except RuntimeError as error:
+            cuda_error = short_cuda_error(str(error))
     return {
         "version": torch.__version__,
         "cuda_build": torch.version.cuda,
-        "cuda_available": available,
-        "cuda_error": _cuda_error() if torch.version.cuda and not available else None,
+        "cuda_available": bool(products.get("cuda")),
+        "cuda_error": cuda_error,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gloo": dist.is_available() and dist.is_gloo_available(),
         "nccl": _nccl_version(),
         "triton": _triton_version(),
-        "cards": [_card(index) for index in range(torch.cuda.device_count())] if available else [],
-        "products": {device: product_speeds(device) for device in ("cpu", *(["cuda"] if available else []))},
+        "cards": cards,
+        "products": products,
     }
 
 
@@ -52,16 +62,6 @@ def _card(index: int) -> dict[str, Any]:
 
     properties = torch.cuda.get_device_properties(index)
     return {"name": properties.name, "capability": properties.major, "memory_bytes": properties.total_memory}
-
-
-def _cuda_error() -> str:
-    import torch
-
-    try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-    except (RuntimeError, AssertionError) as error:
-        return str(error).splitlines()[0]
-    return "torch sees no CUDA device"
 
 
 def _nccl_version() -> str | None:

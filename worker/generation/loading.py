@@ -9,6 +9,7 @@ from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.model.kv_cache import bytes_per_position
 from trainyard.worker.checkpoint.export import ExportError, find_export_source
 from trainyard.worker.data.tokenizers import load_tokenizer
+from trainyard.worker.distributed import GpuUnusable, assigned_device
 from trainyard.worker.generation.chat import read_template
 from trainyard.worker.generation.engine import Emit, Engine
 from trainyard.worker.paths import data_roots
@@ -28,9 +29,8 @@ def load_engine(checkpoint: Path, tokenizer_path: str, cache_bytes: int, emit: E
         template = read_template(tokenizer_path, data_roots())
         if tokenizer.fingerprint != source.state.identity.tokenizer:
             raise CannotGenerate(f"the tokenizer {tokenizer_path} is not the one that the checkpoint was trained with")
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = source.load_model(device)
-    except (ExportError, TokenizerInvalid, OSError, ValueError) as error:
+        model = source.load_model(assigned_device())
+    except (GpuUnusable, ExportError, TokenizerInvalid, OSError, ValueError) as error:
         raise CannotGenerate(str(error)) from error
     positions = cache_bytes // bytes_per_position(source.model, torch.float32)
     return Engine(model, tokenizer, emit, positions, template)
