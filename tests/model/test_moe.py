@@ -220,11 +220,11 @@ def test_the_product_is_an_operator_by_torch_s_own_tests() -> None:
         torch.library.opcheck(operator, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32)))
 
 
-class OperatorsWithoutCudaGraph(TorchDispatchMode):
+class OperatorsWithoutCudaGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects which of the operators of experts were called, and whether torch.compile leaves each out of graphs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: dict[str, bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

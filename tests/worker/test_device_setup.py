@@ -82,8 +82,8 @@ def test_a_kernel_is_compared_with_the_mask(monkeypatch: pytest.MonkeyPatch) -> 
     assert not computes_attention(cpu, 32)
 
 
-def spec(**training: Any) -> JobSpec:
-    described = {"data": {"data_path": "/x"}, "model": {"hidden_size": 64}, "training": training}
+def spec(dropout: float = 0.0, **training: Any) -> JobSpec:
+    described = {"data": {"data_path": "/x"}, "model": {"hidden_size": 64, "dropout": dropout}, "training": training}
     return JobSpec.model_validate_json(json.dumps(described))
 
 
@@ -96,6 +96,7 @@ def spec(**training: Any) -> JobSpec:
         ({"dtype": "float32"}, False, False),
         ({"dtype": "float32", "allow_tf32": True}, False, True),
         ({"allow_tf32": True}, True, False),
+        ({"dropout": 0.1}, False, False),
     ],
 )
 def test_what_a_run_chooses(training: dict[str, Any], flash: bool, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
