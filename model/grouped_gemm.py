@@ -6,6 +6,8 @@ Legend: ``M`` slots, ``E`` experts, ``I`` and ``O`` sizes of input and output.
 """
 
 import itertools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +38,6 @@ def can_group(x: Tensor, inputs: int, outputs: int) -> bool:
     return aligned and x.dtype is torch.bfloat16 and has_kernel
 
 
-@torch.library.custom_op("trainyard::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor, grouped: bool) -> Tensor:
     """[M, I] and [E, O, I] -> [M, O]: multiply each slot by the matrix of its expert.
 
@@ -44,21 +45,38 @@ def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor, grouped: bool) -> Tens
     of ``x``. If False, one product an expert; then ``ends`` should be on the CPU, because reading it waits for its
     device.
     """
-    if grouped:
-        out: Tensor = F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
-        return out
+    product: Callable[..., Tensor] = one_kernel_mm if grouped else loop_mm
+    return product(x, matrices, ends)
+
+
+@torch.library.custom_op("trainyard::grouped_mm", mutates_args=())
+def one_kernel_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` by one kernel."""
+    out: Tensor = F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+    return out
+
+
+@torch.library.custom_op("trainyard::grouped_mm_weight_grad", mutates_args=())
+def one_kernel_weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """[M, O] and [M, I] -> [E, O, I]: the gradient of ``matrices`` in `grouped_mm`, 0 for an expert without tokens."""
+    out: Tensor = F.grouped_mm(grad.t(), x, offs=ends)
+    return out
+
+
+# The host reads the sizes of the products. A CUDA graph would keep those of the batch that it was captured with, so the
+# tag makes torch.compile call these operators between two CUDA graphs.
+@torch.library.custom_op("trainyard::loop_mm", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def loop_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm` by one product an expert."""
     out = x.new_empty(len(x), matrices.shape[1])
     for matrix, slots in zip(matrices, _expert_slots(ends), strict=True):
         torch.mm(x[slots], matrix.t(), out=out[slots])
     return out
 
 
-@torch.library.custom_op("trainyard::grouped_mm_weight_grad", mutates_args=())
-def grouped_mm_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, grouped: bool) -> Tensor:
-    """[M, O] and [M, I] -> [E, O, I]: the gradient of ``matrices`` in `grouped_mm`, 0 for an expert without tokens."""
-    if grouped:
-        out: Tensor = F.grouped_mm(grad.t(), x, offs=ends)
-        return out
+@torch.library.custom_op("trainyard::loop_mm_weight_grad", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def loop_weight_grad(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """`one_kernel_weight_grad` by one product an expert."""
     out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
     for matrix_grad, slots in zip(out, _expert_slots(ends), strict=True):
         torch.mm(grad[slots].t(), x[slots], out=matrix_grad)
@@ -69,29 +87,31 @@ def _expert_slots(ends: Tensor) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise([0, *ends.tolist()])]
 
 
-@grouped_mm.register_fake
-def _(x: Tensor, matrices: Tensor, *_: Any) -> Tensor:
+@one_kernel_mm.register_fake
+@loop_mm.register_fake
+def _(x: Tensor, matrices: Tensor, _: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], matrices.shape[1])
 
 
-@grouped_mm_weight_grad.register_fake
-def _(grad: Tensor, x: Tensor, ends: Tensor, _: bool) -> Tensor:
+@one_kernel_weight_grad.register_fake
+@loop_weight_grad.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    *tensors, ctx.grouped = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+def _backward(
+    product: Callable[..., Tensor], weight_grad: Callable[..., Tensor], ctx: Any, grad: Tensor
+) -> tuple[Tensor, Tensor, None]:
     x, matrices, ends = ctx.saved_tensors
     # The gradient may be an expanded view (of a sum, for example), which no kernel takes.
     grad = grad.contiguous()
-    x_grad: Tensor = grouped_mm(grad, matrices.transpose(1, 2), ends, ctx.grouped)
-    matrices_grad: Tensor = grouped_mm_weight_grad(grad, x, ends, ctx.grouped)
-    return x_grad, matrices_grad, None, None
+    return product(grad, matrices.transpose(1, 2), ends), weight_grad(grad, x, ends), None
 
 
-grouped_mm.register_autograd(_backward, setup_context=_setup_context)
+one_kernel_mm.register_autograd(partial(_backward, one_kernel_mm, one_kernel_weight_grad), setup_context=_setup_context)
+loop_mm.register_autograd(partial(_backward, loop_mm, loop_weight_grad), setup_context=_setup_context)

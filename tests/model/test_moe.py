@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 from trainyard.model import moe
-from trainyard.model.grouped_gemm import grouped_mm
+from trainyard.model.grouped_gemm import loop_mm, one_kernel_mm
 from trainyard.model.moe import MoE, Segments, auxiliary_sum, stack_weights
 
 
@@ -216,8 +216,32 @@ def test_products_of_slices_equal_grouped_products(dtype: torch.dtype, monkeypat
 def test_the_product_passes_torchs_own_checks_of_operators() -> None:
     drawn = torch.Generator().manual_seed(1)
     x, matrices = (torch.randn(shape, generator=drawn).requires_grad_() for shape in ((24, 8), (3, 16, 8)))
-    for grouped in (True, False):
-        torch.library.opcheck(grouped_mm, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32), grouped))
+    for operator in (one_kernel_mm, loop_mm):
+        torch.library.opcheck(operator, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32)))
+
+
+class OperatorsWithoutCudaGraph(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects which of the operators of experts were called, and whether torch.compile leaves each out of graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[str, bool] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "trainyard":
+            self.found[func.name()] = torch.Tag.cudagraph_unsafe in func.tags
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_products_whose_sizes_the_host_reads_are_not_part_of_a_cuda_graph(
+    grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "can_group", lambda *_: grouped)
+    with OperatorsWithoutCudaGraph() as operators:
+        experts()(hidden().requires_grad_(), None)[0].sum().backward()
+    assert len(operators.found) == 2, "forward and backward"
+    assert set(operators.found.values()) == {not grouped}
 
 
 def test_same_weights_same_bits() -> None:

@@ -82,8 +82,8 @@ def test_a_kernel_is_compared_with_the_mask(monkeypatch: pytest.MonkeyPatch) -> 
     assert not computes_attention(cpu, 32)
 
 
-def spec(**training: Any) -> JobSpec:
-    described = {"data": {"data_path": "/x"}, "model": {"hidden_size": 64}, "training": training}
+def spec(dropout: float = 0.0, **training: Any) -> JobSpec:
+    described = {"data": {"data_path": "/x"}, "model": {"hidden_size": 64, "dropout": dropout}, "training": training}
     return JobSpec.model_validate_json(json.dumps(described))
 
 
@@ -96,6 +96,7 @@ def spec(**training: Any) -> JobSpec:
         ({"dtype": "float32"}, False, False),
         ({"dtype": "float32", "allow_tf32": True}, False, True),
         ({"allow_tf32": True}, True, False),
+        ({"dropout": 0.1}, False, False),
     ],
 )
 def test_what_a_run_chooses(training: dict[str, Any], flash: bool, tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +109,28 @@ def test_what_a_run_chooses(training: dict[str, Any], flash: bool, tf32: bool, m
     assert (bool(tried), matmul.fp32_precision == "tf32") == (flash, tf32)
     set_up_device(spec(**training), torch.device("cpu"))
     assert len(tried) == flash
+
+
+@pytest.mark.parametrize(
+    ("training", "device", "expected"),
+    [
+        ({"use_compile": True}, CUDA, False),
+        ({"use_compile": True, "deterministic": True}, CUDA, True),
+        ({"use_compile": True, "verify_every": 100}, CUDA, True),
+        ({"use_compile": True, "deterministic": True}, torch.device("cpu"), False),
+    ],
+)
+@pytest.mark.filterwarnings("default")  # torch's compiler uses deprecated parts of torch
+def test_a_deterministic_run_chooses_no_compiled_kernel_by_its_time(
+    training: dict[str, Any], device: torch.device, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    monkeypatch.setattr(device_setup, "activate_flash_attention", lambda *_: None)
+    with config.patch(deterministic=False):  # it refuses a name that torch does not know
+        set_up_device(spec(**training), device)
+        assert config.deterministic is expected
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

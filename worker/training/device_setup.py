@@ -23,9 +23,17 @@ def set_up_device(spec: JobSpec, device: torch.device) -> None:
         torch.use_deterministic_algorithms(True)
     if device.type != "cuda":
         return
+    if spec.training.is_deterministic and spec.training.use_compile:
+        from torch._inductor import config  # takes a second to import
+
+        # Else the compiler measures variants of a kernel whose sums have different orders, and keeps the fastest one.
+        # Another process, for example that of a resume, may keep another one.
+        config.deterministic = True
     if spec.training.dtype == "float32" and spec.training.allow_tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-    if spec.training.dtype != "float32" and not spec.training.is_deterministic:
+    # With dropout, attention in rows of one segment uses torch's own flash kernel. A newer one takes its place there
+    # too, and raises an error for dropout.
+    if spec.training.dtype != "float32" and not spec.training.is_deterministic and spec.model.dropout == 0:
         assert spec.model.head_dim is not None
         chosen = activate_flash_attention(device, spec.model.head_dim)
         if chosen is not None:
