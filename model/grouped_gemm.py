@@ -15,18 +15,22 @@ from torch.nn import functional as F
 ALIGNMENT = 8
 """An expert's slots begin at a multiple of this: CUDA's grouped products read 16 bytes at a time."""
 
+ROW_BYTES = 16
+"""torch's grouped products take only rows of a multiple of this, on a CPU too."""
+
 
 def can_group(x: Tensor, inputs: int, outputs: int) -> bool:
     """Return whether grouped products of ``x`` [M, inputs], forward and backward, run without a device sync.
 
-    On CUDA the kernel needs a Hopper card, or a Blackwell card of a data center, bfloat16, and rows of a multiple of 16
-    bytes. On Blackwell cards for desktops (generation 12) torch falls back to a loop, which waits for the device.
+    Rows must have a multiple of 16 bytes. CUDA's kernel needs bfloat16 and a Hopper card, or a Blackwell card of a data
+    center. On Blackwell cards for desktops (generation 12) torch falls back to a loop, which waits for the device.
     """
+    if any(size * x.element_size() % ROW_BYTES for size in (inputs, outputs)):
+        return False
     if not x.is_cuda:
         return True
-    aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
     # Read from the properties and not by get_device_capability: torch.compile treats the properties as constants.
-    return aligned and x.dtype is torch.bfloat16 and torch.cuda.get_device_properties(x.device).major in (9, 10)
+    return x.dtype is torch.bfloat16 and torch.cuda.get_device_properties(x.device).major in (9, 10)
 
 
 @torch.library.custom_op("trainyard::grouped_mm", mutates_args=())

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from trainyard.model.decoder import Decoder
 from trainyard.model.muon import NewtonSchulz, is_matrix, newton_schulz
+from trainyard.model.regions import element_offsets, matrix_offsets
 from trainyard.worker.checkpoint.files import shared_names
 from trainyard.worker.checkpoint.parts import ModelParts, ParameterPart, TensorPart
 from trainyard.worker.distributed import DistributedContext
-
-ALIGNMENT = 64
-"""Elements: every parameter starts at a multiple of 256 bytes, as torch allocates them."""
 
 
 @dataclass(frozen=True)
@@ -119,30 +117,6 @@ class FlatBuffer:
         dist.all_gather_single(self.whole, self.whole[begin : begin + self.region])
 
 
-def element_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """Return offsets for parameters of ``sizes`` elements one after the other, and the size of a rank's region."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    region = -(-end // world)
-    return offsets, -(-region // ALIGNMENT) * ALIGNMENT
-
-
-def matrix_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """The same for matrices that must each be in one region: Muon needs the whole gradient of a matrix.
-
-    The largest ones first, each into the region with the fewest elements.
-    """
-    loads, placed = [0] * world, [(0, 0)] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        rank = loads.index(min(loads))
-        placed[index] = (rank, loads[rank])
-        loads[rank] += -(-sizes[index] // ALIGNMENT) * ALIGNMENT
-    region = max(loads)
-    return [rank * region + start for rank, start in placed], region
-
-
 @dataclass(frozen=True)
 class Zero1Model(SplitModel):
     """All weights and gradients on each rank, the optimizer state split over the ranks."""
@@ -230,7 +204,6 @@ class FsdpModel(SplitModel):
         fully_shard(model, mesh=mesh)
         for method in ("generate", "score_tokens"):
             register_fsdp_forward_method(model, method)
-        register_fsdp_forward_method(model, "score_tokens")
         sharded = dict(model.named_parameters())
         parts = [_fsdp_part(name, parameter, ranks) for name, parameter in sharded.items()]
         own = {part.name: TensorPart(part.tensor.data, part.shape, part.start) for part in parts}
