@@ -129,8 +129,9 @@ class MetricEvent(EventBase):
     ``eval_loss``, ``eval_bpb``: over all sets together, each token counting once. ``tokens``: trained tokens of the
     whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
     since the previous point, over all layers; null for a dense model. ``step_seconds_max_rank``: the rank that computed
-    longest in a step, and ``step_seconds_spread`` its time over the median of all ranks, both without the time that a
-    rank waits for others; null for one rank. ``train_seconds``: active training time of all attempts together, see
+    longest in a step, and ``step_seconds_spread`` its time over the median of all ranks (of an even number, the lower
+    of the middle two), both without the time that a rank waits for others; null for one rank, and with FSDP, where
+    ranks wait in every layer. ``train_seconds``: active training time of all attempts together, see
     `contract.rundir.RunDir.train_seconds`. Times are in seconds.
     """
 

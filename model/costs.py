@@ -4,9 +4,11 @@ Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers, ``C`` hidde
 """
 
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal
 
 from trainyard.model.config import ModelConfig
+from trainyard.model.regions import matrix_offsets
 
 FLOAT32 = 4
 ADAM_MOMENTS = 2
@@ -82,7 +84,8 @@ def memory_bytes(
     one layer that is computed again. The peak is in that layer, or at the end of the forward pass.
 
     On ``world`` ranks, ``zero1`` splits the optimizer state and ``fsdp`` also weights and gradients; then the weights
-    include the gathered ones, see `gathered_bytes`, instead of copies.
+    include the gathered ones, see `gathered_bytes`, instead of copies. ``zero1`` with Muon keeps each matrix on one
+    rank, in regions of the size of the largest: with few matrices for many ranks, these need more than their share.
     """
     count, layers, width = parameters(config), config.num_hidden_layers, DTYPE_BYTES[dtype]
     copies = 0 if dtype == "float32" else width * _matrices(config, config.num_experts)
@@ -97,12 +100,37 @@ def memory_bytes(
         activations = tokens * (layers * layer + tail) + head + stacks
     is_fsdp = parallelism == "fsdp" and world > 1
     share = -(-count // world) if is_fsdp else count
+    empty = _empty_elements(config, world) if parallelism == "zero1" and optimizer == "muon" else 0
     return MemoryEstimate(
-        weights=FLOAT32 * share + (gathered_bytes(config, dtype) if is_fsdp else copies),
+        weights=FLOAT32 * (share + empty) + (gathered_bytes(config, dtype) if is_fsdp else copies),
         gradients=FLOAT32 * share,
-        optimizer=-(-optimizer_bytes(config, optimizer) // (1 if parallelism == "ddp" else world)),
+        optimizer=-(-(optimizer_bytes(config, optimizer) + FLOAT32 * empty) // (1 if parallelism == "ddp" else world)),
         activations=activations,
     )
+
+
+MANY_MATRICES = 32
+"""Matrices for each rank, of which no region is noticeably larger than another."""
+
+
+@lru_cache(maxsize=256)
+def _empty_elements(config: ModelConfig, world: int) -> int:
+    """Elements of the matrices' regions, over all ranks, that hold nothing: see `model.regions.matrix_offsets`."""
+    sizes = _matrix_sizes(config)
+    if config.num_hidden_layers * len(sizes) > MANY_MATRICES * world:
+        return 0
+    sizes *= config.num_hidden_layers
+    return matrix_offsets(sizes, world)[1] * world - sum(sizes) if world > 1 else 0
+
+
+def _matrix_sizes(config: ModelConfig) -> list[int]:
+    """Elements of each matrix of a layer, without the router."""
+    assert config.head_dim is not None
+    C, head = config.hidden_size, config.head_dim
+    queries, keys = C * config.num_attention_heads * head, C * config.num_key_value_heads * head
+    width = config.moe_intermediate_size if config.use_moe else config.intermediate_size
+    assert width is not None
+    return [queries, keys, keys, queries] + [C * width] * (3 * config.num_experts if config.use_moe else 3)
 
 
 def gathered_bytes(config: ModelConfig, dtype: Dtype = "bfloat16") -> int:

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 ALIGNMENT = 8
 """An expert's slots begin at a multiple of this: CUDA's grouped products read 16 bytes at a time."""
 
+ROW_BYTES = 16
+"""torch's grouped products take only rows of a multiple of this, on a CPU too."""
+
 
 GROUPED_GENERATIONS = (9, 10)
 """Generations of CUDA cards with a kernel for grouped products: Hopper, and Blackwell cards of data centers.
@@ -28,14 +31,15 @@ On Blackwell cards for desktops (12) torch falls back to a loop, which waits for
 def can_group(x: Tensor, inputs: int, outputs: int) -> bool:
     """Return whether grouped products of ``x`` [M, inputs], forward and backward, run without a device sync.
 
-    On CUDA the kernel needs a card of `GROUPED_GENERATIONS`, bfloat16, and rows of a multiple of 16 bytes.
+    Rows must have a multiple of 16 bytes. CUDA's kernel also needs bfloat16 and a card of `GROUPED_GENERATIONS`.
     """
+    if any(size * x.element_size() % ROW_BYTES for size in (inputs, outputs)):
+        return False
     if not x.is_cuda:
         return True
-    aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
     # Read from the properties and not by get_device_capability: torch.compile treats the properties as constants.
     has_kernel = torch.cuda.get_device_properties(x.device).major in GROUPED_GENERATIONS
-    return aligned and x.dtype is torch.bfloat16 and has_kernel
+    return x.dtype is torch.bfloat16 and has_kernel
 
 
 def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor, grouped: bool) -> Tensor:

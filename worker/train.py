@@ -557,7 +557,9 @@ class Trainer:
 
     def _verification(self, step: int) -> Verification | None:
         every = self.spec.training.verify_every
-        return Verification(self.verifier, step) if self.verifier and every and step % every == 0 else None
+        if self.verifier is None or not every or step % every:
+            return None
+        return Verification(self.verifier, step, self.metrics.restart_rank_clock)
 
     def _dropout_seeder(self, step: int) -> Callable[[int], None]:
         if self.spec.model.dropout == 0:

@@ -370,8 +370,10 @@ FIELDS = {
     # The curve
     "aux_loss": "Load-balancing loss of the experts, a ratio without unit.",
     "step_seconds": "Mean time per step, in seconds.",
-    "step_seconds_max_rank": "The rank, counted from 0, with the longest compute time per step; null for one rank.",
-    "step_seconds_spread": "Ratio of that rank's time to the median of all ranks; 1 if all are equally fast.",
+    "step_seconds_max_rank": "The rank, counted from 0, with the longest compute time per step; null for one "
+    "rank, and with fsdp.",
+    "step_seconds_spread": "Ratio of that rank's time to the median of all ranks; 1 if all are equally fast. The "
+    "median of an even number is the lower of the middle two.",
     "data_seconds": "Mean time per step that was spent waiting for data, in seconds.",
     "Metric.memory_bytes": "Peak memory of a rank, in bytes.",
     "bpb": "The loss in bits per byte of text; null if the bytes of the tokens are unknown.",

@@ -14,7 +14,7 @@ from trainyard.model.moe import MoE, Segments, auxiliary_sum, stack_weights
 
 
 def experts(**changes: Any) -> MoE:
-    layer = MoE(small_config(use_moe=True, moe_intermediate_size=24, **changes))
+    layer = MoE(small_config(**{"use_moe": True, "moe_intermediate_size": 24, **changes}))
     drawn = torch.Generator().manual_seed(0)
     for parameter in layer.parameters():
         parameter.data = torch.randn(parameter.shape, generator=drawn) * 0.3
@@ -211,6 +211,20 @@ def test_products_of_slices_equal_grouped_products(dtype: torch.dtype, monkeypat
     assert len(found[0]) == 1 + len(list(layer.parameters()))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("width", "size"), [(32, 7), (32, 12), (30, 10), (30, 24)])
+def test_experts_may_have_any_size(width: int, size: int, dtype: torch.dtype) -> None:
+    """torch's grouped products need rows of a multiple of 16 bytes, on a CPU too."""
+    layer = experts(hidden_size=width, head_dim=8, moe_intermediate_size=size)
+    x = torch.randn(2, 7, width, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+        out: Tensor = layer(x.to(dtype), None)[0]
+    torch.autograd.backward(out.float().square().sum())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    if dtype is torch.float32:
+        torch.testing.assert_close(out, plain(layer, x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_product_passes_torchs_own_checks_of_operators() -> None:

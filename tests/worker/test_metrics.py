@@ -3,11 +3,14 @@
 import math
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
+from tests.worker.test_step import cut, rows, train_state
 from trainyard.contract.events import MetricEvent, RankInfo
+from trainyard.contract.failpoints import armed
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.metrics import (
     MetricsProcessor,
@@ -18,7 +21,8 @@ from trainyard.worker.training.metrics import (
     slowest_rank,
 )
 from trainyard.worker.training.monitors import StragglerMonitor
-from trainyard.worker.training.step import StepMetrics
+from trainyard.worker.training.step import StepMetrics, Verification
+from trainyard.worker.training.verify import StepVerifier
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 
@@ -102,7 +106,7 @@ def test_a_straggler_is_found_by_its_own_time() -> None:
         metrics.end_step(1, 0.0)
     first = line(metrics)
     assert first.step_seconds_max_rank == 1
-    assert first.step_seconds_spread == pytest.approx(1.5), "3 over the median of 1 and 3"
+    assert first.step_seconds_spread == pytest.approx(3), "3 over 1: a rank of two is not compared with itself"
     assert line(metrics).step_seconds_max_rank is None, "without a step since the last line"
 
 
@@ -123,6 +127,27 @@ def test_what_a_rank_waits_for_others_is_not_its_own_time() -> None:
     assert math.isnan(timer.seconds()), "no gradient: nothing is measured"
 
 
+def test_a_verified_step_measures_its_second_pass() -> None:
+    """In the first one a rank has waited for the others, at the exchange of the gradient."""
+    state, clock, waited = train_state(), [0.0], 1000.0
+    verifier = StepVerifier(state.model, ALONE, [RankInfo(rank=0, host="node-0", device="cpu", name="CPU")])
+    timer = RankTimer(state.model.model.embed_tokens.weight, ALONE.device)
+    metrics = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=False, timer=timer)
+
+    def compute(_: int) -> None:
+        clock[0] += 1.0
+
+    def wait(*_: object) -> None:
+        clock[0] += waited
+
+    with mock.patch("time.perf_counter", side_effect=lambda: clock[0]), armed("verify.pass_done", wait):
+        metrics.begin_step()
+        verification = Verification(verifier, 1, metrics.restart_rank_clock)
+        state.train_step.run(cut(rows(6, 1), 3), 1e-3, compute, verification)
+        metrics.end_step(1, 0.0)
+    assert timer.seconds() == pytest.approx(2.0), "two micro-batches"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_events_measure_a_ranks_own_time() -> None:
@@ -141,7 +166,9 @@ def test_on_a_gpu_events_measure_a_ranks_own_time() -> None:
     [
         ([1.0], (None, None)),
         ([1.0, 1.0, 1.5, 1.0], (2, 1.5)),
-        ([2.0, 1.0], (0, pytest.approx(4 / 3))),
+        ([2.0, 1.0], (0, 2.0)),
+        ([1.0, 1.3], (1, 1.3)),
+        ([1.0, 3.0, 1.2, 2.0], (1, pytest.approx(2.5))),
         ([1.0, math.nan], (None, None)),
     ],
 )

@@ -18,10 +18,11 @@ from trainyard.contract.spec import Parallelism, TrainingSpec
 from trainyard.model import costs
 from trainyard.model.config import ModelConfig
 from trainyard.model.muon import newton_schulz
+from trainyard.model.regions import element_offsets, matrix_offsets
 from trainyard.worker.checkpoint.parts import Extent, ParameterPart, SavedTensor, layout
 from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.parallel import ShardedNewtonSchulz, element_offsets, matrix_offsets
+from trainyard.worker.training.parallel import ShardedNewtonSchulz
 from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
 EXPERTS = ModelConfig(**{**vars(SHAPE), "use_moe": True, "num_experts": 3, "moe_intermediate_size": 24})
@@ -244,6 +245,19 @@ def test_memory_of_each_rank_is_the_planned_one(
         assert found["weights"] == pytest.approx(planned.weights - gathered, rel=0.1)
         assert found["gradients"] == pytest.approx(planned.gradients, rel=0.1)
         assert found["optimizer"] == pytest.approx(planned.optimizer, rel=0.1)
+
+
+@pytest.mark.long
+def test_matrices_that_do_not_fill_the_regions_are_in_the_plan(tmp_path: Path) -> None:
+    """The regions have the size of the largest one: with few matrices, others are partly or wholly empty."""
+    shape, world = replace(BIG, num_hidden_layers=1, vocab_size=61), 6
+    planned = costs.memory_bytes(
+        shape, batch_size=1, seq_len=1, dtype="float32", optimizer="muon", parallelism="zero1", world=world
+    )
+    assert planned.weights > 1.3 * 4 * costs.parameters(shape)
+    found = on_ranks(world, tmp_path / "ranks", bytes_per_rank, shape, "zero1", "muon")
+    assert [each["weights"] for each in found] == pytest.approx([planned.weights] * world, rel=0.05)
+    assert max(each["optimizer"] for each in found) == pytest.approx(planned.optimizer, rel=0.05)
 
 
 def peak_bytes(ranks: DistributedContext, parallelism: Parallelism, recomputes: bool, dtype: str) -> int:

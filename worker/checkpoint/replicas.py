@@ -96,7 +96,8 @@ def corruption_error(
 ) -> TrainingError:
     """Return the error for ranks whose digests differ. ``digests``: a row per rank, a number per tensor of ``names``.
 
-    The ranks that differ from the most common row are named. If two rows are equally common, both halves may be wrong.
+    The ranks that differ from the most common row are named. If two rows are equally common, both halves may be wrong,
+    and the error has no rank.
     """
     counts = Counter(tuple(row) for row in digests)
     common = max(counts.values())
@@ -113,7 +114,7 @@ def corruption_error(
         f"{'has' if len(wrong) == 1 else 'have'} other weights at step {step} than {than}{unknown}. They differ in "
         f"{tensors[0]}{f' and {len(tensors) - 1} more tensors' if len(tensors) > 1 else ''}; the step was not saved"
     )
-    return TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0])
+    return TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0] if is_known else None)
 
 
 def corruption_hint() -> str:

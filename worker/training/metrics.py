@@ -207,6 +207,11 @@ class MetricsProcessor:
         if self._timer is not None:
             self._timer.begin_step()
 
+    def restart_rank_clock(self) -> None:
+        """Let a verified step measure its second pass alone: in the first one, the rank has waited for the others."""
+        if self._timer is not None:
+            self._timer.begin_step()
+
     def record(self, result: StepMetrics) -> None:
         """Add a step to the window."""
         self.window = self.window.add(result)
@@ -285,7 +290,8 @@ def slowest_rank(seconds: Sequence[float]) -> tuple[int | None, float | None]:
     if len(seconds) == 1 or not all(math.isfinite(each) and each > 0 for each in seconds):
         return None, None
     rank = max(range(len(seconds)), key=seconds.__getitem__)
-    return rank, seconds[rank] / statistics.median(seconds)
+    # The lower of the middle two, if their number is even: the slower of two ranks is compared with the other one.
+    return rank, seconds[rank] / statistics.median_low(seconds)
 
 
 def device_name(device: torch.device) -> str:

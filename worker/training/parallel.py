@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from trainyard.model.decoder import Decoder
 from trainyard.model.muon import NewtonSchulz, is_matrix, newton_schulz
+from trainyard.model.regions import element_offsets, matrix_offsets
 from trainyard.worker.checkpoint.files import shared_names
 from trainyard.worker.checkpoint.parts import ModelParts, ParameterPart, TensorPart
 from trainyard.worker.distributed import DistributedContext
-
-ALIGNMENT = 64
-"""Elements. A parameter starts at a multiple of 256 bytes, as if torch had allocated it."""
 
 
 @dataclass(frozen=True)
@@ -117,30 +115,6 @@ class FlatBuffer:
         """Send this rank's region to the others, and receive theirs."""
         begin = self.ranks.rank * self.region
         dist.all_gather_single(self.whole, self.whole[begin : begin + self.region])
-
-
-def element_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """Return offsets for parameters of ``sizes`` elements one after the other, and the size of a rank's region."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // ALIGNMENT) * ALIGNMENT
-    region = -(-end // world)
-    return offsets, -(-region // ALIGNMENT) * ALIGNMENT
-
-
-def matrix_offsets(sizes: Sequence[int], world: int) -> tuple[list[int], int]:
-    """Return the same for matrices, each of which must be in one region: Muon needs the whole gradient of a matrix.
-
-    The largest matrix is placed first, each into the region with the fewest elements.
-    """
-    loads, placed = [0] * world, [(0, 0)] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        rank = loads.index(min(loads))
-        placed[index] = (rank, loads[rank])
-        loads[rank] += -(-sizes[index] // ALIGNMENT) * ALIGNMENT
-    region = max(loads)
-    return [rank * region + start for rank, start in placed], region
 
 
 @dataclass(frozen=True)

@@ -108,10 +108,11 @@ def read_metrics(steps: list[PendingMetrics]) -> list[StepMetrics]:
 
 
 class Verification(NamedTuple):
-    """A request to verify a step."""
+    """A request to verify a step. ``on_second_pass`` is called before the passes are repeated."""
 
     verifier: StepVerifier
     step: int
+    on_second_pass: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class TrainStep:
         first = self._accumulate(micro_batches, seed_micro_batch, verification.verifier)
         digests = verification.verifier.take_digests(first[0])
         self._clear_gradients()
+        verification.on_second_pass()
         second = self._accumulate(first[2], seed_micro_batch, verification.verifier)
         verification.verifier.require_equal(verification.step, digests, verification.verifier.take_digests(second[0]))
         return second

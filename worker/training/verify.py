@@ -70,7 +70,7 @@ class StepVerifier:
     def require_equal(self, step: int, first: Tensor, second: Tensor) -> None:
         """Compare the digests of both passes, and the weights with those before. All ranks call it together.
 
-        Raises TrainingError on every rank if they differ on any one.
+        Raises TrainingError on every rank if they differ on any one. It has a rank if only one differs.
         """
         assert self._weights is not None, "begin was not called"
         parameters = [name for name, _ in self.model.named_parameters()]
@@ -92,7 +92,7 @@ class StepVerifier:
             f"silent corruption: {where} computed different bits when the passes of step {step} were repeated with the "
             f"same data: {names[index]}{more}; the update was not applied"
         )
-        raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0])
+        raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0] if len(wrong) == 1 else None)
 
     def _weight_digests(self) -> list[Tensor]:
         return [tensor_digest(_local(parameter)) for parameter in self.model.parameters()]
