@@ -370,7 +370,8 @@ FIELDS = {
     # The curve
     "aux_loss": "Load-balancing loss of the experts, a ratio without unit.",
     "step_seconds": "Mean time per step, in seconds.",
-    "step_seconds_max_rank": "The rank, counted from 0, with the longest compute time per step; null for one rank.",
+    "step_seconds_max_rank": "The rank, counted from 0, with the longest compute time per step; null for one rank "
+    "and with parallelism fsdp, which waits for the other ranks in every layer.",
     "step_seconds_spread": "Ratio of that rank's time to the median of all ranks; 1 if all are equally fast.",
     "data_seconds": "Mean time per step that was spent waiting for data, in seconds.",
     "Metric.memory_bytes": "Peak memory of a rank, in bytes.",
