@@ -121,7 +121,9 @@ def _memory_hint(training: TrainingSpec, resources: ResourcesSpec) -> str:
     saving = next_memory_saving(training, resources)
     if saving is None:
         return _smaller_batch_hint(training)
-    return f"{_saving_hint(saving)} {_smaller_batch_hint(training)}"
+    smaller = _smaller_batch_hint(training)
+    # A resume may not change the batch size.
+    return f"{_saving_hint(saving)} {smaller.replace('Set ', 'Or, in a fork or a new job, set ', 1)}"
 
 
 def _saving_hint(saving: dict[str, dict[str, Any]]) -> str:

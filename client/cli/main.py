@@ -68,7 +68,8 @@ def explain_usage(error: click.UsageError, console: Console) -> None:
         return
     if isinstance(error, click.NoSuchOption):
         known = [name for param in error.ctx.command.get_params(error.ctx) for name in param.opts]
-        text = f"there is no {error.option_name} here{_meant(error.option_name, known)}"
+        meant = _meant(error.option_name, known) or _field(error.option_name, known)
+        text = f"there is no {error.option_name} here{meant}"
     elif isinstance(error, click.exceptions.NoSuchCommand):
         commands = error.ctx.command.list_commands(error.ctx) if isinstance(error.ctx.command, click.Group) else []
         text = f"there is no {error.command_name!r}{_meant(error.command_name, commands)}"
@@ -79,6 +80,18 @@ def explain_usage(error: click.UsageError, console: Console) -> None:
 def _meant(given: str, known: Sequence[str]) -> str:
     near = get_close_matches(given, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _field(given: str, known: Sequence[str]) -> str:
+    """Return how a command with --set sets the spec's field that ``given`` names."""
+    leaf = given.lstrip("-").replace("-", "_")
+    if "--set" not in known:
+        return ""
+    from trainyard.contract.spec import ResourcesSpec, TrainingSpec
+
+    groups = {"resources": ResourcesSpec.model_fields, "training": TrainingSpec.model_fields}
+    group = next((name for name, fields in groups.items() if leaf in fields), None)
+    return f"; set it with --set {group}.{leaf}=VALUE" if group is not None else ""
 
 
 def explain(error: TrainyardError, console: Console) -> None:

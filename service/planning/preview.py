@@ -281,11 +281,13 @@ def _host_capacity(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], settings: Settings
 ) -> HostCapacity:
     limit = None if spec.resources.launcher == SLURM else memory_limit(kind, devices)
+    one_row = memory.with_settings(spec, {"training": {"batch_size": 1, "gradient_checkpointing": True}})
     return HostCapacity(
         kind=kind,
         memory_needed=memory.needed(spec, kind),
         memory_limit=limit,
         settings_that_fit=memory.settings_that_fit(spec, kind, limit),
+        fits_one_row=limit is None or memory.needed(one_row, kind) <= limit,
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or settings.home)),
     )

@@ -19,7 +19,8 @@ MIN_KEPT = 2  # checkpoints that are kept even if ``keep_last`` is smaller
 class HostCapacity:
     """Resources of the host, and what the run needs of them, in bytes. None: unknown. ``kind``: such as ``cuda``.
 
-    ``memory_needed``, ``settings_that_fit``: see `jobs.memory`. ``other_format``: the corpus's, if it is not JSONL.
+    ``memory_needed``, ``settings_that_fit``: see `jobs.memory`. ``fits_one_row``: whether the run with batch_size 1
+    would fit. ``other_format``: the corpus's, if it is not JSONL.
     ``names``: keys with texts in the first line that is no document. ``bfloat16_on_cpu``: FLOP/s of a product in
     bfloat16 and in float32, if the run is in bfloat16 on a CPU and they are known.
     """
@@ -30,6 +31,7 @@ class HostCapacity:
     checkpoint_bytes: int
     disk_free: int | None
     settings_that_fit: Mapping[str, Mapping[str, Any]] | None = None
+    fits_one_row: bool = True
     other_format: str | None = None
     names: tuple[str, ...] = ()
     bfloat16_on_cpu: tuple[float, float] | None = None
@@ -96,7 +98,12 @@ def _memory(host: HostCapacity) -> Iterator[str]:
         settings = " and ".join(
             f"{leaf} {str(value).lower()}" for fields in changes.values() for leaf, value in fields.items()
         )
-        advice = f"it fits with {settings}" if settings else "lower batch_size or max_seq_len, or take a smaller model"
+        if settings:
+            advice = f"it fits with {settings}"
+        elif host.fits_one_row:
+            advice = "lower batch_size or max_seq_len, or take a smaller model"
+        else:
+            advice = "it does not fit with batch_size 1 either: take a smaller model"
         yield f"it needs about {_gb(needed)} of memory and {owner} has {_gb(host.memory_limit)}: {advice}"
     elif needed > 0.9 * host.memory_limit:
         yield f"it needs about {_gb(needed)} of the {_gb(host.memory_limit)} of memory that {owner} has: it may not fit"
@@ -136,6 +143,8 @@ def _without_effect(spec: JobSpec) -> Iterator[str]:
         yield f"parallelism {parallelism} has no effect, because the run has one rank"
     if mode != "default" and not spec.training.use_compile:
         yield f"compile_mode {mode} has no effect without use_compile"
+    elif mode != "default" and parallelism == "fsdp" and spec.resources.ranks > 1:
+        yield f"compile_mode {mode} has no effect with parallelism fsdp, whose layers are compiled in the default mode"
     if spec.training.zero_init_projections and spec.training.from_weight is not None:
         yield "zero_init_projections has no effect with from_weight"
 

@@ -106,6 +106,11 @@ def test_wrong_usage_is_2(run: Run, line: list[str]) -> None:
         (["sumbit"], "there is no 'sumbit'; did you mean submit?"),
         (["watch", "pre-12", "--timout", "3"], "trainyard watch: error: there is no --timout here; did you mean"),
         (["list", "--state=failed"], "there is no --state here; did you mean --status?"),
+        (
+            ["resume", "a", "--parallelism", "fsdp"],
+            "there is no --parallelism here; set it with --set resources.parall",
+        ),
+        (["resume", "a", "--gradient_checkpointing=1"], "--set training.gradient_checkpointing=VALUE"),
         (["pause", "a", "b"], "trainyard pause: error: Got unexpected extra argument (b)"),
         (["token", "lst"], "there is no 'lst'; did you mean list?"),
         (["list", "--token", "--json"], "trainyard list: error: Option '--token' requires an argument."),

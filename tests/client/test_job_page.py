@@ -31,6 +31,11 @@ def test_the_page_of_a_running_job() -> None:
     ]
 
 
+def test_the_slowest_rank_is_shown() -> None:
+    progress = {**job()["progress"], "step_seconds_max_rank": 1, "step_seconds_spread": 1.1742}
+    assert "  slowest    rank 1 computes 1.17 x as long as the median rank" in page(progress=progress)
+
+
 def test_the_page_of_a_queued_job() -> None:
     lines = page(
         status="queued",

@@ -123,8 +123,9 @@ def test_the_client_s_method(trainyard: Client, service: FakeService) -> None:
     [
         ("cuda", 4, 400, "fits in the 400 B of the device"),
         ("cuda", 1, 399, "DOES NOT FIT in the 399 B of the device"),
-        ("cpu", 2, 850, "fits in the 850 B of this host"),
-        ("cpu", 2, 849, "DOES NOT FIT in the 849 B of this host"),
+        ("cpu", 1, 450, "; 450 B with the copy of a save: fits in the 450 B of this host"),
+        ("cpu", 2, 850, "; 850 B for 2 ranks and the copy of a save: fits in the 850 B of this host"),
+        ("cpu", 2, 849, "; 850 B for 2 ranks and the copy of a save: DOES NOT FIT in the 849 B of this host"),
     ],
 )
 def test_whether_it_fits_in_memory(device: str, ranks: int, limit: int, said: str) -> None:

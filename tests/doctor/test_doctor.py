@@ -1,12 +1,15 @@
 """`trainyard doctor` on this host, as a process."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
 import tomllib
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest import mock
 
@@ -15,6 +18,8 @@ import pytest
 import torch
 
 from tests.fakes.nvml import two_sockets
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.worker.doctor import checks, facts
 from trainyard.worker.openmp import SPINS
@@ -109,6 +114,44 @@ def test_torch_is_measured_with_threads_that_wait_as_in_a_run(monkeypatch: pytes
     facts.read_torch()
     [environment] = environments
     assert (environment["OMP_WAIT_POLICY"], environment["GOMP_SPINCOUNT"]) == ("PASSIVE", SPINS)
+
+
+def test_the_port_of_a_running_service_is_no_warning(tmp_path: Path) -> None:
+    rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
+    with served(rig) as (host, port):
+        found = facts.read_ports({"TRAINYARD_HOST": host, "TRAINYARD_PORT": str(port)})
+    rig.close()
+    rig.database.close()
+    assert (found.error, found.is_trainyard) == ("Address already in use", True)
+    assert checks.check_ports(found).health == "ok"
+
+
+def test_the_port_of_another_program_is_a_warning() -> None:
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n# Another program")
+
+    with HTTPServer(("127.0.0.1", 0), Other) as server:
+        Thread(target=server.handle_request).start()
+        found = facts.read_ports({"TRAINYARD_PORT": str(server.server_port)})
+    assert (found.error, found.is_trainyard) == ("Address already in use", False)
+    assert "choose another" in checks.check_ports(found).advice
+
+
+def test_a_full_disk_is_told_from_one_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(facts, "_write_speed", full)
+    found = checks.check_disk(facts.read_disk(tmp_path))
+    assert (found.health, "free some space" in found.advice) == ("fault", True)
+
+
+def test_a_report_that_cannot_be_written_is_known_before_the_checks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = doctor("--out", str(tmp_path / "file" / "report"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the report cannot be written" in done.stderr
 
 
 def test_a_torch_that_does_not_answer_is_named() -> None:

@@ -36,6 +36,7 @@ RESUMED: dict[str, tuple[Reason, Changes]] = {
     "End the other processes of this job": (Reason.LAUNCH_FAILED, {}),
     "There are, newest first: {}": (Reason.CHECKPOINT_INVALID, {"step": 5}),
     "Resume on other devices": (Reason.SILENT_CORRUPTION, {"resources": {"device": "cpu"}}),
+    "Test this host, then resume": (Reason.SILENT_CORRUPTION, {}),
     "Wait until it is complete": (Reason.DATA_INVALID, {}),
     "Undo the change, or": (Reason.CHECKPOINT_INVALID, {}),
     "Slurm accepts no more of this": (Reason.LAUNCH_FAILED, {}),

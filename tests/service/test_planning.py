@@ -301,6 +301,15 @@ def test_a_usual_run_gives_no_warning() -> None:
         (SIZE, HERE, {"resources": {"parallelism": "fsdp"}}, "parallelism fsdp has no effect"),
         (SIZE, HERE, {"training": {"zero_init_projections": True, "from_weight": "w.pth"}}, "has no effect with from_"),
         (SIZE, HERE, {"training": {"compile_mode": "max-autotune"}}, "compile_mode max-autotune has no effect"),
+        (
+            SIZE,
+            HERE,
+            {
+                "training": {"use_compile": True, "compile_mode": "reduce-overhead"},
+                "resources": {"parallelism": "fsdp", "nproc_per_node": 2},
+            },
+            "compile_mode reduce-overhead has no effect with parallelism fsdp",
+        ),
         (None, HERE, {}, "no document was found in the sampled part of the corpus: it needs one JSON object a line"),
         (None, replace(HERE, names=("content", "id")), {}, "lines have texts under 'content', 'id': set text_field"),
         (
@@ -314,6 +323,14 @@ def test_a_usual_run_gives_no_warning() -> None:
 )
 def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], text: str) -> None:
     assert [found for found in sentences(size, here, **groups) if text in found], sentences(size, here, **groups)
+
+
+def test_a_run_that_fits_with_no_batch_is_told_so() -> None:
+    here = replace(HERE, memory_limit=3 << 29, memory_needed=2 << 30)
+    [smaller_batch] = [text for text in sentences(SIZE, here) if "needs about" in text]
+    assert smaller_batch.endswith("lower batch_size or max_seq_len, or take a smaller model")
+    [smaller_model] = [text for text in sentences(SIZE, replace(here, fits_one_row=False)) if "needs about" in text]
+    assert smaller_model.endswith("it does not fit with batch_size 1 either: take a smaller model")
 
 
 def test_a_batch_too_small_for_a_gpu_is_advice_and_no_warning() -> None:

@@ -18,6 +18,7 @@ def test_failures_carry_advice_with_numbers() -> None:
     assert (memory.rank, memory.outcome(4).error.peak_memory_bytes) == (1, 7 * 10**9)  # type: ignore[union-attr]
     assert "batch_size to 16 and training.accumulation_steps to 4" in str(memory)
     assert "Resume with training.gradient_checkpointing true" in str(memory)
+    assert "Or, in a fork or a new job, set training.batch_size" in str(memory), "a resume cannot change it"
     recomputing = TrainingSpec(batch_size=1, gradient_checkpointing=True)
     for parallelism, hint in (("ddp", '"zero1"'), ("zero1", '"fsdp"'), ("fsdp", "One row needs too much")):
         resources = ResourcesSpec.model_validate({"parallelism": parallelism, "nproc_per_node": 2})

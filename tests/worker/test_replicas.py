@@ -258,6 +258,14 @@ def test_with_two_ranks_both_are_named() -> None:
     assert error.rank is None, "the page of the job would call rank 1 the one at fault"
 
 
+def test_the_advice_is_that_of_the_device() -> None:
+    on_gpus = corruption_error(7, [[1], [2]], ["a"], PLACES)
+    assert "nvidia-smi" in str(on_gpus.hint)
+    on_cpus = corruption_error(7, [[1], [2]], ["a"], [each.model_copy(update={"device": "cpu"}) for each in PLACES])
+    assert "nvidia-smi" not in str(on_cpus.hint)
+    assert "ras-mc-ctl --errors" in str(on_cpus.hint)
+
+
 def test_the_ranks_that_differ_from_most_are_named() -> None:
     error = corruption_error(7, [[9, 8], [1, 2], [1, 2]], ["a", "b"], PLACES)
     assert "rank 0 (host node-0, cuda:0 Card) has other weights at step 7 than the other 2 ranks" in error.message

@@ -114,11 +114,18 @@ def corruption_error(
         f"{'has' if len(wrong) == 1 else 'have'} other weights at step {step} than {than}{unknown}. They differ in "
         f"{tensors[0]}{f' and {len(tensors) - 1} more tensors' if len(tensors) > 1 else ''}; the step was not saved"
     )
-    return TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0] if is_known else None)
+    hint = corruption_hint(places[wrong[0]].device)
+    return TrainingError(Reason.SILENT_CORRUPTION, message, hint, wrong[0] if is_known else None)
 
 
-def corruption_hint() -> str:
-    """Return what to do about a device that computes or stores wrong bits."""
+def corruption_hint(device: str) -> str:
+    """Return what to do about a device, such as ``cuda:3`` or ``cpu``, that computes or stores wrong bits."""
+    if not device.startswith("cuda"):
+        return (
+            "Test this host, then resume: the run continues from its last checkpoint, which was compared when it was "
+            "saved. ras-mc-ctl --errors and lines with mce in the kernel log show errors of memory and processor, and "
+            "memtest86+ tests the memory."
+        )
     return (
         "Resume on other devices: the run continues from its last checkpoint, which was compared when it was saved. "
         "TRAINYARD_EXCLUDE_DEVICES keeps the service from using a device. Test it before you use it again: "

@@ -6,7 +6,8 @@ Exit code 0: no fault; 1: a fault; 2: wrong usage, or --gpu without a GPU.
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from trainyard.contract.stdio import run_command
 from trainyard.worker.cuda_errors import cuda_advice
 from trainyard.worker.doctor.facts import host_description
 from trainyard.worker.doctor.host import check_host
-from trainyard.worker.doctor.report import CheckResult, DoctorReport, HealthLevel
+from trainyard.worker.doctor.report import REPORT_NAMES, CheckResult, DoctorReport, HealthLevel
 from trainyard.worker.openmp import limit_spinning
 
 NO_FAULT, FAULTY, USAGE = 0, 1, 2
@@ -33,6 +34,9 @@ def main() -> int:
         print(f"trainyard doctor: there is no usable GPU: {missing}", file=sys.stderr)
         return USAGE
     report = DoctorReport(version("trainyard"), host_description())
+    # The folder is tried first: the checks may take minutes.
+    if parsed.out is not None and not _succeeds(parsed.out, lambda: try_folder(parsed.out)):
+        return FAULTY
     if not parsed.json:
         print(report.text().splitlines()[0], flush=True)
     for result in _results(device):
@@ -41,13 +45,27 @@ def main() -> int:
             print(result.line(), flush=True)
     print(report.json() if parsed.json else report.summary(), flush=True)
     if parsed.out is not None:
-        try:
-            files = report.write(parsed.out)
-        except OSError as error:
-            print(f"trainyard doctor: the report cannot be written in {parsed.out}: {error.strerror}", file=sys.stderr)
+        if not _succeeds(parsed.out, lambda: report.write(parsed.out)):
             return FAULTY
-        print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+        print(f"written: {', '.join(str(parsed.out / name) for name in REPORT_NAMES)}", file=sys.stderr)
     return FAULTY if report.health is HealthLevel.FAULT else NO_FAULT
+
+
+def try_folder(folder: Path) -> None:
+    """Make the folder, and a file in it that is deleted at once. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def _succeeds(folder: Path, write: Callable[[], object]) -> bool:
+    """Return True after ``write``; if it fails, print why and return False."""
+    try:
+        write()
+    except OSError as error:
+        print(f"trainyard doctor: the report cannot be written in {folder}: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def _results(device: str | None) -> Iterator[CheckResult]:

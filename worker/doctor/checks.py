@@ -1,5 +1,6 @@
 """The checks of a host: each is a pure function of facts, and returns a result with advice. Does not import torch."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 
@@ -31,6 +32,9 @@ MIN_MEMORY = 4 << 30
 LOW_DISK = 5 << 30
 LOW_DISK_SHARE = 0.1
 SLOW_DISK = 50e6
+MIN_KEPT = 3
+"""Checkpoints of a small run that the disk should have room for."""
+
 SMALL_SHM = 1 << 30
 MAX_SKEW_SECONDS = 2.0
 MIN_FILES = 4096
@@ -40,6 +44,16 @@ SMALL_MODEL_BYTES = 300e6
 MIN_BFLOAT16_RATIO = 0.95
 """Below this share of float32's speed, bfloat16 is slower on a CPU. Smaller differences are noise."""
 
+DISK_ADVICE = {
+    "ENOSPC": "free some space (df -h) or some files (df -i)",
+    "EDQUOT": "free some space: your quota on this disk is used up (quota -s)",
+    "EROFS": "mount it writable",
+    "EFBIG": "see the line about ulimits",
+    "ENOTDIR": "part of this path is a file: choose a folder",
+}
+"""What to do about an error of writing, by its name."""
+
+REINSTALL = f"pip install --force-reinstall --no-deps 'torch=={TORCH}.*'"
 INSTALL_WORKER = "pip install 'trainyard[worker]', or `make setup` in the repository"
 
 
@@ -55,10 +69,16 @@ def check_python(facts: PythonFacts) -> CheckResult:
     return ok("python", f"Python {text} ({facts.executable})", **data)
 
 
-def check_torch(facts: TorchFacts) -> CheckResult:
+def check_torch(facts: TorchFacts, address_space: int = -1) -> CheckResult:
+    """``address_space``: its limit in bytes, -1 if there is none."""
     data = {"version": facts.version, "cuda_build": facts.cuda_build, "error": facts.error}
     if facts.error is not None:
-        return fault("torch", f"torch cannot be used: {facts.error}", INSTALL_WORKER, **data)
+        advice = INSTALL_WORKER
+        if "No module named 'torch'" not in facts.error:
+            advice = f"`{sys.executable} -c 'import torch'` shows the error in full; if files are damaged, {REINSTALL}"
+            if address_space != -1:
+                advice = f"ulimit -v unlimited (now {human_bytes(address_space)}), then try again"
+        return fault("torch", f"torch cannot be used: {facts.error}", advice, **data)
     assert facts.version is not None
     build = f"built for CUDA {facts.cuda_build}" if facts.cuda_build else "built for CPUs"
     if not facts.version.startswith(f"{TORCH}."):
@@ -164,8 +184,10 @@ def check_nccl(facts: TorchFacts) -> CheckResult:
 def check_compiler(facts: CompilerFacts, torch: TorchFacts) -> CheckResult:
     data = {**asdict(facts), "triton": torch.triton}
     advice = "install g++ and Python's headers (apt install g++ python3-dev), or do without training.use_compile"
+    if facts.path is None and facts.error is not None:
+        return warning("compiler", facts.error, "unset CXX, or let it name an installed C++ compiler", **data)
     if facts.path is None:
-        return warning("compiler", facts.error or "no C++ compiler: use_compile will fail", advice, **data)
+        return warning("compiler", "no C++ compiler: use_compile will fail", advice, **data)
     if facts.error is not None:
         return warning("compiler", f"{facts.path} cannot compile what torch needs: {facts.error}", advice, **data)
     if torch.cards and torch.triton is None:
@@ -186,14 +208,19 @@ def check_cpu_bfloat16(speeds: ProductSpeeds) -> CheckResult:
     ratio = speeds.bfloat16 / speeds.float32
     data = {**asdict(speeds), "ratio": ratio, "device": "cpu"}
     measured = (
-        f"a bfloat16 product reaches {speeds.bfloat16 / 1e9:,.0f} GFLOP/s here, one in float32 "
-        f"{speeds.float32 / 1e9:,.0f}: {ratio:.2f} x"
+        f"a bfloat16 product reaches {_giga(speeds.bfloat16)} GFLOP/s here, one in float32 "
+        f"{_giga(speeds.float32)}: {ratio:.2f} x"
     )
     if ratio < MIN_BFLOAT16_RATIO:
         return warning(
             "bf16", measured, 'set training.dtype "float32": it is faster on this CPU, and more exact', **data
         )
     return ok("bf16", measured, **data)
+
+
+def _giga(flops: float) -> str:
+    # Some CPUs have no bfloat16 instructions and reach less than 1 GFLOP/s.
+    return f"{flops / 1e9:,.0f}" if flops >= 10e9 else f"{flops / 1e9:.2g}"
 
 
 def _check_gpu_bfloat16(cards: Sequence[Mapping[str, object]], speeds: ProductSpeeds) -> CheckResult:
@@ -227,7 +254,8 @@ def check_memory(facts: MemoryFacts) -> CheckResult:
 def check_disk(facts: DiskFacts) -> CheckResult:
     data = asdict(facts)
     if facts.error is not None:
-        advice = "let the service's user write there, or choose another folder: --home, TRAINYARD_SAVE_ROOTS"
+        first = DISK_ADVICE.get(facts.error_code or "", "let the service's user write there")
+        advice = f"{first}, or choose another folder: --home, TRAINYARD_SAVE_ROOTS"
         return fault("disk", f"{facts.path}: nothing can be written in {facts.probed}: {facts.error}", advice, **data)
     if not facts.locks:
         advice = "put the home on a file system with flock: a local disk, or NFS mounted without nolock"
@@ -237,8 +265,12 @@ def check_disk(facts: DiskFacts) -> CheckResult:
         f"{facts.path}: {human_bytes(facts.free_bytes)} of {human_bytes(facts.total_bytes)} free, "
         f"{human_bytes(speed)}/s written with fsync"
     )
-    if facts.free_bytes < max(LOW_DISK, LOW_DISK_SHARE * facts.total_bytes):
-        return warning("disk", message, "free some space: the service warns at this level too", **data)
+    if facts.free_bytes < min(LOW_DISK, LOW_DISK_SHARE * facts.total_bytes):
+        advice = "free some space: unless TRAINYARD_DISK_LOW_BYTES or _PERCENT is set, the service warns here too"
+        return warning("disk", message, advice, **data)
+    if facts.free_bytes < MIN_KEPT * SMALL_MODEL_BYTES:
+        small = f"{message}; a checkpoint of a 26M model has {human_bytes(SMALL_MODEL_BYTES)}"
+        return warning("disk", small, "use a larger disk, or free some space: a run keeps several checkpoints", **data)
     if speed < SLOW_DISK:
         slow = f"{message}: a checkpoint of a 26M model takes {SMALL_MODEL_BYTES / speed:.0f} s"
         return warning("disk", slow, "use a faster disk for the home, or save less often", **data)
@@ -281,16 +313,25 @@ def check_limits(limits: Mapping[str, tuple[int, int]], cards: int) -> CheckResu
                 "ulimits", what.format(shown), f"ulimit {flag} unlimited, where the service is started", **data
             )
     if limits["AS"][0] != -1:
-        message = f"the address space is limited to {human_bytes(limits['AS'][0])}"
-        return warning("ulimits", f"{message}: CUDA reserves far more than it uses", "ulimit -v unlimited", **data)
+        who = "CUDA reserves" if cards else "torch reserves"
+        message = f"the address space is limited to {human_bytes(limits['AS'][0])}: {who} more than it uses"
+        advice = "ulimit -v unlimited, where the service is started; runs can end as out of memory with a limit"
+        return warning("ulimits", message, advice, **data)
     files = limits["NOFILE"][1]
     if files != -1 and files < MIN_FILES:
-        advice = f"raise the hard limit to {MIN_FILES:,} (ulimit -Hn; LimitNOFILE= under systemd)"
+        advice = f"raise the hard limit, as root: ulimit -Hn {MIN_FILES}, or LimitNOFILE={MIN_FILES} under systemd"
         return warning("ulimits", f"at most {files:,} open files", advice, **data)
     if cards > 1 and -1 < limits["MEMLOCK"][0] < 1 << 30:
         message = f"locked memory is limited to {human_bytes(limits['MEMLOCK'][0])}"
         return warning("ulimits", message, "ulimit -l unlimited, if NCCL uses InfiniBand", **data)
     return ok("ulimits", "open files " + ("unlimited" if files == -1 else f"{files:,}"), **data)
+
+
+PORT_ADVICE = {
+    "EADDRINUSE": "if no service of yours runs there, choose another: `trainyard serve --port 8001`",
+    "EADDRNOTAVAIL": "TRAINYARD_HOST must be an address of this host: 127.0.0.1, or 0.0.0.0 for all",
+    "EACCES": "only root may listen below port 1024: choose another, `trainyard serve --port 8001`",
+}
 
 
 def check_ports(facts: PortFacts) -> CheckResult:
@@ -299,14 +340,17 @@ def check_ports(facts: PortFacts) -> CheckResult:
         message = f"no port of 127.0.0.1 can be bound: {facts.loopback_error}"
         return fault("ports", message, "bring up the loopback device: ip link set lo up", **data)
     where = f"{facts.host}:{facts.port}"
-    if facts.error is not None:
-        advice = "if this is not your own service, choose another port: `trainyard serve --port 8001`"
+    if facts.port < 0:
+        return warning("ports", f"{facts.error}", "set it to a number from 0 to 65535, or unset it: 8000", **data)
+    if facts.error is not None and not facts.is_trainyard:
+        advice = PORT_ADVICE.get(facts.error_code or "", "choose another: `trainyard serve --port 8001`")
         return warning("ports", f"{where} cannot be bound: {facts.error}", advice, **data)
+    state = "is in use by a service of Trainyard, which answers" if facts.is_trainyard else "is free"
     if facts.host_error is not None:
-        message = f"{where} is free; the host's name {facts.hostname} has no address: {facts.host_error}"
+        message = f"{where} {state}; the host's name {facts.hostname} has no address: {facts.host_error}"
         advice = "add it to /etc/hosts, or set GLOO_SOCKET_IFNAME: several ranks look it up"
         return warning("ports", message, advice, **data)
-    return ok("ports", f"{where} is free", **data)
+    return ok("ports", f"{where} {state}", **data)
 
 
 def check_slurm(facts: SlurmFacts) -> CheckResult:

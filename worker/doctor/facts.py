@@ -1,6 +1,8 @@
 """Facts about this host, which `worker.doctor.checks` judges. Does not import torch."""
 
 import ctypes
+import errno
+import http.client
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ WORKER_PACKAGES = ("numpy", "safetensors", "tokenizers")
 PROBE_BYTES = 128 << 20
 PROBE_SECONDS = 2.0
 CHUNK = 8 << 20
+ANSWER_SECONDS = 2.0
+INDEX_BEGINS = b"# Trainyard"
+"""First bytes of the service's GET /llms.txt."""
 
 COMPILED = """
 #include <Python.h>
@@ -124,8 +129,9 @@ class MemoryFacts:
 class DiskFacts:
     """A folder in which runs are stored.
 
-    ``probed``: the existing folder that was tried. ``skew_seconds``: the clock of the file system minus that of the
-    host. ``locks``: whether a second lock on a file is refused while the first one is held.
+    ``probed``: the existing folder that was tried. ``error_code``: name of the error's number, such as ENOSPC.
+    ``skew_seconds``: the clock of the file system minus that of the host. ``locks``: whether a second lock on a file is
+    refused while the first one is held.
     """
 
     path: str
@@ -136,6 +142,7 @@ class DiskFacts:
     write_bytes_per_second: float = 0.0
     locks: bool = True
     skew_seconds: float = 0.0
+    error_code: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,12 @@ class ClockFacts:
 
 @dataclass(frozen=True)
 class PortFacts:
-    """``error``: why the service's port cannot be bound. ``host_error``: why this host's name has no address."""
+    """Whether the service can listen, and whether this host's name has an address.
+
+    ``port``: -1 if TRAINYARD_PORT is no port. ``error``: why the port cannot be bound; ``error_code``: name of the
+    error's number. ``is_trainyard``: a service of Trainyard answers there. ``host_error``: why the host's name has no
+    address.
+    """
 
     host: str
     port: int
@@ -165,6 +177,8 @@ class PortFacts:
     hostname: str
     host_error: str | None
     loopback_error: str | None = None
+    error_code: str | None = None
+    is_trainyard: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,7 +294,7 @@ def read_disk(path: Path, size: int = PROBE_BYTES) -> DiskFacts:
             skew = (folder / "written").stat().st_mtime - time.time()
             locks = _locks_work(folder / "lock")
     except OSError as error:
-        return DiskFacts(str(path), str(probed), error.strerror or str(error))
+        return DiskFacts(str(path), str(probed), _text_of(error), error_code=_code(error))
     return DiskFacts(str(path), str(probed), None, usage.free, usage.total, speed, locks, skew)
 
 
@@ -337,33 +351,58 @@ def read_ports(environment: Mapping[str, str]) -> PortFacts:
     text = environment.get("TRAINYARD_PORT") or "8000"
     port = int(text) if text.isdigit() else -1
     name = socket.gethostname()
-    return PortFacts(
-        host,
-        port,
-        _bind_error(host, port) if 0 <= port <= 65535 else f"TRAINYARD_PORT={text} is no port",
-        name,
-        _resolve_error(name),
-        _bind_error("127.0.0.1", 0),
-    )
+    loopback = _bind_error("127.0.0.1", 0)
+    facts = PortFacts(host, port, None, name, _resolve_error(name), None if loopback is None else _text_of(loopback))
+    if not 0 <= port <= 65535:
+        return replace(facts, port=-1, error=f"TRAINYARD_PORT={text} is no port")
+    error = _bind_error(host, port)
+    if error is None:
+        return facts
+    code = _code(error)
+    is_trainyard = code == "EADDRINUSE" and _trainyard_answers(host, port)
+    return replace(facts, error=_text_of(error), error_code=code, is_trainyard=is_trainyard)
 
 
-def _bind_error(host: str, port: int) -> str | None:
+def _bind_error(host: str, port: int) -> OSError | None:
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        return error.strerror or str(error)
+        return error
     return None
+
+
+def _trainyard_answers(host: str, port: int) -> bool:
+    """Ask for the list of the documentation, which needs no token. http.client uses no proxy."""
+    # 0.0.0.0 and :: are answered on loopback.
+    reached = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - no socket is bound to it
+    connection = http.client.HTTPConnection(reached, port, timeout=ANSWER_SECONDS)
+    try:
+        connection.request("GET", "/llms.txt")
+        return connection.getresponse().read(len(INDEX_BEGINS)) == INDEX_BEGINS
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _resolve_error(name: str) -> str | None:
     try:
         socket.getaddrinfo(name, None)
     except OSError as error:
-        return error.strerror or str(error)
+        return _text_of(error)
     return None
+
+
+def _text_of(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _code(error: OSError) -> str | None:
+    # The numbers of getaddrinfo's errors are not those of errno.
+    return None if isinstance(error, socket.gaierror) or error.errno is None else errno.errorcode.get(error.errno)
 
 
 def read_slurm(environment: Mapping[str, str]) -> SlurmFacts:

@@ -10,8 +10,9 @@ def check_host(environment: Mapping[str, str]) -> Iterator[CheckResult]:
     """Yield the result of each check as soon as it is known. Takes about 15 seconds, most of them for torch."""
     yield checks.check_python(facts.read_python())
     torch, driver = facts.read_torch(), facts.read_driver(environment)
+    limits = facts.read_limits()
     cards = len(torch.cards)
-    yield checks.check_torch(torch)
+    yield checks.check_torch(torch, limits["AS"][0])
     yield checks.check_driver(driver, torch)
     yield checks.check_cuda(torch, driver)
     yield checks.check_nccl(torch)
@@ -22,6 +23,6 @@ def check_host(environment: Mapping[str, str]) -> Iterator[CheckResult]:
         yield checks.check_disk(disk)
     yield checks.check_shared_memory(facts.read_shared_memory(), cards)
     yield checks.check_clock(facts.read_clock())
-    yield checks.check_limits(facts.read_limits(), cards)
+    yield checks.check_limits(limits, cards)
     yield checks.check_ports(facts.read_ports(environment))
     yield checks.check_slurm(facts.read_slurm(environment))

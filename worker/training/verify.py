@@ -92,7 +92,8 @@ class StepVerifier:
             f"silent corruption: {where} computed different bits when the passes of step {step} were repeated with the "
             f"same data: {names[index]}{more}; the update was not applied"
         )
-        raise TrainingError(Reason.SILENT_CORRUPTION, message, corruption_hint(), wrong[0] if len(wrong) == 1 else None)
+        hint = corruption_hint(self.places[wrong[0]].device)
+        raise TrainingError(Reason.SILENT_CORRUPTION, message, hint, wrong[0] if len(wrong) == 1 else None)
 
     def _weight_digests(self) -> list[Tensor]:
         return [tensor_digest(_local(parameter)) for parameter in self.model.parameters()]

@@ -233,9 +233,11 @@ def _fits(plan: Mapping[str, Any], per_rank: int) -> str:
         return ""
     cpu = plan.get("device") == "cpu"
     # Ranks on CPUs share the host's memory with the copy that a checkpoint is written from. A GPU has one rank.
-    needed = per_rank * (plan.get("world_size") or 1) + (plan.get("snapshot_bytes") or 0) if cpu else per_rank
+    ranks = plan.get("world_size") or 1
+    needed = per_rank * ranks + (plan.get("snapshot_bytes") or 0) if cpu else per_rank
     owner = "this host" if cpu else "the device"
-    return f"; {'fits in' if needed <= limit else 'DOES NOT FIT in'} the {size(limit)} of {owner}"
+    whole = f"{size(needed)} {f'for {ranks} ranks and' if ranks > 1 else 'with'} the copy of a save: " if cpu else ""
+    return f"; {whole}{'fits in' if needed <= limit else 'DOES NOT FIT in'} the {size(limit)} of {owner}"
 
 
 def _disk(plan: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
     facts = [
         ("progress", _progress(job.get("progress") or {})),
         ("numbers", _numbers(job.get("progress") or {})),
+        ("slowest", _slowest(job.get("progress") or {})),
         ("held-out", _evaluation(job.get("progress") or {})),
         ("checkpoint", _checkpoint(job.get("checkpoint"), now)),
         ("weights", _text(job.get("weights_path"))),
@@ -107,6 +108,15 @@ def _numbers(progress: Mapping[str, Any]) -> str:
         f"loss {fixed(progress['loss'])}{_bits(progress.get('bpb'))}, lr {scientific(progress.get('learning_rate'))}, "
         f"grad norm {fixed(progress.get('grad_norm'), 2)}, {count(progress.get('tokens_per_second'))} tok/s, "
         f"{compact_number(progress.get('tokens'))} tokens"
+    )
+
+
+def _slowest(progress: Mapping[str, Any]) -> str:
+    rank, spread = progress.get("step_seconds_max_rank"), progress.get("step_seconds_spread")
+    return (
+        ""
+        if rank is None or spread is None
+        else f"rank {rank} computes {fixed(spread, 2)} x as long as the median rank"
     )
 
 
