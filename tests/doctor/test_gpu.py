@@ -14,6 +14,7 @@ from trainyard.worker.training.metrics import device_name
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(900),  # the trial of attention compiles six models
 ]
 
 

@@ -40,7 +40,7 @@ from trainyard.worker.doctor.promises import (
     judge_syncs,
     try_promise,
 )
-from trainyard.worker.doctor.report import CheckResult, HealthLevel
+from trainyard.worker.doctor.report import CheckResult, HealthLevel, ok
 from trainyard.worker.doctor.runs import judge_ranks, judge_resume
 
 OK, WARNING, FAULT = HealthLevel
@@ -221,6 +221,32 @@ def test_an_error_in_a_trial_is_a_fault(trial: Trial) -> None:
         "fault    that breaks      the trial failed: CUDA error: an illegal memory access [a"
     )
     assert "RuntimeError" in second.data["traceback"]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("default::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("default::FutureWarning:torch.*")
+def test_a_trial_compiles_all_its_variants_whatever_an_earlier_one_compiled(trial: Trial) -> None:
+    compiled: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        compiled.append(len(compiled))
+        return graph.forward
+
+    def check_variants(_: Trial) -> Iterator[CheckResult]:
+        function = torch.compile(double, backend=backend, dynamic=False)
+        for size in range(2, 8):
+            function(torch.ones(size))
+        yield ok("variants", "all compiled")
+
+    trial = replace(trial, sizes=replace(trial.sizes, compiled=("dense",)))
+    for _ in range(2):
+        assert [result.health for result in try_promise(check_variants, trial)] == [OK]
+    assert len(compiled) == 12
+
+
+def double(x: Tensor) -> Tensor:
+    return x + x
 
 
 def test_an_error_that_breaks_cuda_for_good_does_not_end_the_report(

@@ -78,6 +78,9 @@ def try_promise(promise: Callable[[Trial], Iterator[CheckResult]], trial: Trial)
         result = fault(name, f"the trial failed: {lines[0]}", advice, traceback=traceback.format_exc())
         yield replace(result, device=trial.name)
     finally:
+        if trial.sizes.compiled:
+            # The compiler keeps eight variants of a function, and runs any further one without compiling it.
+            torch.compiler.reset()
         gc.collect()
         if trial.device.type == "cuda":
             with contextlib.suppress(RuntimeError):  # after some errors every call of CUDA fails
