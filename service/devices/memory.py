@@ -4,15 +4,17 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from trainyard.contract import cgroup
+from trainyard.contract.cgroup import PROC
 from trainyard.service.devices.inventory import Device
 
-MEMINFO = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
+def host_memory(proc: Path = PROC) -> int | None:
+    """Return the memory of this host in bytes, or the limit of its cgroup if that is less; None if unknown.
 
-def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | None:
-    """Return the memory of this host in bytes, or the limit of its container if that is less; None if unknown."""
-    sizes = [size for size in (_memory_total(meminfo), _cgroup_limit(cgroup)) if size is not None]
+    A container has a cgroup, and so has a systemd unit.
+    """
+    sizes = [size for size in (_meminfo(proc, "MemTotal"), cgroup.memory_limit(proc)) if size is not None]
     return min(sizes, default=None)
 
 
@@ -25,13 +27,13 @@ def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
     )
 
 
-def free_memory(kind: str, devices: Sequence[Device], ranks: int = 1, meminfo: Path = MEMINFO) -> int | None:
+def free_memory(kind: str, devices: Sequence[Device], ranks: int = 1, proc: Path = PROC) -> int | None:
     """Return the bytes that are free now: of the host on a CPU, else of one GPU. None if unknown.
 
     With several ranks, it is the GPU with the least free memory among those that the run would use.
     """
     if kind == "cpu":
-        sizes = [size for size in (_meminfo(meminfo, "MemAvailable"), host_memory(meminfo)) if size is not None]
+        sizes = [size for size in (_meminfo(proc, "MemAvailable"), host_memory(proc)) if size is not None]
         return min(sizes, default=None)
     free = sorted(
         (d.memory_bytes - (d.memory_used_bytes or 0) for d in devices if kind in (d.kind, d.id) and d.memory_bytes),
@@ -52,20 +54,9 @@ def disk_free(path: Path) -> int | None:
     return None
 
 
-def _memory_total(meminfo: Path) -> int | None:
-    return _meminfo(meminfo, "MemTotal")
-
-
-def _meminfo(meminfo: Path, name: str) -> int | None:
+def _meminfo(proc: Path, name: str) -> int | None:
     try:
-        line = next(line for line in meminfo.read_text().splitlines() if line.startswith(f"{name}:"))
+        line = next(line for line in (proc / "meminfo").read_text().splitlines() if line.startswith(f"{name}:"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
-def _cgroup_limit(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
         return None

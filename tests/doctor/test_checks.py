@@ -128,7 +128,7 @@ SLURM = SlurmFacts(True, "slurm 24.05", ["gpu"])
         (checks.check_cpu_bfloat16(ProductSpeeds(0.30e12, 0.90e12)), OK, "3.00 x"),
         (checks.check_memory(MemoryFacts(64 * GB, 60 * GB, None)), OK, "60.0 GB of 64.0 GB"),
         (checks.check_memory(MemoryFacts(64 * GB, GB, None)), WARNING, "trainyard plan"),
-        (checks.check_memory(MemoryFacts(64 * GB, 60 * GB, 2 * GB)), WARNING, "limit of the container 2.0 GB"),
+        (checks.check_memory(MemoryFacts(64 * GB, 60 * GB, 2 * GB)), WARNING, "limit of its cgroup 2.0 GB"),
         (checks.check_memory(MemoryFacts(None, None, None)), WARNING, "/proc"),
         (checks.check_disk(DISK), OK, "900.0 MB/s"),
         (checks.check_disk(replace(DISK, error="Permission denied")), FAULT, "Permission denied"),

@@ -131,9 +131,8 @@ def test_free_memory_is_that_of_the_fullest_device_a_run_would_use(tmp_path: Pat
     assert [free_memory("cuda", devices, ranks) for ranks in (1, 2, 3, 4)] == [70, 50, 10, 10]
     assert free_memory("cuda:0", devices) == 10
     assert free_memory("cuda", []) is None
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 100 kB\nMemAvailable: 40 kB\n")
-    assert free_memory("cpu", [], meminfo=meminfo) == 40 * 1024
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 40 kB\n")
+    assert free_memory("cpu", [], proc=tmp_path) == 40 * 1024
 
 
 def test_the_plan_suggests_a_batch_size(rig: ServiceHarness) -> None:

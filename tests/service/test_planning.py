@@ -364,13 +364,14 @@ def test_the_format_of_a_corpus_that_is_not_sampled(name: str, head: bytes, form
 
 
 def test_memory_of_the_host(tmp_path: Path) -> None:
-    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "max"
-    assert host_memory(meminfo, cgroup) is None
-    meminfo.write_text("MemTotal:        1000 kB\nMemFree: 1 kB\n")
-    cgroup.write_text("max\n")
-    assert host_memory(meminfo, cgroup) == 1_024_000
-    cgroup.write_text("5000\n")
-    assert host_memory(meminfo, cgroup) == 5000
+    assert host_memory(tmp_path) is None
+    (tmp_path / "meminfo").write_text("MemTotal:        1000 kB\nMemFree: 1 kB\n")
+    assert host_memory(tmp_path) == 1_024_000
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("0::/unit\n")
+    (tmp_path / "self/mountinfo").write_text(f"36 35 0:29 / {tmp_path} rw - cgroup2 cgroup2 rw\n")
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert host_memory(tmp_path) == 5000
     assert (disk_free(tmp_path / "not" / "there") or 0) > 0
 
 

@@ -5,13 +5,13 @@ happened just before the end. Without a counter no kill is assumed.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainyard.contract.cgroup import PROC, Cgroup, own_cgroup
 from trainyard.contract.processes import descendants
 
-PROC = Path("/proc")
 POLL_SECONDS = 1.0
 
 OOM_WINDOW_SECONDS = 10.0
@@ -34,69 +34,6 @@ class OomReport:
             return "its peak is not known"
         allowed = f" of {_gigabytes(self.limit)} allowed" if self.limit else ""
         return f"the run's processes had {_gigabytes(self.peak)} at most{allowed}"
-
-
-@dataclass(frozen=True)
-class Cgroup:
-    """The files of a memory cgroup: ``events`` has its ``oom_kill`` count, ``limit`` its limit."""
-
-    events: Path
-    limit: Path
-
-    def kills(self) -> int | None:
-        """Return the out-of-memory kills since the cgroup was created; None if they are not counted."""
-        try:
-            counts = dict(line.split() for line in self.events.read_text().splitlines())
-            return int(counts["oom_kill"])
-        except (OSError, ValueError, KeyError):
-            return None
-
-    def limit_bytes(self) -> int | None:
-        """Return the limit, or None. Without one, version 2 has "max" and version 1 the largest number of pages."""
-        try:
-            limit = int(self.limit.read_text())
-        except (OSError, ValueError):
-            return None
-        return limit if limit < 2**60 else None
-
-
-def own_cgroup(proc: Path = PROC) -> Cgroup | None:
-    """Return the memory cgroup (version 2 or 1) of this process and its children, or None if none counts kills."""
-    return next((cgroup for cgroup in _cgroups(proc) if cgroup.kills() is not None), None)
-
-
-def _cgroups(proc: Path) -> Iterator[Cgroup]:
-    try:
-        mounts = [line.split(" ") for line in _lines(proc / "self/mountinfo")]
-        memberships = [line.split(":", 2) for line in _lines(proc / "self/cgroup")]
-    except OSError:
-        return
-    for _, controllers, path in memberships:
-        if controllers == "":
-            for folder in _folders(mounts, path, lambda kind, _: kind == "cgroup2"):
-                yield Cgroup(folder / "memory.events", folder / "memory.max")
-        elif "memory" in controllers.split(","):
-            for folder in _folders(mounts, path, lambda kind, options: kind == "cgroup" and "memory" in options):
-                yield Cgroup(folder / "memory.oom_control", folder / "memory.limit_in_bytes")
-
-
-def _lines(file: Path) -> list[str]:
-    # Names are bytes, in any encoding. Only "\n" ends a line: `splitlines` would cut a name at a form feed or U+2028.
-    return [line for line in os.fsdecode(file.read_bytes()).split("\n") if line]
-
-
-def _folders(mounts: Iterable[list[str]], path: str, matches: Callable[[str, list[str]], bool]) -> Iterator[Path]:
-    """Yield the cgroup's folder in each matching mount.
-
-    proc(5): ``36 35 98:0 /root /mount/point options [optional ...] - type source super,options``.
-    """
-    for fields in mounts:
-        dash = fields.index("-")
-        if matches(fields[dash + 1], fields[dash + 3].split(",")):
-            mount_point = Path(fields[4])
-            folder = mount_point / path.lstrip("/")
-            # In a container the path may be the host's, while the container's own folder is mounted.
-            yield folder if folder.is_dir() else mount_point
 
 
 class OomMonitor:

@@ -243,10 +243,13 @@ def check_memory(facts: MemoryFacts) -> CheckResult:
     if facts.total is None or facts.available is None:
         return warning("memory", "the kernel does not report it", "mount /proc in the container", **data)
     usable = min(facts.available, facts.limit) if facts.limit is not None else facts.available
-    limited = f", limit of the container {human_bytes(facts.limit)}" if facts.limit is not None else ""
+    limited = f", limit of its cgroup {human_bytes(facts.limit)}" if facts.limit is not None else ""
     message = f"{human_bytes(facts.available)} of {human_bytes(facts.total)} available{limited}"
     if usable < MIN_MEMORY:
-        advice = "`trainyard plan` shows what a run needs; end other programs, or raise the container's limit"
+        advice = (
+            "`trainyard plan` shows what a run needs; end other programs, or raise the limit of the container or the "
+            "unit (MemoryMax=)"
+        )
         return warning("memory", message, advice, **data)
     return ok("memory", message, **data)
 

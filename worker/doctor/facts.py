@@ -24,6 +24,7 @@ from typing import Any
 import pynvml
 
 from trainyard.contract.allowed_paths import parse_roots
+from trainyard.contract.cgroup import PROC, memory_limit
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.worker.cuda_errors import error_line
 from trainyard.worker.openmp import limit_spinning
@@ -268,11 +269,10 @@ def read_compiler(environment: Mapping[str, str]) -> CompilerFacts:
     return CompilerFacts(path, None if done.returncode == 0 else (errors or [error_line(done.stderr)])[0])
 
 
-def read_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup/memory.max")) -> MemoryFacts:
+def read_memory(proc: Path = PROC) -> MemoryFacts:
     sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(proc / "meminfo"), re.MULTILINE))
     total, available = (int(sizes[name]) * 1024 if name in sizes else None for name in ("MemTotal", "MemAvailable"))
-    limit = _text(cgroup).strip()
-    return MemoryFacts(total, available, int(limit) if limit.isdigit() else None)
+    return MemoryFacts(total, available, memory_limit(proc))
 
 
 def read_disks(environment: Mapping[str, str]) -> list[DiskFacts]:
