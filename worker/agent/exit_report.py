@@ -179,8 +179,9 @@ KNOWN_ERRORS: tuple[tuple[str, Reason, str], ...] = (
 """(part of an exception's text in lower case, reason, hint)"""
 
 MEMORY_HINT = (
-    "Give the host or its container more memory, or ask for less: fewer ranks on it, a smaller batch_size with more "
-    "accumulation_steps, a smaller max_seq_len. Saving keeps a copy of weights and moments on rank 0 for a while."
+    "Give the host or its container more memory, or ask for less: gradient_checkpointing, fewer ranks on it, a smaller "
+    "batch_size with more accumulation_steps, a smaller max_seq_len, or resources.parallelism zero1 or fsdp. Saving "
+    "keeps a copy of weights and moments on rank 0 for a while."
 )
 
 
