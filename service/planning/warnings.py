@@ -63,10 +63,11 @@ def advice(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
 
 def source_warnings(sources: Sequence[PlannedSource]) -> list[str]:
     """Return a warning for each source that is read too often."""
+    often = [source for source in sources if source.passes is not None and source.passes > MAX_PASSES]
     return [
-        f"source {source.name} is read {source.passes:.1f} times: more than {MAX_PASSES} passes teach little"
-        for source in sources
-        if source.passes is not None and source.passes > MAX_PASSES
+        f"{'the corpus' if len(sources) == 1 else f'source {source.name}'} is read {source.passes:.1f} times: "
+        f"more than {MAX_PASSES} passes teach little"
+        for source in often
     ]
 
 

@@ -28,11 +28,11 @@ from trainyard.service.devices.memory import disk_free, host_memory
 from trainyard.service.jobs.submission import validate_spec
 from trainyard.service.planning import corpus_sample
 from trainyard.service.planning.corpus_sample import SampledLines, other_format, sample_lines
-from trainyard.service.planning.estimate import RunSize, estimate_size
+from trainyard.service.planning.estimate import PlannedSource, RunSize, estimate_size
 from trainyard.service.planning.matrix_speed import EFFICIENCY, MatrixSpeed
 from trainyard.service.planning.preview import sample_corpus
 from trainyard.service.planning.token_count import longest_matches, token_counter
-from trainyard.service.planning.warnings import HostCapacity, advice, warnings
+from trainyard.service.planning.warnings import HostCapacity, advice, source_warnings, warnings
 
 WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
 
@@ -604,6 +604,13 @@ def test_the_shares_of_weights_are_known_without_the_sizes(any_rig: ServiceHarne
     }
     found = plan(any_rig, data=data, training={"max_steps": 9})["sources"]
     assert [(source["share"], source["passes"]) for source in found] == [(0.6, None), (0.4, None)]
+
+
+def test_a_source_that_is_read_often_is_a_warning() -> None:
+    often, once = (PlannedSource(name, 1, 10, 100, 0.5, passes) for name, passes in (("web", 4.3), ("book", 1.0)))
+    assert source_warnings([often, once]) == ["source web is read 4.3 times: more than 4 passes teach little"]
+    assert source_warnings([often]) == ["the corpus is read 4.3 times: more than 4 passes teach little"]
+    assert source_warnings([once]) == []
 
 
 def test_a_corpus_of_mixed_formats_gives_no_warning_about_missing_documents(tmp_path: Path) -> None:
