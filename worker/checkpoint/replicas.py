@@ -120,7 +120,7 @@ def corruption_error(
 
 def corruption_hint(device: str) -> str:
     """Return what to do about a device, such as ``cuda:3`` or ``cpu``, that computes or stores wrong bits."""
-    if not device.startswith("cuda"):
+    if device.startswith("cpu"):
         return (
             "Test this host, then resume: the run continues from its last checkpoint, which was compared when it was "
             "saved. ras-mc-ctl --errors and lines with mce in the kernel log show errors of memory and processor, and "
