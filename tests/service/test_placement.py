@@ -127,6 +127,12 @@ def test_a_job_gets_gpus_of_one_model() -> None:
         assert plan(waiting, NOW).actions == (Start("job", ("cuda:2", "cuda:3")),)
 
 
+def test_one_rank_does_not_prefer_a_gpu_of_another_model() -> None:
+    """It may be the small card of the display."""
+    for models in (("H100", "H100", "T400"), ("H100", "T400")):
+        assert choose([Device(f"cuda:{i}", "cuda", model) for i, model in enumerate(models)], 1) == ("cuda:0",)
+
+
 def test_the_choice_takes_little_work_with_many_gpus() -> None:
     many = [Device(f"cuda:{i}", "cuda", numa_node=i % 2) for i in range(64)]
     assert choose(many, 16) == tuple(f"cuda:{2 * i}" for i in range(16))
