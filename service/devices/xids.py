@@ -83,12 +83,7 @@ class XidWatcher:
         self._logged: str | None = None
 
     def start(self) -> None:
-        """Start the thread, unless this host has no NVML."""
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-                return
+        """Start the thread. It ends at once on a host without NVML."""
         self._thread = threading.Thread(target=self._run, name="xids", daemon=True)
         self._thread.start()
 
@@ -111,6 +106,8 @@ class XidWatcher:
                     del self._errors[error.gpu_uuid, error.xid]
 
     def _run(self) -> None:
+        if not _is_installed():
+            return
         with self._kernel_log:
             while True:
                 try:
@@ -161,6 +158,14 @@ class XidWatcher:
             with self._lock:
                 self._errors[key] = error
             log.warning("a GPU has an error", extra={"gpu": error.gpu_uuid, "xid": error.xid})
+
+
+def _is_installed() -> bool:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return bool(error.value != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    return True
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -414,6 +415,18 @@ def test_a_driver_that_is_loaded_later_is_watched(
     monkeypatch.setattr(pairs, "nvmlInit", mock.Mock(side_effect=[*not_loaded, None]))
     pairs.events = [SimpleNamespace(device=0, eventData=48)]
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-00000000", 48)]
+
+
+def test_the_start_of_the_watcher_does_not_wait_for_the_driver(
+    pairs: NvmlHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that hangs would block the start of the service."""
+    threads: list[str] = []
+    monkeypatch.setattr(pairs, "nvmlInit", lambda: threads.append(threading.current_thread().name))
+    watcher = XidWatcher(tmp_path / "none")
+    watcher.start()
+    watcher.stop()
+    assert set(threads) == {"xids"}
 
 
 def test_an_error_that_comes_a_thousand_times_is_one(
