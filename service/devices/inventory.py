@@ -56,7 +56,7 @@ class Device:
     ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
     None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
     being leased. ``fault``: why no job can use this GPU, such as the driver's error if the driver does not answer for
-    it. Such a GPU is not leased. ``mig_uuid``: the MIG instance that stands for a GPU in MIG mode, its first one.
+    it. Such a GPU is not leased. ``mig_uuid``: UUID of the MIG instance that jobs use if the GPU is in MIG mode.
     """
 
     id: str
@@ -82,7 +82,7 @@ class Device:
         return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
-        """Return whether ``name`` is its id, a UUID of it or its PCI address, in any of the usual spellings."""
+        """Return whether ``name`` is its id, one of its UUIDs or its PCI address, in any of the usual spellings."""
         names = {self.id, self.uuid, self.mig_uuid, self.pci_bus_id}
         return name in names or (self.pci_bus_id is not None and same_pci_address(name, self.pci_bus_id))
 
@@ -359,7 +359,7 @@ def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     mode = _if_supported(lambda: pynvml.nvmlDeviceGetComputeMode(handle))
     fault = PROHIBITED if mode == pynvml.NVML_COMPUTEMODE_PROHIBITED else None
-    # CUDA uses the first instance of a GPU in MIG mode, and nothing of the GPU besides.
+    # CUDA uses only the first instance of a GPU in MIG mode.
     part, mig_uuid = handle, None
     if _is_in_mig_mode(handle):
         instance = _first_instance(handle)
@@ -397,7 +397,7 @@ def _first_instance(handle: Any) -> Any | None:
 
 
 def _named_gpus(facts: Sequence[GpuFacts | None], names: str | None) -> list[Device]:
-    """Return the GPUs with what ``names``, from a setting, may call them."""
+    """Return the GPUs with their names. MIG instances are queried only if ``names``, of a setting, has one."""
     with_instances = "MIG-" in (names or "")
     return [
         Device(
@@ -428,7 +428,7 @@ def _gpu_facts(count: int) -> Iterator[GpuFacts | None]:
             if index != own and other is not None and _has_nvlink(handle, other)
         )
         try:
-            # XID errors belong to a UUID. One that could not be read now must not be missing for ever.
+            # XID errors are stored by UUID. If it cannot be read now, it is read again later.
             uuid = _if_supported(lambda: str(pynvml.nvmlDeviceGetUUID(handle)))  # noqa: B023 - called at once
         except pynvml.NVMLError:
             yield None
@@ -489,7 +489,7 @@ def visible_devices() -> str | None:
 def visible_indices(visible: str | None, gpus: Sequence[Device]) -> frozenset[int]:
     """Return the indices of the ``gpus`` that ``visible``, a value of CUDA_VISIBLE_DEVICES, names. None names all.
 
-    ``gpus``: all GPUs of the host in NVML's order. As for CUDA, a name is an index or the beginning of a UUID, and a
+    ``gpus``: all GPUs of the host in NVML's order. As in CUDA, a name is an index or the beginning of a UUID, and a
     name that is neither ends the list: "-1" and "NoDevFiles" hide every GPU.
     """
     if visible is None:

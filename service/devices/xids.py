@@ -34,8 +34,8 @@ CLOCK_DRIFT = 200e-6
 
 APPLICATION_XIDS = frozenset({11, 13, 25, 31, 32, 37, 43, 45, 68, 69, 80, 109, 137})
 """Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: those of NVIDIA's
-device plugin for Kubernetes, and those for which NVIDIA's catalog says to restart or to check the program. If the GPU
-needs a reset after one of them, the driver reports XID 154 too."""
+device plugin for Kubernetes, and those for which NVIDIA's catalog recommends to restart or check the program. If the
+GPU needs a reset after one of them, the driver reports XID 154 too."""
 
 INFORMATIONAL_XIDS = frozenset({106, 107, 162, 163})
 """Test messages of the management controller, and power smoothing switched on or off."""
@@ -150,7 +150,7 @@ class XidWatcher:
     def _add(self, errors: Iterable[XidError]) -> None:
         for error in errors:
             key = error.gpu_uuid, error.xid
-            # An error may come a thousand times in a second.
+            # An error may be reported a thousand times in a second.
             is_same = key in self._latest and abs(error.at - self._latest[key]) < SAME_ERROR
             if is_same or error.xid in APPLICATION_XIDS | INFORMATIONAL_XIDS:
                 continue

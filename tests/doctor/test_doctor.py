@@ -137,7 +137,9 @@ def test_the_port_of_another_program_is_a_warning() -> None:
     assert "choose another" in checks.check_ports(found).advice
 
 
-def test_a_full_disk_is_told_from_one_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_and_a_disk_of_another_user_get_different_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

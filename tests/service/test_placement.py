@@ -377,7 +377,7 @@ def test_the_event_of_a_gpu_that_has_fallen_off_the_bus_names_it(
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-1", 79)]
 
 
-def test_an_event_that_no_recovery_is_needed_any_more_is_no_error(pairs: NvmlHost, tmp_path: Path) -> None:
+def test_an_event_that_no_recovery_is_needed_is_no_error(pairs: NvmlHost, tmp_path: Path) -> None:
     pairs.recovery = {3: pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET}
     pairs.events = [SimpleNamespace(device=gpu, eventData=154) for gpu in (2, 3)]
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-00000003", 154)]
