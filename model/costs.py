@@ -110,12 +110,12 @@ def memory_bytes(
 
 
 MANY_MATRICES = 32
-"""Matrices for each rank, of which no region is noticeably larger than another."""
+"""With more matrices per rank than this, all regions have about the same size."""
 
 
 @lru_cache(maxsize=256)
 def _empty_elements(config: ModelConfig, world: int) -> int:
-    """Elements of the matrices' regions, over all ranks, that hold nothing: see `model.regions.matrix_offsets`."""
+    """Return the number of unused elements in the regions of all ranks, see `model.regions.matrix_offsets`."""
     sizes = _matrix_sizes(config)
     if config.num_hidden_layers * len(sizes) > MANY_MATRICES * world:
         return 0
@@ -124,7 +124,7 @@ def _empty_elements(config: ModelConfig, world: int) -> int:
 
 
 def _matrix_sizes(config: ModelConfig) -> list[int]:
-    """Elements of each matrix of a layer, without the router."""
+    """Return the number of elements of each matrix of a layer, without the router."""
     assert config.head_dim is not None
     C, head = config.hidden_size, config.head_dim
     queries, keys = C * config.num_attention_heads * head, C * config.num_key_value_heads * head

@@ -1,4 +1,4 @@
-"""Where parameters lie in a buffer of which each rank updates one region (``zero1``). Does not import torch."""
+"""Offsets of parameters in a buffer in which each rank updates one region (``zero1``). Does not import torch."""
 
 import heapq
 from collections.abc import Sequence

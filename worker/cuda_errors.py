@@ -1,4 +1,4 @@
-"""What CUDA's errors mean and what to do about them, by their text. No torch here: the agent and the doctor read it."""
+"""Advice for errors of CUDA, by their text. Does not import torch: the agent and the doctor import this module."""
 
 import re
 
@@ -6,7 +6,7 @@ EXCEPTION = re.compile(r"^(?:\S+: )?[\w.]+(?:Error|Exception)\b")
 """The first line of an exception's text, such as `torch.AcceleratorError: CUDA error: ...`."""
 
 NO_GPU = ("found no nvidia driver", "no cuda gpus are available")
-"""What torch says on a host without a GPU, or if all are hidden."""
+"""Parts of torch's errors on a host without a GPU, or if all GPUs are hidden."""
 
 CHECK_GPU = (
     "If it happens again on this GPU, look for XID errors (`dmesg`) and ECC errors (`nvidia-smi -q -d ECC`), and leave "

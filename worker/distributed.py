@@ -169,7 +169,7 @@ def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
         return
     problem = cuda_problem()
     if problem is not None and has_assigned_gpu():
-        # Not on the CPU instead, also if "auto" was requested: that takes days, and occupies the GPU.
+        # It does not use the CPU instead, even for "auto": that would take days, with a GPU that is leased and idle.
         message = f"rank {ranks.rank} of {ranks.world} cannot use its GPU: {problem}"
         raise TrainingError(Reason.WORKER_CRASHED, message, cuda_advice(problem) or DOCTOR, ranks.rank)
     if problem is not None and requested == "auto":
@@ -191,7 +191,7 @@ def has_assigned_gpu() -> bool:
 def cuda_problem() -> str | None:
     """Return in one line why torch can use no GPU here, or None if it can."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it has the same text
+        warnings.simplefilter("ignore")  # the error below has its text
         available = torch.cuda.is_available()
     if not available and torch.version.cuda is None:
         return f"torch {torch.__version__} is built for CPUs"

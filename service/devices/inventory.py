@@ -20,7 +20,10 @@ RETRY_SECONDS = 10.0
 """Time between two attempts to use a driver that is installed but not loaded."""
 
 ANSWER_SECONDS = 5.0
-"""How long a caller waits for NVML. Its calls block for minutes, or for ever, if a GPU or its firmware hangs."""
+"""How long a caller waits for NVML. Its calls block for minutes, or forever, if a GPU or its firmware hangs."""
+
+FIRST_ANSWER_SECONDS = 60.0
+"""How long the first caller waits. Without persistence mode, the driver needs seconds to initialize each GPU."""
 
 NO_ANSWER = f"the driver has not answered for more than {ANSWER_SECONDS:g} s"
 NO_INSTANCE = "its MIG mode is on, and it has no MIG instance"
@@ -53,7 +56,7 @@ class Device:
     ``link``: ``nvlink`` if an NVLink leads to another GPU of this host, ``pcie`` if there are others without one, else
     None. ``nvlink_peers``: ids of the GPUs at its NVLinks. ``xid_errors``: numbers of the errors that keep it from
     being leased. ``fault``: why no job can use this GPU, such as the driver's error if the driver does not answer for
-    it. Such a GPU is not leased. ``mig_uuid``: the MIG instance that stands for a GPU in MIG mode, its first one.
+    it. Such a GPU is not leased. ``mig_uuid``: UUID of the MIG instance that jobs use if the GPU is in MIG mode.
     """
 
     id: str
@@ -79,7 +82,7 @@ class Device:
         return not self.xid_errors and self.fault is None
 
     def is_named(self, name: str) -> bool:
-        """Return whether ``name`` is its id, a UUID of it or its PCI address, in any of the usual spellings."""
+        """Return whether ``name`` is its id, one of its UUIDs or its PCI address, in any of the usual spellings."""
         names = {self.id, self.uuid, self.mig_uuid, self.pci_bus_id}
         return name in names or (self.pci_bus_id is not None and same_pci_address(name, self.pci_bus_id))
 
@@ -142,46 +145,56 @@ class HostInventory:
         self._cuda: tuple[Device, ...] = ()
         self._query: _Query | None = None
         self._has_answered = False
+        self._has_checked_names = False
         self._queried_at = float("-inf")
-        names = ",".join([visible or "", *excluded])
-        if names and (self._driver.is_ready() or self._driver.is_absent):
-            count = 0 if self._driver.is_absent else _or_none(pynvml.nvmlDeviceGetCount) or 0
-            self._log_unknown_names(_named_gpus(tuple(_gpu_facts(count)), names))
 
     def devices(self) -> Sequence[Device]:
-        """Return the CUDA devices, then the CPU slots. Takes at most ANSWER_SECONDS, except for the first call."""
+        """Return the CUDA devices, then the CPU slots.
+
+        Takes at most ANSWER_SECONDS if the driver hangs, and FIRST_ANSWER_SECONDS until it has answered once.
+        """
         if self._driver.is_absent:
             return self._cpu
         with self._lock:
             if time.monotonic() - self._queried_at > CACHE_SECONDS:
-                if self._driver.is_ready():
-                    self._refresh()
-                else:
-                    self._cuda = _without(self._without_driver(self._driver.error), self._excluded)
+                self._refresh()
                 self._queried_at = time.monotonic()
             return (*self._cuda, *self._cpu)
 
     def _refresh(self) -> None:
-        """Query NVML in a thread of its own, which is left alone if it hangs."""
+        """Query NVML in a separate thread. If it hangs, the thread continues, and its result is used later."""
         waits = self._query is None
         if self._query is None:
-            self._query = _Query(lambda: _without(self._cuda_devices(), self._excluded))
-        # Without any earlier answer a GPU that is initialized slowly (persistence mode off) would not be listed, and a
-        # job with the device "auto" would start on the CPU.
-        seconds = (ANSWER_SECONDS if waits else 0.0) if self._has_answered else None
-        if not self._query.wait(seconds):
+            self._query = _Query(lambda: _without(self._query_gpus(), self._excluded))
+        seconds = ANSWER_SECONDS if self._has_answered else FIRST_ANSWER_SECONDS
+        if not self._query.wait(seconds if waits else 0.0):
             if waits:
                 log.warning("the driver of the GPUs hangs; no GPU is leased until it answers")
-            self._cuda = tuple(_as_faulty(device, NO_ANSWER) for device in self._cuda)
+            # Not without them: a job with the device "auto" would start on the CPU.
+            known = self._cuda or _without((_unknown_gpu(index) for index in self._visible_files()), self._excluded)
+            self._cuda = tuple(_as_faulty(device, NO_ANSWER) for device in known)
             return
         query, self._query = self._query, None
         self._cuda, self._has_answered = query.result(), True
 
+    def _query_gpus(self) -> list[Device]:
+        if not self._driver.is_ready() and not self._driver.is_absent:
+            return self._without_driver(self._driver.error)
+        gpus = list(self._cuda_devices()) if not self._driver.is_absent else []
+        if not self._has_checked_names:
+            self._has_checked_names = True
+            self._log_unknown_names(_named_gpus(self._facts, ",".join([self._visible or "", *self._excluded])))
+        return gpus
+
     def _without_driver(self, error: str) -> list[Device]:
         """Return the GPUs that the driver reported before, or those in /dev, with ``error``."""
-        gpus = [Device(f"cuda:{index}", "cuda") for index in device_files()]
-        known = list(self._last_seen) or visible_indices(self._visible, gpus)
+        known = list(self._last_seen) or self._visible_files()
         return [self._with_fault(index, error) for index in known]
+
+    def _visible_files(self) -> list[int]:
+        """Return the indices of the GPUs in /dev that the service may use."""
+        gpus = [_unknown_gpu(index) for index in device_files()]
+        return sorted(visible_indices(self._visible, gpus))
 
     def _cuda_devices(self) -> Iterator[Device]:
         try:
@@ -211,7 +224,7 @@ class HostInventory:
 
     def _with_fault(self, index: int, error: str) -> Device:
         """Return the GPU as at the last answer of the driver, with ``error`` and without values that change."""
-        before = self._last_seen.get(index) or Device(f"cuda:{index}", "cuda")
+        before = self._last_seen.get(index) or _unknown_gpu(index)
         device = _as_faulty(before, error)
         if before.fault != device.fault:
             log.warning("the driver does not answer for a GPU: %s", error, extra={"devices": device.id})
@@ -235,9 +248,9 @@ class HostInventory:
 
 
 class _Driver:
-    """NVML's library, which is initialized once.
+    """NVML, which is initialized once.
 
-    ``is_absent``: it is not installed, so this host has no GPUs. ``error``: why it cannot be queried.
+    ``is_absent``: NVML is not installed, so this host has no GPUs. ``error``: why NVML cannot be queried.
     """
 
     def __init__(self) -> None:
@@ -263,7 +276,7 @@ class _Driver:
 
 
 class _Query:
-    """A function that runs in a thread of its own. The thread does not keep the process from ending."""
+    """A call in a separate daemon thread, which does not keep the process from ending."""
 
     def __init__(self, ask: Callable[[], tuple[Device, ...]]) -> None:
         self._ask = ask
@@ -287,6 +300,10 @@ class _Query:
         if self._error is not None:
             raise self._error
         return self._answer
+
+
+def _unknown_gpu(index: int) -> Device:
+    return Device(f"cuda:{index}", "cuda")
 
 
 def _as_faulty(device: Device, fault: str) -> Device:
@@ -342,7 +359,7 @@ def _cuda_device(index: int, facts: GpuFacts) -> Device:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     mode = _if_supported(lambda: pynvml.nvmlDeviceGetComputeMode(handle))
     fault = PROHIBITED if mode == pynvml.NVML_COMPUTEMODE_PROHIBITED else None
-    # CUDA uses the first instance of a GPU in MIG mode, and nothing of the GPU besides.
+    # CUDA uses only the first instance of a GPU in MIG mode.
     part, mig_uuid = handle, None
     if _is_in_mig_mode(handle):
         instance = _first_instance(handle)
@@ -380,7 +397,7 @@ def _first_instance(handle: Any) -> Any | None:
 
 
 def _named_gpus(facts: Sequence[GpuFacts | None], names: str | None) -> list[Device]:
-    """Return the GPUs with what ``names``, from a setting, may call them."""
+    """Return the GPUs with their names. MIG instances are queried only if ``names``, of a setting, has one."""
     with_instances = "MIG-" in (names or "")
     return [
         Device(
@@ -411,7 +428,7 @@ def _gpu_facts(count: int) -> Iterator[GpuFacts | None]:
             if index != own and other is not None and _has_nvlink(handle, other)
         )
         try:
-            # XID errors belong to a UUID. One that could not be read now must not be missing for ever.
+            # XID errors are stored by UUID. If it cannot be read now, it is read again later.
             uuid = _if_supported(lambda: str(pynvml.nvmlDeviceGetUUID(handle)))  # noqa: B023 - called at once
         except pynvml.NVMLError:
             yield None
@@ -472,7 +489,7 @@ def visible_devices() -> str | None:
 def visible_indices(visible: str | None, gpus: Sequence[Device]) -> frozenset[int]:
     """Return the indices of the ``gpus`` that ``visible``, a value of CUDA_VISIBLE_DEVICES, names. None names all.
 
-    ``gpus``: all GPUs of the host in NVML's order. As for CUDA, a name is an index or the beginning of a UUID, and a
+    ``gpus``: all GPUs of the host in NVML's order. As in CUDA, a name is an index or the beginning of a UUID, and a
     name that is neither ends the list: "-1" and "NoDevFiles" hide every GPU.
     """
     if visible is None:

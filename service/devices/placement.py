@@ -8,11 +8,15 @@ from trainyard.service.devices.inventory import Device
 
 NVLINK, SAME_NODE, FAR, UNLIKE = 0, 1, 2, 3
 
+NEARNESS = (2, 1, 0, 0)
+"""What is lost if a group separates two GPUs, by their distance. Nothing for unlike GPUs: a job with one rank must not
+get the only GPU of its model for this reason, which may be that of the display."""
+
 MAX_GPUS = 64
 """With more free GPUs than this, distances are not compared. No host has so many."""
 
 MAX_GROUPS = 100
-"""Groups that are all compared: those of up to 8 GPUs. Of more, one for each GPU is, which begins with it."""
+"""All groups are compared if there are no more than these. Otherwise one group is compared for each free GPU."""
 
 
 def differ(devices: Sequence[Device]) -> bool:
@@ -60,7 +64,7 @@ def _grow(between: Sequence[Sequence[int]], start: int, count: int) -> list[int]
     """
     group = [start]
     added = {index: between[index][start] for index in range(len(between)) if index != start}
-    neighbours = {index: sum(FAR - between[index][other] for other in added if other != index) for index in added}
+    neighbours = {index: sum(NEARNESS[between[index][other]] for other in added if other != index) for index in added}
     while len(group) < count:
         sign = 1 if len(group) == count - 1 else -1
         _, _, nearest = min((total, sign * neighbours[index], index) for index, total in added.items())
@@ -68,7 +72,7 @@ def _grow(between: Sequence[Sequence[int]], start: int, count: int) -> list[int]
         group.append(nearest)
         for index in added:
             added[index] += between[index][nearest]
-            neighbours[index] -= FAR - between[index][nearest]
+            neighbours[index] -= NEARNESS[between[index][nearest]]
     return group
 
 
@@ -78,4 +82,4 @@ def _inner(between: Sequence[Sequence[int]], group: Sequence[int]) -> int:
 
 def _separated(between: Sequence[Sequence[int]], group: Sequence[int]) -> int:
     rest = set(range(len(between))) - set(group)
-    return sum(FAR - between[one][other] for one in group for other in rest)
+    return sum(NEARNESS[between[one][other]] for one in group for other in rest)

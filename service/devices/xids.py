@@ -34,8 +34,8 @@ CLOCK_DRIFT = 200e-6
 
 APPLICATION_XIDS = frozenset({11, 13, 25, 31, 32, 37, 43, 45, 68, 69, 80, 109, 137})
 """Errors of the program that ran and not of the GPU, such as a kernel that wrote out of bounds: those of NVIDIA's
-device plugin for Kubernetes, and those for which NVIDIA's catalog says to restart or to check the program. If the GPU
-needs a reset after one of them, the driver reports XID 154 too."""
+device plugin for Kubernetes, and those for which NVIDIA's catalog recommends to restart or check the program. If the
+GPU needs a reset after one of them, the driver reports XID 154 too."""
 
 INFORMATIONAL_XIDS = frozenset({106, 107, 162, 163})
 """Test messages of the management controller, and power smoothing switched on or off."""
@@ -83,12 +83,7 @@ class XidWatcher:
         self._logged: str | None = None
 
     def start(self) -> None:
-        """Start the thread, unless this host has no NVML."""
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
-                return
+        """Start the thread. It ends at once on a host without NVML."""
         self._thread = threading.Thread(target=self._run, name="xids", daemon=True)
         self._thread.start()
 
@@ -111,6 +106,8 @@ class XidWatcher:
                     del self._errors[error.gpu_uuid, error.xid]
 
     def _run(self) -> None:
+        if not _is_installed():
+            return
         with self._kernel_log:
             while True:
                 try:
@@ -153,7 +150,7 @@ class XidWatcher:
     def _add(self, errors: Iterable[XidError]) -> None:
         for error in errors:
             key = error.gpu_uuid, error.xid
-            # An error may come a thousand times in a second.
+            # An error may be reported a thousand times in a second.
             is_same = key in self._latest and abs(error.at - self._latest[key]) < SAME_ERROR
             if is_same or error.xid in APPLICATION_XIDS | INFORMATIONAL_XIDS:
                 continue
@@ -161,6 +158,14 @@ class XidWatcher:
             with self._lock:
                 self._errors[key] = error
             log.warning("a GPU has an error", extra={"gpu": error.gpu_uuid, "xid": error.xid})
+
+
+def _is_installed() -> bool:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return bool(error.value != pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    return True
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ def _export(request: ExportRequest, folder: Path, lock: FileLock, stopping: thre
     """Export to ``folder``, another path of the directory of exports, which no link can replace."""
     final = _directory(request)
     source, building = (final.with_name(f".{kind}-{final.name}") for kind in ("source", "building"))
-    _remove_temporary(folder)  # of an export of any step whose service was killed: its links keep deleted weights
+    # A killed service may have left those of another step, whose links keep deleted weights on the disk.
+    _remove_temporary(folder)
     try:
         # Retention may remove the checkpoint during the export; the links keep its files.
         link_checkpoint(request.checkpoint, source, request.save_roots)
@@ -121,7 +122,7 @@ def _exported_sha256(request: ExportRequest) -> str | None:
 
 
 def list_exports(places: Iterable[ArtifactDir]) -> Iterator[dict[str, Any]]:
-    """Yield a description of each export, newest step first; of those with one name, that of the first place."""
+    """Yield a description of each export, newest step first. An export in several places is described once."""
     found: dict[str, ArtifactDir] = {}
     for artifacts in places:
         for path in artifacts.exports.iterdir() if artifacts.exports.is_dir() else ():

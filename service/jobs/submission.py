@@ -355,7 +355,7 @@ class _SpecValidator:
         kind = kind_for(device, self.host.devices)
         available = count_by_kind(self.host.devices, kind)
         if kind.startswith("cuda") and available == 0:
-            missing = "no GPU answers" if kind == "cuda" else "there is no such device"
+            missing = "there is no GPU" if kind == "cuda" else "there is no such device"
             message = (
                 f'asks for CUDA, and {missing} on this host: `trainyard doctor` checks the driver; "auto" takes any'
             )

@@ -272,7 +272,7 @@ def test_a_request_that_waited_for_an_equal_one_finds_its_export(
     assert [event["kind"] for event in rig.data(asked_twice, "events")].count("exported") == 1
 
 
-def test_exports_can_be_had_before_the_next_attempt_moves_them(rig: ServiceHarness) -> None:
+def test_exports_are_found_before_the_next_attempt_moves_them(rig: ServiceHarness) -> None:
     job_id = at_rest(rig, 10, 20)
     assert export(rig, job_id, 10)[0] == 201
     resume_elsewhere(rig, job_id)

@@ -256,9 +256,9 @@ def test_a_name_in_cuda_visible_devices_that_is_no_gpu_is_logged(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("trainyard"), "propagate", True)
     for visible in ("0,1", "-1", "", "GPU-00000001"):
-        HostInventory(0, visible)
+        HostInventory(0, visible).devices()
     assert caplog.messages == []
-    HostInventory(0, "0,GPU-9")
+    HostInventory(0, "0,GPU-9").devices()
     assert caplog.messages == [
         "CUDA_VISIBLE_DEVICES is 0,GPU-9, and this host has 1 of these GPUs: a name that it does not know ends the list"
     ]
@@ -333,6 +333,28 @@ def test_a_driver_that_hangs_stops_neither_the_service_nor_cpu_jobs(
         assert queries == [0], "one thread waits, not one for each call"
         may_answer.set()
         until(lambda: host.devices() == before)
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetUUID"])
+def test_a_driver_that_hangs_at_the_start_does_not_stop_the_service(
+    call: str, failing: FailingNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(inventory, "DEVICES", tmp_path)
+    monkeypatch.setattr(inventory, "FIRST_ANSWER_SECONDS", 0.01)
+    may_answer, answer = threading.Event(), getattr(failing, call)
+
+    def hanging(*arguments: int) -> object:
+        may_answer.wait()
+        return answer(*arguments)
+
+    monkeypatch.setattr(failing, call, hanging)
+    host = HostInventory(1, visible="0,1", excluded=["cuda:1"])
+    found = [(device.id, device.fault) for device in host.devices()]
+    assert found == [("cuda:0", inventory.NO_ANSWER), ("cpu:0", None)]
+    may_answer.set()
+    until(lambda: [(device.id, device.works) for device in host.devices()] == [("cuda:0", True), ("cpu:0", True)])
 
 
 def test_a_driver_that_hangs_does_not_matter_to_a_service_without_gpus(

@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import logging
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -125,6 +126,12 @@ def test_a_job_gets_gpus_of_one_model() -> None:
         assert choose(host, 3) == ("cuda:0", "cuda:1", "cuda:2")
         waiting = Snapshot(queued=[job(ranks=2)], devices=host, leases={"cuda:0": "other"})
         assert plan(waiting, NOW).actions == (Start("job", ("cuda:2", "cuda:3")),)
+
+
+def test_one_rank_does_not_prefer_a_gpu_of_another_model() -> None:
+    """It may be the small card of the display."""
+    for models in (("H100", "H100", "T400"), ("H100", "T400")):
+        assert choose([Device(f"cuda:{i}", "cuda", model) for i, model in enumerate(models)], 1) == ("cuda:0",)
 
 
 def test_the_choice_takes_little_work_with_many_gpus() -> None:
@@ -370,7 +377,7 @@ def test_the_event_of_a_gpu_that_has_fallen_off_the_bus_names_it(
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-1", 79)]
 
 
-def test_an_event_that_no_recovery_is_needed_any_more_is_no_error(pairs: NvmlHost, tmp_path: Path) -> None:
+def test_an_event_that_no_recovery_is_needed_is_no_error(pairs: NvmlHost, tmp_path: Path) -> None:
     pairs.recovery = {3: pynvml.NVML_GPU_RECOVERY_ACTION_GPU_RESET}
     pairs.events = [SimpleNamespace(device=gpu, eventData=154) for gpu in (2, 3)]
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-00000003", 154)]
@@ -408,6 +415,18 @@ def test_a_driver_that_is_loaded_later_is_watched(
     monkeypatch.setattr(pairs, "nvmlInit", mock.Mock(side_effect=[*not_loaded, None]))
     pairs.events = [SimpleNamespace(device=0, eventData=48)]
     assert watched_until_empty(pairs, tmp_path / "none") == [("GPU-00000000", 48)]
+
+
+def test_the_start_of_the_watcher_does_not_wait_for_the_driver(
+    pairs: NvmlHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that hangs would block the start of the service."""
+    threads: list[str] = []
+    monkeypatch.setattr(pairs, "nvmlInit", lambda: threads.append(threading.current_thread().name))
+    watcher = XidWatcher(tmp_path / "none")
+    watcher.start()
+    watcher.stop()
+    assert set(threads) == {"xids"}
 
 
 def test_an_error_that_comes_a_thousand_times_is_one(

@@ -325,7 +325,7 @@ def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str
     assert [found for found in sentences(size, here, **groups) if text in found], sentences(size, here, **groups)
 
 
-def test_a_run_that_fits_with_no_batch_is_told_so() -> None:
+def test_the_advice_if_a_run_fits_with_no_batch() -> None:
     here = replace(HERE, memory_limit=3 << 29, memory_needed=2 << 30)
     [smaller_batch] = [text for text in sentences(SIZE, here) if "needs about" in text]
     assert smaller_batch.endswith("lower batch_size or max_seq_len, or take a smaller model")

@@ -316,8 +316,10 @@ def check_limits(limits: Mapping[str, tuple[int, int]], cards: int) -> CheckResu
                 "ulimits", what.format(shown), f"ulimit {flag} unlimited, where the service is started", **data
             )
     if limits["AS"][0] != -1:
-        who = "CUDA reserves" if cards else "torch reserves"
-        message = f"the address space is limited to {human_bytes(limits['AS'][0])}: {who} more than it uses"
+        library = "CUDA" if cards else "torch"
+        message = (
+            f"the address space is limited to {human_bytes(limits['AS'][0])}: {library} reserves more than it uses"
+        )
         advice = "ulimit -v unlimited, where the service is started; runs can end as out of memory with a limit"
         return warning("ulimits", message, advice, **data)
     files = limits["NOFILE"][1]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from trainyard.worker.cuda_errors import error_line
 from trainyard.worker.openmp import limit_spinning
 
 TORCH_SECONDS = 120.0
+DRIVER_SECONDS = 60.0
 COMMAND_SECONDS = 20.0
 WORKER_PACKAGES = ("numpy", "safetensors", "tokenizers")
 PROBE_BYTES = 128 << 20
@@ -205,10 +207,22 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def read_driver(environment: Mapping[str, str], devices: Path = Path("/dev")) -> DriverFacts:
-    """Read driver and GPUs from NVML, and the device files in ``devices``."""
+def read_driver(
+    environment: Mapping[str, str], devices: Path = Path("/dev"), seconds: float = DRIVER_SECONDS
+) -> DriverFacts:
+    """Read driver and GPUs from NVML within ``seconds``, and the device files in ``devices``."""
     files = sum(re.fullmatch(r"nvidia\d+", file.name) is not None for file in devices.glob("nvidia*"))
     visible, order = environment.get("CUDA_VISIBLE_DEVICES"), environment.get("CUDA_DEVICE_ORDER")
+    found: list[DriverFacts] = []
+    # In a daemon thread, because each call of NVML may hang, and then the thread cannot be ended.
+    thread = threading.Thread(target=lambda: found.append(_query_driver(files, visible, order)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    hangs = DriverFacts(None, f"no answer within {seconds:g} s", files, (), visible, order, True)
+    return found[0] if found else hangs
+
+
+def _query_driver(files: int, visible: str | None, order: str | None) -> DriverFacts:
     try:
         pynvml.nvmlInit()
         found = [_read_card(index) for index in range(pynvml.nvmlDeviceGetCount())]

@@ -1,4 +1,4 @@
-"""Trials of what the documentation promises of training, on one device. Each yields results; its error is a fault.
+"""Trials on one device of what the documentation promises. Each yields results; an exception in it is a fault.
 
 The tests run the same code on a CPU in small sizes. There host syncs are only counted, and neither peak memory nor MFU
 is measured.

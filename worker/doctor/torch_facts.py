@@ -24,7 +24,7 @@ def torch_facts() -> dict[str, Any]:
     from trainyard.worker.cuda_errors import short_cuda_error
     from trainyard.worker.distributed import cuda_problem
 
-    # Each question may fail on a GPU that is listed and does not work.
+    # Each call may fail if a GPU is listed but does not work.
     cuda_error, cards, products = cuda_problem() if torch.version.cuda else None, [], {"cpu": product_speeds("cpu")}
     if torch.cuda.is_available() and cuda_error is None:
         try:

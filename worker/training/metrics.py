@@ -208,7 +208,7 @@ class MetricsProcessor:
             self._timer.begin_step()
 
     def restart_rank_clock(self) -> None:
-        """Let a verified step measure its second pass alone: in the first one, the rank has waited for the others."""
+        """Measure only the second pass of a verified step. In the first one the rank has waited for the others."""
         if self._timer is not None:
             self._timer.begin_step()
 
