@@ -110,8 +110,7 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
     rank, world, local_rank, local_world = _read_ranks(env)
     torch.set_num_threads(threads_per_rank(env, local_world, len(os.sched_getaffinity(0))))
     own = select_device(device, local_rank)
-    is_cuda = own.type == "cuda"
-    if is_cuda:
+    if own.type == "cuda":
         torch.cuda.set_device(own)
     if world == 1:
         return DistributedContext(rank, world, local_rank, local_world, own)
@@ -119,11 +118,14 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
         where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
         message = f"rank {rank} of {world} waits for the other ranks at {where}, for at most {timeouts.collective:g} s"
         print(f"{message}; {BY_HAND}", file=sys.stderr, flush=True)
+    # If one rank of this host has no GPU, all use gloo, and `require_device` raises its error. With two backends the
+    # ranks would wait for each other until the timeout, and the message would not name the missing GPU.
+    uses_nccl = select_device(device, local_world - 1).type == "cuda"
     try:
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
+            "nccl" if uses_nccl else "gloo",
             timeout=timedelta(seconds=timeouts.collective),
-            device_id=own if is_cuda else None,
+            device_id=own if uses_nccl else None,
         )
     except (ValueError, dist.DistError) as error:
         message = f"rank {rank} of {world} did not meet the other ranks: {str(error).splitlines()[0]}"

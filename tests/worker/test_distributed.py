@@ -151,3 +151,24 @@ def test_the_wait_for_missing_ranks_is_logged(
     monkeypatch.delenv("MASTER_ADDR")
     with pytest.raises(TrainingError, match="MASTER_ADDR"):
         init_distributed(Timeouts(collective=1.0), "cpu")
+
+
+@pytest.mark.parametrize(("gpus", "backend"), [(1, "gloo"), (2, "nccl")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_of_a_host_use_one_backend(
+    rank: int, gpus: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 of two has a GPU and rank 1 has none: both join, so that rank 1 can report it."""
+    joined = mock.Mock()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined)
+    monkeypatch.setattr(torch.distributed, "new_group", mock.Mock())
+    environment = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    ranks = init_distributed(Timeouts(), "auto", environment)
+    assert joined.call_args.args == (backend,)
+    assert joined.call_args.kwargs["device_id"] == (ranks.device if backend == "nccl" else None)
+    if ranks.device.type == "cpu":
+        with pytest.raises(TrainingError, match="rank 1 of 2 has no GPU"):
+            require_device(ranks, spec(resources={"device": "cuda"}))

@@ -20,15 +20,11 @@ TOLERANCE = 2e-2
 def set_up_device(spec: JobSpec, device: torch.device) -> None:
     """Choose kernels for the run ``spec`` on ``device``."""
     if spec.training.is_deterministic:
+        # The compiler then also chooses no kernel with sums by its speed. Another process, for example that of a
+        # resume, could measure other times and keep another order of the sums.
         torch.use_deterministic_algorithms(True)
     if device.type != "cuda":
         return
-    if spec.training.is_deterministic and spec.training.use_compile:
-        from torch._inductor import config  # takes a second to import
-
-        # Else the compiler measures variants of a kernel whose sums have different orders, and keeps the fastest one.
-        # Another process, for example that of a resume, may keep another one.
-        config.deterministic = True
     if spec.training.dtype == "float32" and spec.training.allow_tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
     # With dropout, attention in rows of one segment uses torch's own flash kernel. A newer one takes its place there
