@@ -47,7 +47,10 @@ ADVICE: tuple[tuple[str, str], ...] = (
         "no cuda gpus are available",
         "Check that `nvidia-smi` lists the GPU, that this user may open /dev/nvidia*, and CUDA_VISIBLE_DEVICES.",
     ),
-    ("built for cpus", "Install the CUDA build of torch: `make setup TORCH=cuda`."),
+    (
+        "built for cpus",
+        "If this host has a GPU, install the CUDA build of torch with pip, or by `make setup TORCH=cuda`.",
+    ),
     ("driver initialization failed", "Run `nvidia-smi`, then reload the NVIDIA driver or restart the host."),
     *((text, CHECK_GPU) for text in ("illegal memory access", "uncorrectable", "unspecified launch failure")),
 )

@@ -87,7 +87,8 @@ def missing_gpu() -> str | None:
     problem = cuda_problem()
     if problem is None:
         return None
-    return f"{problem} (torch {torch.__version__}). {cuda_advice(problem) or FURTHER}"
+    version_of_torch = "" if torch.__version__ in problem else f" (torch {torch.__version__})"
+    return f"{problem}{version_of_torch}. {cuda_advice(problem) or FURTHER}"
 
 
 def _parse() -> argparse.Namespace:
