@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -295,6 +295,11 @@ class RunDir:
         """
         yield self.artifacts(save_dir)
         yield from (self.artifacts(earlier) for earlier in self.save_dirs() if earlier != save_dir)
+
+    def find_directory(self, save_dir: str | None, part: Callable[["ArtifactDir"], Path]) -> Path:
+        """Return the first ``part`` of `artifact_dirs` that is a directory, else that for ``save_dir``."""
+        paths = [part(artifacts) for artifacts in self.artifact_dirs(save_dir)]
+        return next((path for path in paths if path.is_dir()), paths[0])
 
 
 @dataclass(frozen=True)

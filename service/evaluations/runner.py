@@ -189,8 +189,8 @@ class EvaluationRunner:
             job = repository.find(session, rows[0].job_id)
             run = RunDir(self._settings.runs / job.id)
             # A resume may have changed save_dir since the evaluation was requested.
-            held = [each.evaluation(evaluation_id) for each in run.artifact_dirs(job.spec["checkpoint"]["save_dir"])]
-            directory = next((path for path in held if path.is_dir()), held[0])
+            save_dir = job.spec["checkpoint"]["save_dir"]
+            directory = run.find_directory(save_dir, lambda artifacts: artifacts.evaluation(evaluation_id))
             spec = JobSpec.model_validate_json(json.dumps(job.spec))
             tasks = [TaskSpec.model_validate({"name": row.task, "path": row.path, "kind": row.kind}) for row in rows]
             return _Work(rows[0].step, spec, directory, tasks)

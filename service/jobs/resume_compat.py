@@ -55,8 +55,7 @@ def resume_candidates(session: Session, settings: Settings, job: JobRow, step: i
     candidates = [ResumeCandidate(number, path) for number, path in paths if path is not None]
     if job.parent_step is not None:
         restarts_data = (job.lineage or {}).get("data") == "restart"
-        origins = [artifacts.origin for artifacts in run.artifact_dirs(save_dir)]
-        origin = next((path for path in origins if path.is_dir()), origins[0])
+        origin = run.find_directory(save_dir, lambda artifacts: artifacts.origin)
         candidates.append(ResumeCandidate(job.parent_step, origin, restarts_data))
     return candidates
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Response
 
+from trainyard.contract.rundir import RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.ownership import OWN_JOB
 from trainyard.service.api.responses import ServiceRoute, json_response
@@ -115,8 +116,9 @@ def download_export_file(
     range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
 ) -> Response:
     """Download a file of an export. `Range` requests a part of it."""
-    places = [place.export(step, form) for place in artifact_dirs(state, find_job(state, job_id))]
-    directory = next((place for place in places if place.is_dir()), places[0])
+    job = find_job(state, job_id)
+    run, save_dir = RunDir(state.settings.runs / job.id), job.spec["checkpoint"]["save_dir"]
+    directory = run.find_directory(save_dir, lambda artifacts: artifacts.export(step, form))
     try:
         if not FILE_NAME.fullmatch(name):
             raise FileNotFoundError(name)
